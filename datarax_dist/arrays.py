@@ -1,0 +1,382 @@
+"""Arrays through Orbax and TensorStore: the only module that imports them.
+
+Orbax's `AsyncCheckpointer` is used with settings under which it coordinates nothing by itself: each
+host tells it that it is
+alone (`active_processes`), so its own barriers, some without a deadline, are never entered; the one
+point at which hosts must
+meet (all arrays written, before the primary merges) is our exchange. Directories are made
+beforehand, by the save protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
+    BasePyTreeCheckpointHandler,
+)
+from orbax.checkpoint._src.path import atomicity
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from datarax_dist import codec
+from datarax_dist.config import Options
+from datarax_dist.errors import CheckpointError, StorageError, StructureMismatchError, describe
+from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
+
+__all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]
+
+ORBAX_VERSION = ocp.__version__
+_HOST_PART = re.compile(r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:/.*)?")
+
+# Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this set, and
+# nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
+# directory, because Orbax builds its specs whenever its own threads come to it.
+# tests/test_plain_orbax.py watches this spot.
+_checksummed: set[str] = set()
+
+
+class _WriteSpec(tensorstore_utils.ArrayWriteSpec):
+    def __init__(self, directory: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(directory, *args, **kwargs)
+        if os.path.dirname(directory) in _checksummed:
+            spec = self._json_spec
+            [sharding] = spec.get("base", spec)["metadata"]["codecs"]
+            sharding["configuration"]["codecs"].append({"name": "crc32c"})
+
+
+tensorstore_utils.ArrayWriteSpec = _WriteSpec
+
+
+class _InPlace(atomicity.CommitFileTemporaryPath):
+    """Writes where the save protocol says, into a directory that may be there already; never
+    removes one.
+    """
+
+    async def create(self) -> Any:
+        self._tmp_path.mkdir(parents=True, exist_ok=True)
+        if self._checkpoint_metadata_store is not None:
+            self._checkpoint_metadata_store.write(
+                file_path=self._tmp_path / "_CHECKPOINT_METADATA", metadata={}
+            )
+        return self._tmp_path
+
+
+class OrbaxArrays:
+    """Orbax for one `Checkpointer`: writes and reads the `state` and `metadata` items of steps
+    below `root`.
+    """
+
+    def __init__(self, root: str, host: int, options: Options) -> None:
+        self._root = root
+        self._host = host
+        self._options = options
+        self._all_written: Callable[[], None] = lambda: None
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
+
+    def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={self._host}, barrier_sync_key_prefix="datarax_dist"
+        )
+        asynchronous = ocp.options.AsyncOptions(
+            timeout_secs=int(self._options.save_timeout_seconds) + 1,
+            barrier_sync_fn=self._barrier,
+            create_directories_asynchronously=False,
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        arrays = self._pytree_handler(processes)
+        registry.add("state", ocp.args.PyTreeSave, arrays)
+        registry.add("state", ocp.args.PyTreeRestore, arrays)
+        metadata = ocp.handlers.JsonCheckpointHandler(multiprocessing_options=processes)
+        registry.add("metadata", ocp.args.JsonSave, metadata)
+        registry.add("metadata", ocp.args.JsonRestore, metadata)
+        composite = ocp.CompositeCheckpointHandler(
+            handler_registry=registry,
+            composite_options=ocp.CompositeOptions(
+                multiprocessing_options=processes,
+                temporary_path_class=_InPlace,
+                async_options=asynchronous,
+            ),
+        )
+        return ocp.AsyncCheckpointer(
+            composite,
+            multiprocessing_options=processes,
+            async_options=asynchronous,
+            temporary_path_class=_InPlace,
+            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+        )
+
+    def _pytree_handler(self, processes: Any) -> ocp.PyTreeCheckpointHandler:
+        # The outer class counts limits in whole GB and has one by default, which keeps Orbax from
+        # writing all arrays in a
+        # single OCDBT transaction; the inner one takes bytes, and None.
+        inner = BasePyTreeCheckpointHandler(
+            use_ocdbt=True,
+            use_zarr3=True,
+            use_compression=self._options.compression == "zstd",
+            save_concurrent_bytes=self._options.save_concurrent_bytes,
+            restore_concurrent_bytes=self._options.restore_concurrent_bytes,
+            multiprocessing_options=processes,
+        )
+        return ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True, use_zarr3=True, multiprocessing_options=processes, handler_impl=inner
+        )
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        del timeout_ms  # the save protocol has its own deadline
+        if "async_write_complete" in key:
+            self._all_written()
+
+    def writer(self, arrays: Any, metadata: Mapping[str, Any], *, has_state: bool) -> OrbaxWriter:
+        """Returns what writes this state and metadata."""
+        return OrbaxWriter(self, arrays, metadata, has_state)
+
+    def start(
+        self, prefix: str, all_written: Callable[[], None], items: dict[str, Any]
+    ) -> _OrbaxWrite:
+        if self._checkpointer is None:
+            self._checkpointer = self._make_checkpointer()
+        self._all_written = all_written
+        path = os.path.join(self._root, prefix)
+        if self._host == 0:
+            for name in items:
+                os.makedirs(os.path.join(path, name), exist_ok=True)
+        _checksummed.add(path)
+        with _wrapped("write"):
+            self._checkpointer.save(epath.Path(path), args=ocp.args.Composite(**items))
+        return _OrbaxWrite(self._checkpointer, path)
+
+    def restore(
+        self, step: str, spec: TreeSpec, wanted: Sequence[tuple[LeafSpec, Any]]
+    ) -> dict[tuple[str, ...], Any]:
+        """Returns the arrays of `wanted` leaves by path. A target of None means today's default
+        placement.
+
+        Raises:
+            StructureMismatchError: an array cannot be placed as the target says.
+            StorageError: Orbax or TensorStore could not read it.
+        """
+        values: list[Any] = [ocp.PLACEHOLDER] * len(spec.leaves)
+        arguments: list[Any] = [ocp.RestoreArgs()] * len(spec.leaves)
+        numbers = {leaf.path: number for number, leaf in enumerate(spec.leaves)}
+        for leaf, target in wanted:
+            if not leaf.inline:
+                values[numbers[leaf.path]] = 0
+                arguments[numbers[leaf.path]] = _restore_args(leaf, target)
+        chosen = [leaf for leaf, _ in wanted if not leaf.inline]
+        if not chosen:
+            return {}
+        handler = self._pytree_handler(
+            ocp.options.MultiprocessingOptions(primary_host=0, active_processes={self._host})
+        )
+        with _wrapped("read"):
+            tree = handler.restore(
+                epath.Path(os.path.join(self._root, step)),
+                args=ocp.args.PyTreeRestore(
+                    item=spec.build(values), restore_args=spec.build(arguments)
+                ),
+            )
+            restored = spec_leaves(spec, tree)
+            return {
+                leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in chosen
+            }
+
+    def close(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+            self._checkpointer = None
+
+
+class OrbaxWriter:
+    """The array writer of one save."""
+
+    def __init__(
+        self, engine: OrbaxArrays, arrays: Any, metadata: Mapping[str, Any], has_state: bool
+    ) -> None:
+        self._engine = engine
+        self._arrays = arrays
+        self._metadata = metadata
+        self._has_state = has_state
+
+    def start(self, prefix: str, all_written: Callable[[], None]) -> _OrbaxWrite:
+        items: dict[str, Any] = {"metadata": ocp.args.JsonSave(dict(self._metadata))}
+        if self._has_state:
+            items["state"] = ocp.args.PyTreeSave(self._arrays)
+        return self._engine.start(prefix, all_written, items)
+
+    def owns(self, key: str, host: int) -> bool:
+        found = _HOST_PART.fullmatch(key)
+        return (int(found[1]) if found else 0) == host
+
+
+class _OrbaxWrite:
+    def __init__(self, checkpointer: ocp.AsyncCheckpointer, path: str) -> None:
+        self._checkpointer = checkpointer
+        self._path = path
+
+    def wait(self) -> None:
+        try:
+            with _wrapped("write"):
+                self._checkpointer.wait_until_finished()
+        finally:
+            _checksummed.discard(self._path)
+
+
+@contextlib.contextmanager
+def _wrapped(action: str) -> Iterator[None]:
+    """Makes the many kinds of errors of Orbax and TensorStore one."""
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        text = str(error)
+        if number is None and ("No space left" in text or "RESOURCE_EXHAUSTED" in text):
+            number = 28
+        raise StorageError(
+            f"Could not {action} the arrays: {describe(error, 1000)}", errno=number
+        ) from error
+
+
+def _restore_args(leaf: LeafSpec, target: Any) -> Any:
+    sharding = (
+        getattr(target, "sharding", None)
+        if isinstance(target, jax.Array | jax.ShapeDtypeStruct)
+        else None
+    )
+    here = sharding is None or sharding.is_fully_addressable
+    if leaf.kind == "key_data" or (here and (leaf.kind in ("numpy", "scalar") or leaf.local)):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    if isinstance(target, np.ndarray | np.generic | bool | int | float | complex):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    if needs_x64(leaf) and not jax.config.read("jax_enable_x64"):
+        raise StructureMismatchError(
+            f"{leaf.name} is a jax.Array of {leaf.dtype}, which JAX would cut to 32 bits. Set"
+            " jax_enable_x64, or give a numpy array as its target.",
+            missing=[],
+            unexpected=[],
+            changed={leaf.name: f"saved as {leaf.dtype}, jax_enable_x64 is off"},
+        )
+    if sharding is None:
+        sharding = default_sharding(leaf.shape)
+    else:
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            raise StructureMismatchError(
+                f"{leaf.name}: the target's sharding does not fit the saved shape"
+                f" {list(leaf.shape)}: {error}",
+                missing=[],
+                unexpected=[],
+                changed={leaf.name: str(error)},
+            ) from error
+    if leaf.kind == "key":
+        return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array,
+        sharding=sharding,
+        global_shape=leaf.shape,
+        dtype=np.dtype(leaf.dtype),
+    )
+
+
+def default_sharding(shape: Sequence[int]) -> jax.sharding.Sharding:
+    """Returns how to place an array over all of today's devices: along the longest dimension that
+    divides, or replicated.
+    """
+    devices = np.array(jax.devices())
+    if devices.size == 1:
+        return jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = jax.sharding.Mesh(devices, ("devices",))
+    axes: list[str | None] = [None] * len(shape)
+    fitting = [axis for axis, n in enumerate(shape) if n and n % devices.size == 0]
+    if fitting:
+        axes[max(fitting, key=lambda axis: shape[axis])] = "devices"
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+
+def spec_leaves(spec: TreeSpec, tree: Any) -> list[Any]:
+    """Returns the leaves of a tree that has the structure of `spec`, placeholders included, in the
+    order of `spec`.
+    """
+    found: list[Any] = [None] * len(spec.leaves)
+
+    def walk(structure: Any, node: Any) -> None:
+        if isinstance(structure, int):
+            found[structure] = node
+            return
+        for tag in ("list", "tuple"):
+            for child, item in zip(structure[tag], node, strict=True) if tag in structure else ():
+                walk(child, item)
+        for key, child in structure.get("dict", ()):
+            walk(child, node[codec.decode(key)])
+        for name, child in structure.get("children", ()):
+            walk(child, node[name])
+
+    walk(spec.structure, tree)
+    return found
+
+
+def describe_foreign(path: str) -> TreeSpec:
+    """Returns the structure of a state written by plain Orbax, from its own metadata. `path` is the
+    item's directory.
+
+    Raises:
+        StorageError: there is no state of Orbax here that can be read.
+    """
+    with _wrapped("read"):
+        metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path))
+        tree = getattr(metadata, "tree", metadata)
+        leaves: list[LeafSpec] = []
+
+        def walk(node: Any, at: tuple[str, ...]) -> Any:
+            if isinstance(node, dict):
+                return {"dict": [[key, walk(item, (*at, str(key)))] for key, item in node.items()]}
+            if isinstance(node, list | tuple):
+                return {
+                    "list" if isinstance(node, list) else "tuple": [
+                        walk(item, (*at, str(i))) for i, item in enumerate(node)
+                    ]
+                }
+            if node is None:
+                return {"none": 0}
+            leaves.append(_foreign_leaf(node, at))
+            return len(leaves) - 1
+
+        structure = walk(tree, ())
+        return TreeSpec(structure, leaves)
+
+
+def _foreign_leaf(node: Any, path: tuple[str, ...]) -> LeafSpec:
+    name = type(node).__name__
+    shape = tuple(int(n) for n in getattr(node, "shape", None) or ())
+    dtype = (
+        str(np.dtype(node.dtype))
+        if getattr(node, "dtype", None) is not None and "Key" not in name
+        else ""
+    )
+    if "String" in name:
+        return LeafSpec(path, "foreign_str")
+    if "Scalar" in name:
+        return LeafSpec(path, "scalar", (), dtype)
+    if getattr(node, "sharding", None) is None and dtype:
+        return LeafSpec(path, "numpy", shape, dtype)  # Orbax notes the sharding of a jax.Array only
+    return LeafSpec(path, "jax", shape, dtype)
+
+
+logging.getLogger("absl").addFilter(
+    lambda record: (
+        record.levelno >= logging.ERROR
+        or "orbax" not in record.pathname
+        or record.levelno >= logging.WARNING
+    )
+)

@@ -1,0 +1,363 @@
+"""The datarax calling convention over `Checkpointer`: a job moves by changing one import.
+
+    from datarax_dist.checkpoint import OrbaxCheckpointHandler
+
+    with OrbaxCheckpointHandler() as handler:
+        handler.save("/checkpoints", pipeline, step=1000, keep=5)
+        handler.restore("/checkpoints", pipeline)
+
+Any target works on many hosts: what is a global array is saved once, and every other leaf (an
+    iterator's position, a host's own
+counters) is saved by each host and comes back to that host. Such a step restores on the same number
+of hosts only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from datarax_dist import config, trees
+from datarax_dist import data as data_io
+from datarax_dist.checkpointer import (
+    Checkpointer,
+    SaveHandle,
+    apply_state,
+    is_checkpointable,
+    state_tree,
+)
+from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError
+from datarax_dist.restore import Candidate
+from datarax_dist.save import SaveRequest
+
+__all__ = [
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "IteratorCheckpoint",
+    "OrbaxCheckpointHandler",
+    "PipelineCheckpoint",
+]
+
+_LOCAL = "local"
+_UNVERSIONED = "checkpoint"
+
+
+class CheckpointExistsError(StepExistsError, ValueError):
+    """The checkpoint is there already, and `overwrite` was not given."""
+
+
+class CheckpointNotFoundError(StepNotFoundError, ValueError):
+    """There is no such directory, or no such checkpoint in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What `_Run.restore` is to restore into: the user's target, or nothing but the metadata."""
+
+    value: Any
+    metadata_only: bool = False
+
+
+class _Local:
+    """The part of a target that belongs to one host, as a data item of kind *host*."""
+
+    def __init__(self, flat: bool, spec: trees.TreeSpec, leaves: Mapping[str, Any]) -> None:
+        self._state = {"flat": flat, "spec": spec.to_json(), "leaves": dict(leaves)}
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        self._state = state
+
+
+class _Run(Checkpointer):
+    """A `Checkpointer` whose state is any target of datarax's convention."""
+
+    def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
+        tree = state_tree(state)
+        hosts = self._group.count
+        flat_leaves = trees.flatten(tree)
+        local = {path: leaf for path, leaf in flat_leaves if hosts > 1 and not _is_global(leaf)}
+        if not local and not is_checkpointable(state):
+            return super()._capture(step, tree, data, metadata)
+        spec = trees.plan_state(tree, 1).spec
+        leaves = {"/".join(path): _pack(leaf) for path, leaf in local.items()}
+        rest = {"/".join(path): leaf for path, leaf in flat_leaves if path not in local}
+        part = _Local(bool(local), spec, leaves)
+        return super()._capture(step, (rest or None) if local else tree, {_LOCAL: part}, metadata)
+
+    def _load(
+        self, candidate: Candidate, target: Any, data: Any, *, metadata_only: bool = False
+    ) -> Callable[[], Any]:
+        assert isinstance(target, _Target)
+        if target.metadata_only:
+            return super()._load(candidate, None, None, metadata_only=True)
+        items = candidate.marker.items if candidate.marker else ()
+        if f"data/{_LOCAL}" not in items:
+            return super()._load(candidate, target.value, None)
+        part = _Local(False, trees.TreeSpec(None, ()), {})
+        read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
+        plan = data_io.plan_restore(
+            {_LOCAL: part}, items, read, self._group.index, self._group.count
+        )
+        stored = data_io.decode_positions(plan, read)[_LOCAL][self._group.index]
+        if not stored["flat"]:
+            return super()._load(candidate, target.value, None)
+        spec = trees.TreeSpec.from_json(stored["spec"])
+        tree = None if target.value is None else state_tree(target.value)
+        wanted = [(leaf, None) for leaf in spec.leaves] if tree is None else trees.match(spec, tree)
+        leaves = stored["leaves"]
+        arrays: Any = {}
+        if "state" in items:
+            shared = (
+                None
+                if tree is None
+                else {leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves}
+            )
+            arrays, _ = super()._load(candidate, shared, None)()
+        values = [
+            _unpack(leaves[leaf.name], leaf, goal) if leaf.name in leaves else arrays[leaf.name]
+            for leaf, goal in wanted
+        ]
+        metadata = super()._load(candidate, None, None, metadata_only=True)()[1]
+        whole = (
+            spec.build(values)
+            if tree is None
+            else jax.tree.unflatten(jax.tree.structure(tree), values)
+        )
+        return lambda: (apply_state(target.value, whole), metadata)
+
+
+def _is_global(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+def _pack(leaf: Any) -> Any:
+    return (
+        leaf
+        if trees.is_key(leaf) or not isinstance(leaf, jax.Array)
+        else {"__jax__": np.asarray(leaf)}
+    )
+
+
+def _unpack(value: Any, spec: trees.LeafSpec, goal: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"__jax__"}:
+        return jax.device_put(value["__jax__"], getattr(goal, "sharding", None))
+    return trees.finish_leaf(spec, value, goal) if spec.kind in ("numpy", "scalar") else value
+
+
+class OrbaxCheckpointHandler:
+    """Saves and restores checkpoints, each call naming its directory.
+
+    Args:
+        async_checkpointing: `save` returns as soon as the state is copied; `wait_until_finished`
+            and `close` wait and raise.
+    """
+
+    def __init__(self, async_checkpointing: bool = False) -> None:
+        self.async_checkpointing = async_checkpointing
+        self._runs: dict[str, _Run] = {}
+
+    def _run(self, directory: str | os.PathLike[str]) -> _Run:
+        root = config.check_root(
+            os.path.abspath(os.fspath(directory))
+            if "://" not in os.fspath(directory)
+            else directory
+        )
+        if root not in self._runs:
+            self._runs[root] = _Run(root)
+        return self._runs[root]
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        target: Any,
+        step: int | None = None,
+        keep: int | None = 1,
+        overwrite: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> str:
+        """Saves `target`; in a job with many hosts call it on every host.
+
+        Args:
+            directory: where; it is made when it is not there.
+            target: a `Checkpointable`, an NNX module, or a tree with arrays, PRNG keys, numbers and
+                strings.
+            step: None is an unversioned checkpoint, which each later one replaces when `overwrite`
+                is given.
+            keep: how many of the newest steps to keep; None or 0 keeps all.
+            overwrite: replace a step that is there. The old one is deleted when the new one is
+                whole.
+            metadata: JSON, saved beside it.
+
+        Returns:
+            The path of the checkpoint.
+
+        Raises:
+            CheckpointExistsError: it is there and `overwrite` is off (a `ValueError`, as datarax
+                has it).
+        """
+        root = os.fspath(directory)
+        if step is None:
+            run = self._run(os.path.join(root, _UNVERSIONED))
+            latest = run.latest_step()
+            if latest is not None and not overwrite:
+                raise CheckpointExistsError(
+                    f"{run.root} has a checkpoint; give overwrite=True to replace it.", step=None
+                )
+            step, keep = 0 if latest is None else latest + 1, 1
+        else:
+            run = self._run(root)
+        run._saver.keep = config.latest(keep) if keep else None
+        try:
+            handle = run._save(
+                step, state=target, data=None, metadata=metadata, force=True, replace=overwrite
+            )
+        except StepExistsError as error:
+            raise CheckpointExistsError(
+                f"{error} Give overwrite=True to replace it.", step=step
+            ) from error
+        assert isinstance(handle, SaveHandle)
+        if not self.async_checkpointing:
+            handle.result()
+        return os.path.join(run.root, str(step))
+
+    save_to_directory = save
+
+    def restore(
+        self,
+        directory: str | os.PathLike[str],
+        target: Any = None,
+        step: int | None = None,
+        metadata_only: bool = False,
+    ) -> Any:
+        """Restores the newest good checkpoint, or `step`, into `target`, which is returned; without
+        one the saved state is.
+
+        Raises:
+            CheckpointNotFoundError: no such directory or checkpoint (a `ValueError`, as datarax has
+                it).
+        """
+        root = os.fspath(directory)
+        run = self._run(root)
+        if not os.path.isdir(run.root):
+            raise CheckpointNotFoundError(f"Checkpoint directory not found: {run.root}", step=step)
+        wish = _Target(target, metadata_only)
+        try:
+            restored = run.try_restore(step=step, state=wish)
+            if restored is None:
+                restored = self._run(os.path.join(run.root, _UNVERSIONED)).try_restore(state=wish)
+        except StepNotFoundError as error:
+            raise CheckpointNotFoundError(str(error), step=step) from error
+        if restored is None:
+            raise CheckpointNotFoundError(f"No checkpoints found in {run.root}", step=step)
+        return restored.metadata if metadata_only else restored.state
+
+    def get_checkpoint_steps(self, directory: str | os.PathLike[str]) -> list[int]:
+        """Returns the committed steps of a directory, in order."""
+        return self._run(directory).all_steps()
+
+    def latest_step(self, directory: str | os.PathLike[str]) -> int | None:
+        """Returns the newest committed step, or None."""
+        return self._run(directory).latest_step()
+
+    def list_checkpoints(self, directory: str | os.PathLike[str]) -> dict[int, str]:
+        """Returns the path of each committed step."""
+        run = self._run(directory)
+        return {step: os.path.join(run.root, str(step)) for step in run.all_steps()}
+
+    def wait_until_finished(self) -> None:
+        """Waits for the saves that are under way, and raises what failed."""
+        for run in self._runs.values():
+            run.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and ends. Can be called more than once."""
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
+            run.close()
+
+    def __enter__(self) -> OrbaxCheckpointHandler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
+    ) -> None:
+        self.close()
+
+
+class IteratorCheckpoint:
+    """The checkpoints of one directory, for a target that is given at each call.
+
+    Args:
+        base_dir: the directory.
+        keep: how many of the newest steps to keep; None keeps all.
+    """
+
+    def __init__(
+        self,
+        base_dir: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        async_checkpointing: bool = False,
+    ) -> None:
+        self.base_dir = os.fspath(base_dir)
+        self._keep = keep
+        self._handler = OrbaxCheckpointHandler(async_checkpointing)
+
+    def save(
+        self,
+        iterator: Any,
+        step: int | None = None,
+        *,
+        overwrite: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> str:
+        """Saves an iterator's position."""
+        return self._handler.save(self.base_dir, iterator, step, self._keep, overwrite, metadata)
+
+    def restore(self, iterator: Any, step: int | None = None) -> Any:
+        """Sets an iterator back to a saved position, and returns it."""
+        return self._handler.restore(self.base_dir, iterator, step)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest committed step, or None."""
+        return self._handler.latest_step(self.base_dir)
+
+    def wait_until_finished(self) -> None:
+        """Waits for the save that is under way."""
+        self._handler.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and ends."""
+        self._handler.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
+    ) -> None:
+        self.close()
+
+
+class PipelineCheckpoint(IteratorCheckpoint):
+    """The same for a pipeline, with a save at every so many steps."""
+
+    def save_to_step(
+        self, pipeline: Any, step: int, *, interval: int = 1, metadata: dict[str, Any] | None = None
+    ) -> str | None:
+        """Saves when `step` is a multiple of `interval`; returns the path, or None.
+
+        Raises:
+            InvalidArgumentError: `interval` is less than 1.
+        """
+        if interval < 1:
+            raise InvalidArgumentError(f"interval must be 1 or more, not {interval!r}.")
+        return self.save(pipeline, step, metadata=metadata) if step % interval == 0 else None

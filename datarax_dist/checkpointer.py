@@ -1,0 +1,612 @@
+"""The run-bound object: `Checkpointer`, its `SaveHandle`s and what `restore` returns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from datarax_dist import arrays as arrays_io
+from datarax_dist import config, trees
+from datarax_dist import data as data_io
+from datarax_dist import format as fmt
+from datarax_dist.clock import SystemClock
+from datarax_dist.config import KeepPolicy, Options, SavePolicy
+from datarax_dist.errors import (
+    CheckpointError,
+    CorruptStepError,
+    InvalidArgumentError,
+    StepNotFoundError,
+)
+from datarax_dist.hosts import HostGroup, current_group
+from datarax_dist.restore import Candidate, Inspection, Restorer, RestoreReport
+from datarax_dist.retention import delete_step
+from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
+from datarax_dist.storage import LocalStore
+from datarax_dist.telemetry import Phases
+
+__all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
+
+logger = logging.getLogger("datarax_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a save is on this host: its phase, and the seconds of each earlier one."""
+
+    step: int
+    phase: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """A committed step, as its marker describes it."""
+
+    step: int
+    hosts: int
+    bytes: int
+    items: tuple[str, ...]
+    committed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` returns.
+
+    Attributes:
+        step: the step.
+        state: the state, in the target's structure when there was one; None when the step has none.
+        metadata: what was saved as metadata; an empty dict when there was none.
+        report: which steps were refused and why, what was verified, seconds for each phase, hosts
+            before and now.
+    """
+
+    step: int
+    state: Any
+    metadata: Any
+    report: RestoreReport
+
+
+class SaveHandle:
+    """A save that goes on in the background. Its outcome is the same on every host."""
+
+    def __init__(self, step: int, phases: Phases) -> None:
+        self.step = step
+        self._phases = phases
+        self._future: Future[SaveReport] = Future()
+        self._seen = False
+
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Waits for the outcome, at most `timeout` seconds.
+
+        Raises:
+            PeerError: the save failed, on this host or another one; the same on every host.
+            TimeoutError: it is not known yet; the save goes on.
+        """
+        try:
+            report = self._future.result(timeout)
+        except BaseException:
+            self._seen = self._future.done()
+            raise
+        return report
+
+    def progress(self) -> Progress:
+        """Says where the save is on this host."""
+        return Progress(self.step, self._phases.current, dict(self._phases.seconds))
+
+    def _unseen_error(self) -> BaseException | None:
+        return None if self._seen or not self._future.done() else self._future.exception()
+
+
+class Checkpointer:
+    """One run: saves and restores its steps, on one host or on many.
+
+    In a job with many hosts make it, and call each of its methods, on every host in the same order.
+
+    Args:
+        root: an absolute path on a local file system, or on one that all hosts share.
+        save_when: which steps `save` saves; None saves on every call.
+        keep: which committed steps are kept; None keeps all. The newest is always kept.
+        options: see `Options`.
+
+    Raises:
+        InvalidArgumentError: the root is relative or of a kind that is not supported.
+
+    >>> import tempfile, numpy as np
+    >>> with Checkpointer(tempfile.mkdtemp()) as ckpt:
+    ...     report = ckpt.save(1, state={"w": np.ones(3)}, metadata={"loss": 0.5}).result()
+    ...     restored = ckpt.restore()
+    >>> restored.step, restored.state["w"].tolist(), restored.metadata
+    (1, [1.0, 1.0, 1.0], {'loss': 0.5})
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        save_when: SavePolicy | None = None,
+        keep: KeepPolicy | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self._root = config.check_root(root)
+        self._options = options or Options()
+        if not isinstance(self._options, Options):
+            raise InvalidArgumentError(
+                f"options must be datarax_dist.Options, not {type(options).__name__}."
+            )
+        self._save_when = save_when
+        self._group: HostGroup = current_group(self._root)
+        self._store = LocalStore(self._root)
+        self._clock = SystemClock()
+        self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
+        self._saver = Saver(self._store, self._group, self._clock, self._options, keep)
+        self._restorer = Restorer(self._store, self._group, self._options)
+        self._worker: threading.Thread | None = None
+        self._handle: SaveHandle | None = None
+        self._closed = False
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as late:
+            logger.error("closing %s after %s: %s", self._root, type(error).__name__, late)
+
+    @property
+    def root(self) -> str:
+        """The root, as an absolute path."""
+        return self._root
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save(step)` would save; the same on every host."""
+        return self._save_when is None or self._save_when.should_save(step)
+
+    def save(
+        self,
+        step: int,
+        *,
+        state: Any = None,
+        data: Any = None,
+        metadata: Any = None,
+        force: bool = False,
+    ) -> SaveHandle | None:
+        """Saves a step in the background. Call it on every host.
+
+        It blocks while an earlier save still runs, for one agreement of the hosts, and for the copy
+        of the state to host memory.
+
+        Args:
+            step: 0 or more.
+            state: a tree of `jax.Array`s (sharded over all hosts, or equal on all), numpy arrays,
+                typed PRNG keys, numbers, str, bytes
+                and None; a Flax NNX module; or an object with get_state/set_state.
+            data: a loader or iterator with a position, or `{name: loader}`.
+            metadata: JSON. The primary's is written.
+            force: save whatever `save_when` says.
+
+        Returns:
+            A handle; None when `save_when` said no.
+
+        Raises:
+            StepExistsError: the step is there already.
+            UnsupportedLeafError: a leaf cannot be saved; it is named.
+            PeerError: another host failed, or the hosts do not agree. Nothing was written.
+        """
+        return self._save(
+            step, state=state, data=data, metadata=metadata, force=force, replace=False
+        )
+
+    def _save(
+        self, step: int, *, state: Any, data: Any, metadata: Any, force: bool, replace: bool
+    ) -> SaveHandle | None:
+        self._check_open()
+        if type(step) is int and step >= 0 and not force and not self.should_save(step):
+            return None
+        self._drain()
+        previous, self._handle = self._handle, None
+        unseen = previous._unseen_error() if previous is not None else None
+        phases = Phases("save", self._group.index)
+        run = self._run_of_primary()
+        started = self._saver.begin(
+            step,
+            run,
+            lambda: self._capture(step, state, data, metadata),
+            phases,
+            replace=replace,
+            previous_error=unseen,
+        )
+        handle = SaveHandle(step, phases)
+        self._handle = handle
+        self._worker = threading.Thread(
+            target=self._finish, args=(started, handle), name="datarax_dist-save", daemon=False
+        )
+        self._worker.start()
+        if self._group.count > 1:
+            threading.Thread(
+                target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
+            ).start()
+        return handle
+
+    def _run_of_primary(self) -> str | None:
+        if not self._group.is_primary:
+            return None
+        try:
+            from datarax_dist.restore import inspect_run
+
+            return inspect_run(self._store).run
+        except CheckpointError:
+            return None
+
+    def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
+        """Steps 1 of the protocol: everything that later changes by the caller must not reach."""
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
+            raise InvalidArgumentError(
+                f"A step is a whole number of 0 or more, not {step!r}. Nothing was saved."
+            )
+        if state is None and data is None:
+            raise InvalidArgumentError(
+                "save() needs a state, or data, or both; it was given neither."
+            )
+        metadata = _check_metadata(metadata)
+        captured = data_io.capture(data, self._group.index, self._group.count)
+        shared = dict(captured.indexes)
+        agreement = dict(captured.agreement)
+        items = [f"data/{name}" for name in data_io.named_loaders(data)]
+        plan: trees.StatePlan | None = None
+        if state is not None:
+            plan = trees.plan_state(state_tree(state), self._group.count)
+            tree = plan.spec.to_json()
+            shared[fmt.TREE_NAME] = fmt.seal(tree)
+            agreement["the structure of the state"] = _tree_digest(plan.spec)
+            items.append("state")
+        writer = self._arrays.writer(
+            plan.arrays if plan else None, metadata, has_state=bool(plan and plan.spec.leaves)
+        )
+        local = (
+            {plan.spec.leaves[number].name: digest for number, digest in plan.local_digests.items()}
+            if plan
+            else {}
+        )
+        return SaveRequest(
+            step=step,
+            writer=writer,
+            positions=captured.positions,
+            shared=shared,
+            agreement=agreement,
+            local_digests=local,
+            items=sorted(items),
+            versions=_versions(),
+        )
+
+    def _finish(self, started: StartedSave, handle: SaveHandle) -> None:
+        try:
+            report = started.finish()
+        except BaseException as error:
+            _settle(handle, error=error)
+            if self._group.count == 1:
+                started.clean_up()
+        else:
+            _settle(handle, report=report)
+
+    def restore(self, *, step: int | None = None, state: Any = None, data: Any = None) -> Restored:
+        """Restores the newest good step, or `step`. Call it on every host.
+
+        Args:
+            step: a committed step; None takes the newest that every host finds undamaged.
+            state: a live tree, a tree of `jax.ShapeDtypeStruct`s with shardings, an NNX module
+                (updated in place) or an object with
+                set_state. It may be a part of what was saved. None returns what was saved, placed
+                over today's devices.
+            data: the loaders to set back, as they were given to `save`.
+
+        Raises:
+            StepNotFoundError: there is no committed step, or not this one.
+            CorruptStepError: the step is damaged, or every one is.
+            StructureMismatchError: the target does not fit; nothing was changed.
+            PositionError: the data positions do not fit; nothing was changed.
+        """
+        restored = self.try_restore(step=step, state=state, data=data)
+        if restored is None:
+            raise StepNotFoundError(f"{self._root} has no committed step.", step=step)
+        return restored
+
+    def try_restore(
+        self, *, step: int | None = None, state: Any = None, data: Any = None
+    ) -> Restored | None:
+        """The same, but returns None for a run that has no step yet. Damage still raises, or falls
+        back.
+        """
+        self._check_open()
+        self._drain()
+        wanted: Any = step
+        if wanted is not None and (type(wanted) is not int or wanted < 0):
+            raise InvalidArgumentError(f"A step is a whole number of 0 or more, not {step!r}.")
+        phases = Phases("restore", self._group.index)
+        found = self._restorer.restore(
+            step, lambda candidate: self._load(candidate, state, data), phases
+        )
+        if found is None:
+            return None
+        (value, metadata), report = found
+        return Restored(report.step, value, metadata, report)
+
+    def _load(
+        self, candidate: Candidate, target: Any, data: Any, *, metadata_only: bool = False
+    ) -> Callable[[], Any]:
+        """Reads this host's part of a step; changes nothing. Returns what applies it."""
+        name = candidate.name
+        read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
+        items = list(candidate.marker.items) if candidate.marker else []
+        metadata: Any = {}
+        tree: Any = None
+        has_state = "state" in items
+        spec: trees.TreeSpec | None = None
+        where = f"{name}/state"
+        if candidate.state == "foreign":
+            where = self._foreign_state(name)
+            spec = arrays_io.describe_foreign(os.path.join(self._root, where))
+            has_state = True
+        else:
+            metadata = json.loads(read("metadata/metadata"))
+            if metadata_only:
+                return lambda: (None, metadata)
+            if has_state:
+                spec = trees.TreeSpec.from_json(fmt.unseal(read(fmt.TREE_NAME), fmt.TREE_NAME))
+        if target is not None and not has_state:
+            raise StepNotFoundError(
+                f"Step {candidate.step} of {self._root} has no state; restore with state=None.",
+                step=candidate.step,
+            )
+        plan = data_io.plan_restore(data, items, read, self._group.index, self._group.count)
+        positions = data_io.decode_positions(plan, read)
+        if spec is not None:
+            tree = self._load_state(where, spec, None if target is None else state_tree(target))
+
+        def apply() -> tuple[Any, Any]:
+            data_io.apply_positions(plan, positions)
+            return apply_state(target, tree), metadata
+
+        return apply
+
+    def _load_state(self, where: str, spec: trees.TreeSpec, target: Any) -> Any:
+        if target is None:
+            wanted: list[tuple[trees.LeafSpec, Any]] = [(leaf, None) for leaf in spec.leaves]
+        else:
+            wanted = trees.match(spec, target)
+        values = self._arrays.restore(where, spec, wanted)
+        leaves = [trees.finish_leaf(leaf, values.get(leaf.path), goal) for leaf, goal in wanted]
+        if target is None:
+            return spec.build(leaves)
+        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+    def _read(self, candidate: Candidate, key: str) -> bytes:
+        try:
+            return self._store.get(f"{candidate.name}/{key}")
+        except KeyError:
+            raise CorruptStepError(f"{key} is missing", step=candidate.step, files=[key]) from None
+
+    def _foreign_state(self, name: str) -> str:
+        inside = self._store.children(name)
+        for item in ("state/", "default/", "pytree/"):
+            if item in inside:
+                return f"{name}/{item[:-1]}"
+        return name
+
+    def inspect(self) -> Inspection:
+        """Returns whatever looks like a step in the root, and what it is. Collective."""
+        self._check_open()
+        return self._restorer.inspect()
+
+    def all_steps(self) -> list[int]:
+        """Returns the committed steps, in order; the same on every host. Collective."""
+        return self.inspect().committed
+
+    def latest_step(self) -> int | None:
+        """Returns the newest committed step, or None; the same on every host. Collective."""
+        steps = self.all_steps()
+        return steps[-1] if steps else None
+
+    def step_info(self, step: int) -> StepInfo:
+        """Describes a committed step. Collective.
+
+        Raises:
+            StepNotFoundError: it is not there.
+        """
+        for candidate in self.inspect().candidates:
+            if (
+                candidate.step == step
+                and candidate.marker is not None
+                and candidate.state == "committed"
+            ):
+                marker = candidate.marker
+                return StepInfo(
+                    step, marker.hosts, marker.bytes, tuple(marker.items), marker.committed_at
+                )
+        raise StepNotFoundError(f"There is no committed step {step} in {self._root}.", step=step)
+
+    def delete(self, step: int) -> None:
+        """Deletes a committed step. Collective.
+
+        Raises:
+            StepNotFoundError: it is not there.
+        """
+        self._check_open()
+        self._drain()
+        self.step_info(step)
+        self._group.exchange(
+            "delete",
+            step,
+            leader=lambda steps: delete_step(self._store, step),
+            timeout_seconds=self._options.exchange_timeout_seconds,
+        )
+
+    def wait_until_finished(self) -> None:
+        """Waits for the save that is under way; raises its error if nobody has seen it."""
+        self._drain()
+        self.check_for_errors()
+
+    def check_for_errors(self) -> None:
+        """Raises the error of a finished save that nobody has seen."""
+        if self._handle is not None and (error := self._handle._unseen_error()) is not None:
+            self._handle._seen = True
+            raise error
+
+    def close(self) -> None:
+        """Waits for the save under way and ends. Can be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._drain()
+        finally:
+            self._arrays_close()
+        self.check_for_errors()
+
+    def _arrays_close(self) -> None:
+        with contextlib.suppress(
+            Exception
+        ):  # what failed there has failed a save, which has said so
+            self._arrays.close()
+
+    def _drain(self) -> None:
+        """Waits until the worker has nothing to do: two saves never overlap."""
+        worker = self._worker
+        if worker is not None:
+            while worker.is_alive():
+                worker.join(1.0)  # in slices, so that Ctrl-C is answered
+            self._worker = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgumentError(f"The Checkpointer of {self._root} is closed.")
+
+
+def _watch(started: StartedSave, handle: SaveHandle) -> None:
+    """Tells the handle of a failure elsewhere at once, while this host still writes."""
+    try:
+        started.outcome()
+    except BaseException as error:
+        _settle(handle, error=error)
+
+
+_settling = threading.Lock()
+
+
+def _settle(
+    handle: SaveHandle, *, report: SaveReport | None = None, error: BaseException | None = None
+) -> None:
+    with _settling:
+        if handle._future.done():
+            return
+        if report is not None:
+            handle._future.set_result(report)
+        else:
+            handle._future.set_exception(error)
+
+
+def _check_metadata(metadata: Any) -> dict[str, Any]:
+    """Returns metadata as a JSON object; numbers of numpy and JAX become Python's."""
+    if metadata is None:
+        return {}
+    plain = _plain_json(metadata, "metadata")
+    if not isinstance(plain, dict):
+        raise InvalidArgumentError(
+            f"metadata is a dict of JSON values, not {type(metadata).__name__}."
+        )
+    return plain
+
+
+def _plain_json(value: Any, path: str) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidArgumentError(
+                    f"{path}: a key of type {type(key).__name__}; JSON has text keys only."
+                )
+        return {key: _plain_json(item, f"{path}/{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(item, f"{path}/{i}") for i, item in enumerate(value)]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    raise InvalidArgumentError(
+        f"{path}: a {type(value).__name__} is not JSON; convert it, or save it in the state."
+    )
+
+
+def _tree_digest(spec: trees.TreeSpec) -> str:
+    """A digest of the structure, without the values of leaves (those have digests of their own)."""
+    shape = [[list(leaf.path), leaf.kind, list(leaf.shape), leaf.dtype] for leaf in spec.leaves]
+    return fmt.crc_text(fmt.crc32c(fmt.dumps([spec.structure, shape])))
+
+
+def _nnx() -> Any:
+    """Returns flax.nnx when the user's program has imported it; nothing of it can be in a state
+    otherwise.
+    """
+    return sys.modules.get("flax.nnx")
+
+
+def state_tree(state: Any) -> Any:
+    nnx = _nnx()
+    if nnx is not None and isinstance(state, nnx.Module):
+        return nnx.to_pure_dict(nnx.state(state))
+    if nnx is not None and isinstance(state, nnx.State):
+        return nnx.to_pure_dict(state)
+    if is_checkpointable(state):
+        return state.get_state()
+    return state
+
+
+def is_checkpointable(state: Any) -> bool:
+    """Whether an object is to be asked for its state, rather than being one."""
+    return isinstance(state, data_io.Checkpointable) and not isinstance(state, dict | list | tuple)
+
+
+def apply_state(target: Any, tree: Any) -> Any:
+    """Returns what `Restored.state` is: the tree, or the object it was put into."""
+    nnx = _nnx()
+    if nnx is not None and isinstance(target, nnx.Module):
+        nnx.update(target, tree)
+        return target
+    if nnx is not None and isinstance(target, nnx.State):
+        nnx.replace_by_pure_dict(target, tree)
+        return target
+    if target is not None and is_checkpointable(target):
+        target.set_state(tree)
+        return target
+    return tree
+
+
+def _versions() -> dict[str, str]:
+    from datarax_dist import __version__
+
+    return {
+        "datarax_dist": __version__,
+        "jax": jax.__version__,
+        "orbax-checkpoint": arrays_io.ORBAX_VERSION,
+        "python": platform.python_version(),
+    }

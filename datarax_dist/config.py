@@ -1,0 +1,193 @@
+"""Settings, and the policies that say when to save and what to keep. Pure values: nothing here
+acts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from datarax_dist.errors import InvalidArgumentError
+
+__all__ = ["KeepPolicy", "Options", "SavePolicy", "every_n_steps", "every_steps", "latest"]
+
+Compression = Literal["auto", "none", "zstd"]
+VerifyLevel = Literal["marker", "sizes", "full"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a `Checkpointer` works. Every default is safe.
+
+    Attributes:
+        compression: "none" stores arrays as they are, "zstd" compresses them. "auto", the default,
+            is "none" today.
+        verify_on_restore: what is checked before a step is taken. "marker": the marker and the host
+            records.
+            "sizes": also that every file is there with its size. "full", the default: also the
+            crc32c of every file.
+            Array data carries a checksum of its own that is checked at every level while it is
+            read.
+        exchange_timeout_seconds: how long hosts wait for each other in one agreement (default 600).
+        save_timeout_seconds: how long the background part of one save may take (default 1800).
+        restore_concurrent_bytes: bytes of arrays read at the same time on one host; None leaves it
+            to Orbax.
+        save_concurrent_bytes: bytes of arrays written at the same time on one host; None does not
+            limit.
+    """
+
+    compression: Compression = "auto"
+    verify_on_restore: VerifyLevel = "full"
+    exchange_timeout_seconds: float = 600.0
+    save_timeout_seconds: float = 1800.0
+    restore_concurrent_bytes: int | None = None
+    save_concurrent_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("compression", self.compression, ("auto", "none", "zstd"))
+        _one_of("verify_on_restore", self.verify_on_restore, ("marker", "sizes", "full"))
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith(("_seconds", "_bytes")) and value is not None and not value > 0:
+                raise InvalidArgumentError(
+                    f"Options.{item.name} must be greater than 0, not {value!r}."
+                )
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError(
+            f"Options.{name} must be one of {', '.join(allowed)}, not {value!r}."
+        )
+
+
+@runtime_checkable
+class SavePolicy(Protocol):
+    """Says whether this step is to be saved. Must give the same answer on every host."""
+
+    def should_save(self, step: int) -> bool: ...
+
+
+@runtime_checkable
+class KeepPolicy(Protocol):
+    """Says which of the committed steps to keep; the others are deleted."""
+
+    def keep(self, steps: Sequence[int]) -> set[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _AnyOf:
+    policies: tuple[SavePolicy, ...]
+
+    def should_save(self, step: int) -> bool:
+        return any(policy.should_save(step) for policy in self.policies)
+
+    def __or__(self, other: SavePolicy) -> _AnyOf:
+        return _AnyOf((*self.policies, other))
+
+
+@dataclass(frozen=True, slots=True)
+class _EverySteps:
+    steps: int
+
+    def should_save(self, step: int) -> bool:
+        return step % self.steps == 0
+
+    def __or__(self, other: SavePolicy) -> _AnyOf:
+        return _AnyOf((self, other))
+
+
+@dataclass(frozen=True, slots=True)
+class _Union:
+    policies: tuple[KeepPolicy, ...]
+
+    def keep(self, steps: Sequence[int]) -> set[int]:
+        return set().union(*(policy.keep(steps) for policy in self.policies))
+
+    def __or__(self, other: KeepPolicy) -> _Union:
+        return _Union((*self.policies, other))
+
+
+@dataclass(frozen=True, slots=True)
+class _Latest:
+    count: int
+
+    def keep(self, steps: Sequence[int]) -> set[int]:
+        return set(sorted(steps)[-self.count :])
+
+    def __or__(self, other: KeepPolicy) -> _Union:
+        return _Union((self, other))
+
+
+@dataclass(frozen=True, slots=True)
+class _EveryNSteps:
+    steps: int
+
+    def keep(self, steps: Sequence[int]) -> set[int]:
+        return {step for step in steps if step % self.steps == 0}
+
+    def __or__(self, other: KeepPolicy) -> _Union:
+        return _Union((self, other))
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgumentError(f"{name} needs a whole number of 1 or more, not {value!r}.")
+    return value
+
+
+def every_steps(steps: int) -> SavePolicy:
+    """Saves each step that is a multiple of `steps`.
+
+    >>> every_steps(10).should_save(20), every_steps(10).should_save(21)
+    (True, False)
+    """
+    return _EverySteps(_positive("every_steps", steps))
+
+
+def latest(count: int) -> KeepPolicy:
+    """Keeps the newest `count` committed steps.
+
+    >>> sorted(latest(2).keep([1, 5, 9]))
+    [5, 9]
+    """
+    return _Latest(_positive("latest", count))
+
+
+def every_n_steps(steps: int) -> KeepPolicy:
+    """Keeps every committed step that is a multiple of `steps`.
+
+    >>> sorted((latest(1) | every_n_steps(4)).keep([4, 6, 8, 9]))
+    [4, 8, 9]
+    """
+    return _EveryNSteps(_positive("every_n_steps", steps))
+
+
+def check_root(root: str | os.PathLike[str]) -> str:
+    """Returns `root` as an absolute local path; refuses what would end up somewhere else.
+
+    Raises:
+        InvalidArgumentError: for a relative path and for any URL that this version cannot write to.
+    """
+    text: Any = os.fspath(root)
+    if not isinstance(text, str) or not text:
+        raise InvalidArgumentError(f"The root must be a path, not {root!r}.")
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        if scheme == "file":
+            raise InvalidArgumentError(
+                f"file:// is not supported; give the path itself: /{rest.lstrip('/')}"
+            )
+        raise InvalidArgumentError(
+            f"{scheme}:// is not supported in this version, so nothing was written. Use an absolute"
+            " path on a local or shared file system."
+        )
+    if not os.path.isabs(text):
+        raise InvalidArgumentError(
+            "The root must be absolute, so that all hosts mean the same place. Use"
+            f" {os.path.abspath(text)!r}."
+        )
+    return str(os.path.normpath(text))

@@ -1,0 +1,360 @@
+"""The on-disk format, version 1: names, records, markers, digests. Pure data; docs/format.md is the
+specification.
+
+Every JSON file of ours is canonical (sorted keys, no blanks, UTF-8), carries `format_version`, and
+the crc32c of itself
+without that field. What is read from storage is not trusted: each parser checks types, ranges and
+paths.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+
+from datarax_dist.errors import FormatVersionError
+
+__all__ = [
+    "COMMIT_NAME",
+    "FORMAT_VERSION",
+    "RUN_NAME",
+    "STEP_NAME",
+    "TREE_NAME",
+    "CommitMarker",
+    "FileEntry",
+    "HostRecord",
+    "InvalidRecordError",
+    "StepClaim",
+]
+
+FORMAT_VERSION = 1
+RUN_NAME = "RUN.json"
+STEP_NAME = "STEP.json"  # the first file of a step directory: whose it is
+TREE_NAME = "TREE.json"  # the structure of the state and its leaves that are not arrays
+COMMIT_NAME = "COMMIT.json"  # the last file: the step counts
+MAX_RECORD_BYTES = 256 << 20
+_STAGING = re.compile(r"([0-9]+)\.staging-([0-9a-f]{16})")
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+class InvalidRecordError(ValueError):
+    """A file of ours that does not parse, or whose checksum is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of a step: its path relative to the step directory, size in bytes, and digest.
+
+    The digest is `<crc32c>-<crc32>`. Two, because TensorStore's chunks and OCDBT's nodes end with a
+    crc32c of themselves, and the crc32c of a file is blind to what such a block holds: another
+    valid block of the same length gives the same sum. The crc32, of another polynomial, is not.
+    """
+
+    path: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepClaim:
+    """`STEP.json`: who staged this directory, written before anything else in it."""
+
+    run: str
+    step: int
+    nonce: str
+    hosts: int
+    writer: Mapping[str, Any]
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """`hosts/host_<h>-of-<n>.json`: what one host wrote, and the seconds that each phase took."""
+
+    run: str
+    step: int
+    nonce: str
+    host: int
+    hosts: int
+    files: Sequence[FileEntry]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitMarker:
+    """`COMMIT.json`: this step is whole. `records` are the host records with their digests."""
+
+    run: str
+    step: int
+    epoch: int
+    nonce: str
+    hosts: int
+    records: Sequence[FileEntry]
+    bytes: int
+    items: Sequence[str]
+    committed_at: float
+    versions: Mapping[str, str]
+
+
+def step_name(step: int) -> str:
+    """Returns the directory of a step, below the root."""
+    return str(step)
+
+
+def parse_step_name(name: str) -> int | None:
+    """Returns the step that a directory's name says, or None."""
+    return int(name) if _STEP.fullmatch(name) else None
+
+
+def staging_name(step: int, nonce: str) -> str:
+    """Returns the directory in which a step is put together, below the root."""
+    return f"{step}.staging-{nonce}"
+
+
+def parse_staging_name(name: str) -> int | None:
+    """Returns the step that a staging directory is for, or None when it is not one."""
+    found = _STAGING.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def host_record_name(host: int, hosts: int) -> str:
+    return f"hosts/host_{host:05d}-of-{hosts:05d}.json"
+
+
+def position_name(item: str, shard: int, count: int) -> str:
+    return f"data/{item}/shard_{shard:05d}-of-{count:05d}.json"
+
+
+def position_index_name(item: str) -> str:
+    return f"data/{item}/index.json"
+
+
+def check_item_name(name: str) -> str:
+    """Returns a data item's name when it is safe as a directory name.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError(
+            f"A data item's name has letters, digits, '_', '-' and '.' only, not {name!r}."
+        )
+    return name
+
+
+def crc32c(data: bytes, crc: int = 0) -> int:
+    """Returns the crc32c of `data`, going on from `crc`."""
+    return int(google_crc32c.extend(crc, data))
+
+
+def digest(data: bytes) -> str:
+    """Returns the digest of `data` as records have it."""
+    return digest_text(crc32c(data), zlib.crc32(data))
+
+
+def digest_text(crc: int, other: int) -> str:
+    """Returns a digest for a crc32c and a crc32."""
+    return f"{crc:08x}-{other:08x}"
+
+
+def crc_text(crc: int) -> str:
+    return f"{crc:08x}"
+
+
+def dumps(value: Any) -> bytes:
+    """Returns canonical JSON. Non-finite floats are written as JavaScript writes them; a codec tags
+    them before.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """Returns a record as bytes: canonical JSON with `format_version` and its own crc32c."""
+    full = {**body, "format_version": FORMAT_VERSION}
+    return dumps({**full, "crc32c": crc_text(crc32c(dumps(full)))})
+
+
+def unseal(data: bytes, name: str) -> dict[str, Any]:
+    """Returns the body of a sealed record.
+
+    Raises:
+        InvalidRecordError: it does not parse, is not canonical, or its checksum is wrong.
+        FormatVersionError: it is whole, and of a newer format version.
+    """
+    if len(data) > MAX_RECORD_BYTES:
+        raise InvalidRecordError(f"{name} has {len(data)} bytes, more than any record of ours")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRecordError(f"{name} is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise InvalidRecordError(f"{name} is not a JSON object")
+    stored = body.pop("crc32c", None)
+    try:
+        wanted = crc_text(crc32c(dumps(body)))
+        canonical = dumps({**body, "crc32c": stored}) == data
+    except (ValueError, RecursionError) as error:
+        raise InvalidRecordError(f"{name} cannot be checked: {error}") from error
+    if stored != wanted or not canonical:
+        raise InvalidRecordError(
+            f"{name}: checksum mismatch (stored {stored!r}, computed {wanted})"
+        )
+    version = body.pop("format_version", None)
+    if not isinstance(version, int) or version < 1:
+        raise InvalidRecordError(f"{name} has no format version")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{name} has format version {version}; this datarax_dist reads up to {FORMAT_VERSION}."
+            " Upgrade datarax_dist.",
+            found=version,
+            supported=FORMAT_VERSION,
+        )
+    return body
+
+
+def safe_key(path: Any, name: str) -> str:
+    """Returns `path` when it is a clean relative key that stays inside its directory."""
+    if (
+        not isinstance(path, str)
+        or not path
+        or len(path) > 1024
+        or "\\" in path
+        or "\0" in path
+        or any(part in ("", ".", "..") for part in path.split("/"))
+    ):
+        raise InvalidRecordError(f"{name} names an impossible file {path!r}")
+    return path
+
+
+def _get(body: Mapping[str, Any], key: str, kind: type | tuple[type, ...], name: str) -> Any:
+    value = body.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InvalidRecordError(f"{name}: {key!r} is {type(value).__name__}")
+    if isinstance(value, int) and value < 0:
+        raise InvalidRecordError(f"{name}: {key!r} is negative")
+    return value
+
+
+def _entries(body: Mapping[str, Any], key: str, name: str) -> tuple[FileEntry, ...]:
+    entries = []
+    for row in _get(body, key, list, name):
+        if not isinstance(row, dict):
+            raise InvalidRecordError(f"{name}: an entry of {key!r} is not an object")
+        crc = _get(row, "digest", str, name)
+        if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", crc):
+            raise InvalidRecordError(f"{name}: {crc!r} is no digest")
+        entries.append(
+            FileEntry(safe_key(row.get("path"), name), _get(row, "size", int, name), crc)
+        )
+    if len({entry.path for entry in entries}) != len(entries):
+        raise InvalidRecordError(f"{name} names a file twice")
+    return tuple(entries)
+
+
+def _rows(entries: Sequence[FileEntry]) -> list[dict[str, Any]]:
+    return [{"path": e.path, "size": e.size, "digest": e.digest} for e in entries]
+
+
+def dump_claim(claim: StepClaim) -> bytes:
+    return seal(
+        {
+            "run": claim.run,
+            "step": claim.step,
+            "nonce": claim.nonce,
+            "hosts": claim.hosts,
+            "writer": dict(claim.writer),
+            "created_at": claim.created_at,
+        }
+    )
+
+
+def parse_claim(data: bytes) -> StepClaim:
+    body = unseal(data, STEP_NAME)
+    return StepClaim(
+        run=_get(body, "run", str, STEP_NAME),
+        step=_get(body, "step", int, STEP_NAME),
+        nonce=_get(body, "nonce", str, STEP_NAME),
+        hosts=_get(body, "hosts", int, STEP_NAME),
+        writer=_get(body, "writer", dict, STEP_NAME),
+        created_at=_get(body, "created_at", (int, float), STEP_NAME),
+    )
+
+
+def dump_record(record: HostRecord) -> bytes:
+    return seal(
+        {
+            "run": record.run,
+            "step": record.step,
+            "nonce": record.nonce,
+            "host": record.host,
+            "hosts": record.hosts,
+            "files": _rows(record.files),
+            "seconds": {key: round(value, 6) for key, value in record.seconds.items()},
+        }
+    )
+
+
+def parse_record(data: bytes, name: str) -> HostRecord:
+    body = unseal(data, name)
+    return HostRecord(
+        run=_get(body, "run", str, name),
+        step=_get(body, "step", int, name),
+        nonce=_get(body, "nonce", str, name),
+        host=_get(body, "host", int, name),
+        hosts=_get(body, "hosts", int, name),
+        files=_entries(body, "files", name),
+        seconds=_get(body, "seconds", dict, name),
+    )
+
+
+def dump_marker(marker: CommitMarker) -> bytes:
+    return seal(
+        {
+            "run": marker.run,
+            "step": marker.step,
+            "epoch": marker.epoch,
+            "nonce": marker.nonce,
+            "hosts": marker.hosts,
+            "records": _rows(marker.records),
+            "bytes": marker.bytes,
+            "items": list(marker.items),
+            "committed_at": marker.committed_at,
+            "versions": dict(marker.versions),
+        }
+    )
+
+
+def parse_marker(data: bytes) -> CommitMarker:
+    body = unseal(data, COMMIT_NAME)
+    marker = CommitMarker(
+        run=_get(body, "run", str, COMMIT_NAME),
+        step=_get(body, "step", int, COMMIT_NAME),
+        epoch=_get(body, "epoch", int, COMMIT_NAME),
+        nonce=_get(body, "nonce", str, COMMIT_NAME),
+        hosts=_get(body, "hosts", int, COMMIT_NAME),
+        records=_entries(body, "records", COMMIT_NAME),
+        bytes=_get(body, "bytes", int, COMMIT_NAME),
+        items=tuple(str(item) for item in _get(body, "items", list, COMMIT_NAME)),
+        committed_at=_get(body, "committed_at", (int, float), COMMIT_NAME),
+        versions=_get(body, "versions", dict, COMMIT_NAME),
+    )
+    wanted = [host_record_name(host, marker.hosts) for host in range(min(marker.hosts, 1 << 20))]
+    if [entry.path for entry in marker.records] != wanted:
+        raise InvalidRecordError(
+            f"{COMMIT_NAME} does not list one record for each of {marker.hosts} hosts"
+        )
+    return marker
+
+
+def dump_run(run: str, created_at: float) -> bytes:
+    return seal({"run": run, "created_at": created_at})
+
+
+def parse_run(data: bytes) -> str:
+    return str(_get(unseal(data, RUN_NAME), "run", str, RUN_NAME))

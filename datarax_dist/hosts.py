@@ -1,0 +1,371 @@
+"""The host-group port: agreement between hosts that carries errors, with a deadline for every wait.
+
+An *operation* is one agreement. Its state is a few write-once registers on a board that all hosts
+can reach: one
+contribution for each host and phase, and one *outcome*. Whoever writes the outcome first has
+decided: the primary writes
+success after it has seen every contribution; any host may write failure at any time before. So a
+failure is known
+everywhere as fast as one register can be read, success is never announced while a host has failed,
+and nobody waits
+for a host that has already said that it will not come.
+
+    group = HostGroup(board)
+    group.exchange("prepare", {"step": 7}, timeout_seconds=60)              # -> every host's
+    payload, on every host
+    group.exchange("prepare", payload, leader=decide, timeout_seconds=60)   # -> decide(payloads),
+    run on the primary only
+
+On JAX the board is the coordination service's key-value store: no device collectives, so it may be
+used on any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from datarax_dist import errors
+from datarax_dist.clock import Clock, SystemClock
+from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
+
+__all__ = ["Board", "HostGroup", "JaxBoard", "LocalBoard", "Operation", "current_group"]
+
+logger = logging.getLogger("datarax_dist")
+
+Leader = Callable[[list[Any]], Any]
+_SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
+
+
+class Board(Protocol):
+    """Write-once registers that all hosts of a group share."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def set(self, key: str, value: str) -> bool:
+        """Writes a register; returns False when it was written before (it keeps its value)."""
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        """Returns a register's value as soon as it has one, or None after `seconds`."""
+
+    def read(self, prefix: str) -> dict[str, str]:
+        """Returns the registers whose key begins with `prefix`, which ends with `/`."""
+
+    def clear(self, prefix: str) -> None: ...
+
+
+class LocalBoard:
+    """The board of a group that lives in one process: the single host, and simulated ones."""
+
+    def __init__(self, index: int = 0, count: int = 1, *, shared: LocalBoard | None = None) -> None:
+        self.index = index
+        self.count = count
+        self._values: dict[str, str] = {} if shared is None else shared._values
+        self._changed: threading.Condition = (
+            threading.Condition() if shared is None else shared._changed
+        )
+
+    def set(self, key: str, value: str) -> bool:
+        with self._changed:
+            if key in self._values:
+                return False
+            self._values[key] = value
+            self._changed.notify_all()
+            return True
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._values, seconds)
+            return self._values.get(key)
+
+    def read(self, prefix: str) -> dict[str, str]:
+        with self._changed:
+            return {key: value for key, value in self._values.items() if key.startswith(prefix)}
+
+    def clear(self, prefix: str) -> None:
+        with self._changed:
+            for key in [key for key in self._values if key.startswith(prefix)]:
+                del self._values[key]
+
+
+class JaxBoard:
+    """The key-value store of JAX's coordination service. Safe on any thread; uses no device."""
+
+    def __init__(self, namespace: str) -> None:
+        import jax
+        from jax._src import distributed
+
+        self.index = jax.process_index()
+        self.count = jax.process_count()
+        self._client: Any = distributed.global_state.client
+        self._prefix = f"datarax_dist/{namespace}/"
+
+    def set(self, key: str, value: str) -> bool:
+        try:
+            self._client.key_value_set(self._prefix + key, value)
+        except Exception as error:
+            if "ALREADY_EXISTS" in str(error):
+                return False
+            raise _unreachable(error) from error
+        return True
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        try:
+            return str(
+                self._client.blocking_key_value_get(self._prefix + key, max(1, int(seconds * 1000)))
+            )
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise _unreachable(error) from error
+
+    def read(self, prefix: str) -> dict[str, str]:
+        try:
+            rows = self._client.key_value_dir_get(self._prefix + prefix)
+        except Exception as error:
+            raise _unreachable(error) from error
+        return {key[len(self._prefix) :]: value for key, value in rows}
+
+    def clear(self, prefix: str) -> None:
+        try:
+            self._client.key_value_delete(self._prefix + prefix)
+        except Exception as error:  # tidying up; the registers are never used again
+            logger.debug("could not clear %s: %s", prefix, error)
+
+
+def _unreachable(error: Exception) -> PeerError:
+    return PeerError(
+        "The coordination service, which runs beside the primary (host 0), cannot be reached:"
+        f" {error}. If host 0 is gone, restart the job; the last committed step will restore.",
+        phase="exchange",
+        failures={0: errors.describe(error)},
+    )
+
+
+class HostGroup:
+    """All hosts of a job, as one of them sees it. Operations must begin in the same order on every
+    host.
+    """
+
+    def __init__(
+        self, board: Board, *, clock: Clock | None = None, names: Sequence[str] | None = None
+    ) -> None:
+        self._board = board
+        self._clock = clock or SystemClock()
+        self._sequence = itertools.count()
+        self.index = board.index
+        self.count = board.count
+        self.name = names[board.index] if names else socket.gethostname()
+
+    @property
+    def is_primary(self) -> bool:
+        return self.index == 0
+
+    def begin(self, name: str) -> Operation:
+        """Begins the next operation. Every host must begin the same ones in the same order, on its
+        main thread.
+        """
+        number = next(self._sequence)
+        if self.is_primary and number >= 2:
+            # Every host has left operation n-2 before it contributed to n-1, which the primary has
+            # finished.
+            self._board.clear(f"{number - 2}/")
+        return Operation(self, self._board, self._clock, number, name)
+
+    def exchange(
+        self,
+        phase: str,
+        payload: Any = None,
+        *,
+        error: BaseException | None = None,
+        leader: Leader | None = None,
+        timeout_seconds: float,
+    ) -> Any:
+        """Contributes `payload`, or `error`; returns the same result on every host, or raises on
+        every host.
+
+        Args:
+            phase: its name, in errors.
+            payload: JSON.
+            error: what this host failed with, instead of a payload.
+            leader: runs on the primary with the payloads in host order; what it returns (JSON) is
+                the result. Without
+                one the result is the list of payloads. What it raises is raised on every host.
+            timeout_seconds: how long to wait for the others.
+
+        Raises:
+            PeerError: a host contributed an error. An error of this module's tree that this host
+                contributed itself is
+                raised as it is, and so is whatever it contributed when it is the only host.
+            PeerLostError: hosts did not arrive; `.missing`.
+        """
+        operation = self.begin(phase)
+        deadline = self._clock.monotonic() + timeout_seconds
+        if error is not None:
+            operation.fail(phase, error)
+        else:
+            operation.contribute(phase, payload)
+            if self.is_primary:
+                operation.lead(phase, leader or (lambda payloads: payloads), deadline)
+        return operation.result(phase, deadline, own=error)
+
+
+class Operation:
+    """One agreement, as one host sees it."""
+
+    def __init__(
+        self, group: HostGroup, board: Board, clock: Clock, number: int, name: str
+    ) -> None:
+        self.name = name
+        self._group = group
+        self._board = board
+        self._clock = clock
+        self._prefix = f"{number}/"
+        self._own: BaseException | None = None
+
+    def contribute(self, phase: str, payload: Any) -> None:
+        """Posts this host's payload of a phase."""
+        self._board.set(f"{self._prefix}{phase}/{self._group.index}", json.dumps(payload))
+
+    def fail(self, phase: str, error: BaseException) -> None:
+        """Decides this operation: it failed here. The first decision stands."""
+        self._own = error
+        self._decide({"phase": phase, "host": self._group.index, "error": errors.encode(error)})
+
+    def succeed(self, result: Any) -> None:
+        """Decides this operation: it succeeded. For the primary, after the last phase."""
+        self._decide({"result": result})
+
+    def _decide(self, outcome: dict[str, Any]) -> None:
+        self._board.set(f"{self._prefix}outcome/0", json.dumps(outcome))
+
+    def gather(self, phase: str, deadline: float) -> list[Any]:
+        """Returns every host's payload of a phase, in host order. For the primary only.
+
+        Raises:
+            PeerError: the operation has failed meanwhile.
+            PeerLostError: hosts did not arrive; this decides the operation.
+        """
+        count = self._group.count
+        begin = self._clock.monotonic()
+        pause = 0.0005
+        while True:
+            rows = self._board.read(f"{self._prefix}{phase}/")
+            if len(rows) >= count:
+                return [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in range(count)]
+            self.check(phase)
+            if self._clock.monotonic() >= deadline:
+                missing = [h for h in range(count) if f"{self._prefix}{phase}/{h}" not in rows]
+                lost = self._lost(phase, missing, self._clock.monotonic() - begin)
+                self.fail(phase, lost)
+                raise lost
+            self._clock.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def lead(self, phase: str, leader: Leader, deadline: float) -> None:
+        """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
+        the outcome.
+        """
+        try:
+            self.succeed(leader(self.gather(phase, deadline)))
+        except PeerError:
+            return  # decided already
+        except BaseException as error:
+            self.fail(phase, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def check(self, phase: str) -> None:
+        """Raises when the operation has failed already."""
+        outcome = self._board.read(self._prefix + "outcome/")
+        for value in outcome.values():
+            if "error" in (decided := json.loads(value)):
+                raise self._error(decided)
+
+    def result(self, phase: str, deadline: float, *, own: BaseException | None = None) -> Any:
+        """Waits for the decision: a result, or an error, the same on every host."""
+        own = own or self._own
+        begin = self._clock.monotonic()
+        while (value := self._board.wait(self._prefix + "outcome/0", _SLICE_SECONDS)) is None:
+            # The primary decides at the deadline; the others leave it a moment to say so.
+            if self._clock.monotonic() >= deadline + 10.0:
+                rows = self._board.read(f"{self._prefix}{phase}/")
+                arrived = {int(key.rsplit("/", 1)[1]) for key in rows}
+                missing = [host for host in range(self._group.count) if host not in arrived] or [0]
+                raise self._lost(phase, missing, self._clock.monotonic() - begin)
+        outcome = json.loads(value)
+        if "error" not in outcome:
+            return outcome.get("result")
+        if own is not None and (
+            self._group.count == 1 or not isinstance(own, Exception) or _same_everywhere(own)
+        ):
+            raise own
+        raise self._error(outcome) from own
+
+    def _error(self, outcome: dict[str, Any]) -> CheckpointError:
+        cause = errors.decode(outcome["error"])
+        if isinstance(cause, PeerError) or (outcome["host"] == 0 and _same_everywhere(cause)):
+            return cause
+        host, phase = outcome["host"], outcome["phase"]
+        text = outcome["error"]["message"]
+        if type(cause) is not CheckpointError:
+            text = f"{type(cause).__name__}: {text}"
+        return PeerError(
+            f"{self.name}: host {host} failed in phase {phase!r}: {text}",
+            phase=phase,
+            failures={host: text},
+        )
+
+    def _lost(self, phase: str, missing: Sequence[int], seconds: float) -> PeerLostError:
+        there = [host for host in range(self._group.count) if host not in missing]
+        return PeerLostError(
+            f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; arrived: hosts"
+            f" {_ranges(there)}; missing: hosts {_ranges(missing)}. Look at the logs of the missing"
+            " hosts: they died, hang, or did not make the same call.",
+            phase=phase,
+            failures=dict.fromkeys(missing, "did not arrive"),
+            missing=list(missing),
+        )
+
+
+def _same_everywhere(cause: BaseException) -> bool:
+    """An error with a type of ours that says what is wrong with the call or the run, not with one
+    host's disk.
+    """
+    return (
+        isinstance(cause, CheckpointError)
+        and type(cause) is not CheckpointError
+        and not isinstance(cause, errors.StorageError)
+    )
+
+
+def _ranges(hosts: Sequence[int]) -> str:
+    """Returns `0-3, 7` for [0, 1, 2, 3, 7]."""
+    parts: list[str] = []
+    for _, run in itertools.groupby(enumerate(sorted(hosts)), key=lambda pair: pair[1] - pair[0]):
+        block = [host for _, host in run]
+        parts.append(str(block[0]) if len(block) == 1 else f"{block[0]}-{block[-1]}")
+    return ", ".join(parts) or "none"
+
+
+_opened: dict[str, int] = {}
+
+
+def current_group(root: str) -> HostGroup:
+    """Returns the group of all hosts of this JAX job, for one more `Checkpointer` on `root`."""
+    from jax._src import distributed
+
+    if distributed.global_state.client is None:
+        return HostGroup(LocalBoard())
+    _opened[root] = number = _opened.get(root, 0) + 1
+    return HostGroup(JaxBoard(f"{hashlib.sha256(root.encode()).hexdigest()[:16]}/{number}"))

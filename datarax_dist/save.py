@@ -1,0 +1,554 @@
+"""The save protocol, over the ports: no jax, no orbax.
+
+On every host unless said otherwise.
+
+Caller's thread (`Saver.begin`):
+  1. capture   Positions are encoded and the state is planned, by the caller.
+  2. prepare   All hosts contribute what they are about to save. The primary compares; then
+     stage     it removes this run's leftovers, makes `<step>.staging-<nonce>/` and writes the
+               claim `STEP.json` in it.
+               A disagreement or an error on any host raises on all, and nothing was written.
+  3. start     The array writer copies what it needs; training may go on.
+
+Worker thread (`StartedSave.finish`):
+  4. positions The position shards that this host owns.
+  5. arrays    The array writer finishes. Its last act on the primary (merging) waits for all hosts'
+               arrays.
+  6. hash      Sizes and crc32c of what this host wrote; files and directories are fsynced.
+  7. record    The host record, `hosts/host_<h>-of-<n>.json`.
+  8. written   All hosts contribute the digest of their record. Primary:
+     verify    the listing is the union of the records, nothing missing, nothing more;
+     publish   the staging directory gets its final name (file systems only);
+     commit    `COMMIT.json` is created, durable. Now, and not before, the step counts.
+  9. outcome   Every host learns the same outcome. A host that fails anywhere says so at once, and
+               all the others hear it.
+ 10. retire    Primary: retention, marker first. It cannot fail the save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from datarax_dist import format as fmt
+from datarax_dist import retention
+from datarax_dist.clock import Clock
+from datarax_dist.config import KeepPolicy, Options
+from datarax_dist.errors import (
+    CorruptStepError,
+    InvalidArgumentError,
+    PeerError,
+    StepExistsError,
+    StorageError,
+)
+from datarax_dist.hosts import HostGroup, Operation
+from datarax_dist.lease import writer_identity
+from datarax_dist.storage import Store, SupportsRename
+from datarax_dist.telemetry import Phases
+
+__all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "StartedSave"]
+
+logger = logging.getLogger("datarax_dist")
+
+
+class ArrayWrite(Protocol):
+    """A write of arrays that has begun."""
+
+    def wait(self) -> None:
+        """Returns when this host's files are complete; on the primary, when everything is merged.
+        Raises what failed.
+        """
+
+
+class ArrayWriter(Protocol):
+    """What writes the `state` and `metadata` items of one step."""
+
+    def start(self, prefix: str, all_written: Callable[[], None]) -> ArrayWrite:
+        """Copies what it needs and goes on in the background.
+
+        Args:
+            prefix: the staging directory, which exists, below the store's root.
+            all_written: must be called on every host when its own arrays are written; on the
+                primary it returns when all
+                hosts have called it.
+        """
+
+    def owns(self, key: str, host: int) -> bool:
+        """Whether `key` (below the step) was written by `host`, for keys of the writer's items."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What this host wants to save, already captured.
+
+    Attributes:
+        positions: key below the step -> content, for the position shards of this host.
+        shared: key -> content, for what the primary writes for all (structure, indexes).
+        agreement: JSON that must be equal on all hosts, named part by part.
+        local_digests: leaf name -> digest, for leaves that must be equal on all hosts.
+    """
+
+    step: int
+    writer: ArrayWriter
+    positions: Mapping[str, bytes] = field(default_factory=dict)
+    shared: Mapping[str, bytes] = field(default_factory=dict)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
+    local_digests: Mapping[str, str] = field(default_factory=dict)
+    items: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """How a save went on this host.
+
+    Attributes:
+        step: the committed step.
+        bytes: of all files of the step, over all hosts.
+        seconds: for each phase, on this host.
+        deleted: steps that retention removed afterwards (known on the primary).
+    """
+
+    step: int
+    bytes: int
+    seconds: Mapping[str, float]
+    deleted: Sequence[int] = ()
+
+
+class Saver:
+    """Begins saves of one run."""
+
+    def __init__(
+        self,
+        store: Store,
+        group: HostGroup,
+        clock: Clock,
+        options: Options,
+        keep: KeepPolicy | None,
+        epoch: int = 0,
+    ) -> None:
+        self._store = store
+        self._group = group
+        self._clock = clock
+        self._options = options
+        self.keep = keep
+        self._epoch = epoch
+
+    def begin(
+        self,
+        step: int,
+        run: str | None,
+        capture: Callable[[], SaveRequest],
+        phases: Phases,
+        *,
+        replace: bool = False,
+        previous_error: BaseException | None = None,
+    ) -> StartedSave:
+        """Steps 1 to 3. Returns the save that goes on in the background; raises when the hosts do
+        not agree.
+        """
+        request: SaveRequest | None = None
+        failure: BaseException | None = None
+        payload: dict[str, Any] = {}
+        try:
+            with phases.span("capture"):
+                request = capture()
+            phases.reach("prepare")
+            payload = {
+                "step": request.step,
+                "hosts": self._group.count,
+                "agreement": dict(request.agreement),
+                "digests": _digests(request.local_digests),
+                "unseen": previous_error is not None,
+            }
+        except BaseException as error:
+            failure = error
+        begin = self._clock.monotonic()
+        decided = self._group.exchange(
+            "prepare",
+            payload,
+            error=failure,
+            leader=lambda payloads: self._stage(payloads, run, phases, replace),
+            timeout_seconds=self._options.exchange_timeout_seconds,
+        )
+        phases.seconds["prepare"] = self._clock.monotonic() - begin
+        if decided.get("unseen") and previous_error is not None:
+            raise previous_error
+        assert request is not None
+        operation = self._group.begin(f"save of step {step}")
+        started = StartedSave(
+            self,
+            request,
+            decided["run"],
+            decided["staging"],
+            decided["nonce"],
+            operation,
+            phases,
+            replace,
+        )
+        started.start()
+        return started
+
+    def _stage(
+        self, payloads: list[Any], run: str | None, phases: Phases, replace: bool
+    ) -> dict[str, Any]:
+        if all(payload["unseen"] for payload in payloads):
+            return {"unseen": True}
+        _compare(payloads)
+        phases.reach("stage")
+        step = int(payloads[0]["step"])
+        store = self._store
+        if run is None:
+            run = secrets.token_hex(16)
+            if not store.create(fmt.RUN_NAME, fmt.dump_run(run, self._clock.now())):
+                run = fmt.parse_run(store.get(fmt.RUN_NAME))
+        elif fmt.RUN_NAME not in store.children(""):
+            store.create(fmt.RUN_NAME, fmt.dump_run(run, self._clock.now()))
+        retention.remove_leftovers(store, retention.find_leftovers(store, run))
+        name = fmt.step_name(step)
+        there = store.children("")
+        if f"{name}/" in there or name in there:
+            if fmt.COMMIT_NAME in store.children(name):
+                if not replace:
+                    raise StepExistsError(
+                        f"Step {step} is committed in {store.root} already; nothing was changed.",
+                        step=step,
+                    )
+            else:
+                raise StepExistsError(
+                    f"{store.root}/{name} is there already and was not written by datarax_dist;"
+                    " nothing was changed. Move it away, or save another step.",
+                    step=step,
+                )
+        nonce = secrets.token_hex(8)
+        staging = fmt.staging_name(step, nonce) if isinstance(store, SupportsRename) else name
+        claim = fmt.StepClaim(run, step, nonce, len(payloads), writer_identity(), self._clock.now())
+        store.put(f"{staging}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
+        return {"run": run, "staging": staging, "nonce": nonce}
+
+
+def _digests(digests: Mapping[str, str]) -> dict[str, str]:
+    """A few digests travel by name, so that an error can name the leaf; many travel as one."""
+    if len(digests) <= 500:
+        return dict(digests)
+    return {f"one of {len(digests)} leaves": fmt.crc_text(fmt.crc32c(fmt.dumps(dict(digests))))}
+
+
+def _compare(payloads: Sequence[Mapping[str, Any]]) -> None:
+    """Raises when the hosts are not about to save the same."""
+    first = payloads[0]
+    for host, other in enumerate(payloads):
+        if other["step"] != first["step"]:
+            steps = {h: p["step"] for h, p in enumerate(payloads)}
+            raise PeerError(
+                f"prepare: the hosts save different steps: {steps}. Every host must call save()"
+                " with the same step. Nothing was written.",
+                phase="prepare",
+                failures={h: f"step {s}" for h, s in steps.items() if s != first["step"]},
+            )
+        for part in sorted({*first["agreement"], *other["agreement"]}):
+            ours, theirs = first["agreement"].get(part), other["agreement"].get(part)
+            if ours != theirs:
+                raise PeerError(
+                    f"prepare: host {host} differs from host 0 in {part}: {theirs!r} instead of"
+                    f" {ours!r}. Nothing was written.",
+                    phase="prepare",
+                    failures={host: f"{part}: {theirs!r}"},
+                )
+        differing = [
+            name
+            for name, digest in first["digests"].items()
+            if other["digests"].get(name) != digest
+        ]
+        if differing:
+            shown = ", ".join(differing[:10])
+            raise InvalidArgumentError(
+                f"These leaves of the state belong to one host each, and host {host} has other"
+                f" values than host 0: {shown}. Make them global arrays"
+                " (jax.make_array_from_process_local_data), or give them as `data`. Nothing was"
+                " written."
+            )
+
+
+class StartedSave:
+    """A save whose background part is to be run, by `finish`, on the worker thread."""
+
+    def __init__(
+        self,
+        saver: Saver,
+        request: SaveRequest,
+        run: str,
+        staging: str,
+        nonce: str,
+        operation: Operation,
+        phases: Phases,
+        replace: bool = False,
+    ) -> None:
+        self._replace = replace
+        self.step = request.step
+        self.run = run
+        self.operation = operation
+        self.phases = phases
+        self._saver = saver
+        self._keep = saver.keep
+        self._store = saver._store
+        self._group = saver._group
+        self._request = request
+        self._staging = staging
+        self._nonce = nonce
+        self._write: ArrayWrite | None = None
+        self._failure: BaseException | None = None
+        self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
+        self._abandoned = threading.Event()
+
+    def start(self) -> None:
+        """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
+        try:
+            with self.phases.span("start"):
+                self._write = self._request.writer.start(self._staging, self._all_written)
+            self.phases.reach("started")
+        except BaseException as error:
+            self._failure = error
+            self.operation.fail(self.phases.current, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _all_written(self) -> None:
+        self.phases.reach("arrays")
+        self.operation.contribute("arrays", None)
+        if self._group.is_primary:
+            self.operation.gather("arrays", self._deadline)
+
+    def outcome(self) -> Any:
+        """Step 9: waits for the decision, wherever this host's own work is. Any thread."""
+        try:
+            return self.operation.result("written", self._deadline, own=self._failure)
+        finally:
+            self._abandoned.set()
+
+    def finish(self) -> SaveReport:
+        """Steps 4 to 10. Returns when this host has nothing more to do for the save; raises what
+        failed it.
+        """
+        marker_bytes = 0
+        try:
+            self._work()
+        except PeerError as error:
+            self._failure = self._failure or None
+            logger.debug("step %d: stopped, as the save has failed: %s", self.step, error)
+        except BaseException as error:
+            self._failure = self._failure or error
+            self.operation.fail(self.phases.current, error)
+            if not isinstance(error, Exception):
+                raise
+        decided = self.outcome()
+        marker_bytes = int(decided["bytes"])
+        deleted: Sequence[int] = ()
+        if self._group.is_primary and self._keep is not None:
+            with self.phases.span("retention"):
+                committed = committed_steps(self._store, self.run)
+                deleted = retention.retire(
+                    self._store,
+                    retention.plan_retention(committed, self._keep),
+                    reached=self.phases.reach,
+                )
+        return SaveReport(self.step, marker_bytes, dict(self.phases.seconds), tuple(deleted))
+
+    def _work(self) -> None:
+        if self._failure is not None or self._write is None:
+            if self._write is not None:
+                with contextlib.suppress(Exception):  # told already; what was begun must end first
+                    self._write.wait()
+            return
+        with self.phases.span("positions"):
+            contents = dict(self._request.positions)
+            if self._group.is_primary:
+                contents.update(self._request.shared)
+            for key, content in contents.items():
+                self._store.put(f"{self._staging}/{key}", content)
+        with self.phases.span("wait_arrays"):
+            self._write.wait()
+        self.operation.check("hash")
+        with self.phases.span("hash"):
+            files = self._hash(sorted(contents))
+        self.operation.check("record")
+        with self.phases.span("record"):
+            name = fmt.host_record_name(self._group.index, self._group.count)
+            record = fmt.dump_record(
+                fmt.HostRecord(
+                    self.run,
+                    self.step,
+                    self._nonce,
+                    self._group.index,
+                    self._group.count,
+                    files,
+                    dict(self.phases.seconds),
+                )
+            )
+            self._store.put(f"{self._staging}/{name}", record)
+        self.phases.reach("written")
+        self.operation.contribute("written", [name, len(record), fmt.digest(record)])
+        if self._group.is_primary:
+            rows = self.operation.gather("written", self._deadline)
+            marker = self._commit([fmt.FileEntry(*row) for row in rows])
+            self.operation.succeed({"bytes": marker.bytes})
+
+    def _hash(self, own: Sequence[str]) -> list[fmt.FileEntry]:
+        """Step 6: everything that this host wrote. What no host's name is on, the primary answers
+        for.
+        """
+        prefix = f"{self._staging}/"
+        mine = {f"{prefix}{key}" for key in own}
+        for entry in self._store.list(self._staging):
+            key = entry.key.removeprefix(prefix)
+            if key.startswith(("data/", "hosts/")) or entry.key in mine:
+                continue
+            if self._request.writer.owns(key, self._group.index):
+                mine.add(entry.key)
+        entries = []
+        for key in sorted(mine):
+            size, digest = self._store.digest(key)
+            entries.append(fmt.FileEntry(key.removeprefix(prefix), size, digest))
+        self._store.sync(self._staging, sorted(mine))
+        return entries
+
+    def _commit(self, records: Sequence[fmt.FileEntry]) -> fmt.CommitMarker:
+        """Step 8, on the primary."""
+        store, staging = self._store, self._staging
+        with self.phases.span("verify"):
+            files = union_of_records(store, staging, records, self.run, self.step)
+            listed = {
+                entry.key.removeprefix(f"{staging}/"): entry.size for entry in store.list(staging)
+            }
+            wanted = {entry.path: entry.size for entry in (*files, *records)}
+            if wrong := sorted({*listed.items()} ^ {*wanted.items()}):
+                names = sorted({path for path, _ in wrong})
+                raise StorageError(
+                    f"Step {self.step} is not committed: the listing of {store.root}/{staging} and"
+                    f" what the hosts wrote differ in {', '.join(names[:10])}. Is this one file"
+                    " system, shared by all hosts?"
+                )
+            store.sync(staging, [])
+        marker = fmt.CommitMarker(
+            run=self.run,
+            step=self.step,
+            epoch=self._saver._epoch,
+            nonce=self._nonce,
+            hosts=self._group.count,
+            records=tuple(records),
+            bytes=sum(wanted.values()),
+            items=tuple(self._request.items),
+            committed_at=self._saver._clock.now(),
+            versions=self._request.versions,
+        )
+        name = fmt.step_name(self.step)
+        with self.phases.span("publish"):
+            self.operation.check("publish")
+            if staging != name:
+                assert isinstance(store, SupportsRename)
+                self._make_room(name)
+                store.rename(staging, name)
+        with self.phases.span("commit"):
+            if not store.create(f"{name}/{fmt.COMMIT_NAME}", fmt.dump_marker(marker)):
+                raise StepExistsError(
+                    f"Another writer has committed step {self.step} in {store.root}.",
+                    step=self.step,
+                )
+        self.phases.reach("committed")
+        logger.info(
+            "committed step %d of %s (%d bytes, %d hosts)",
+            self.step,
+            store.root,
+            marker.bytes,
+            marker.hosts,
+        )
+        return marker
+
+    def _make_room(self, name: str) -> None:
+        """A step that is being replaced goes only now, when its successor is whole and durable."""
+        if f"{name}/" in self._store.children("") and fmt.COMMIT_NAME in self._store.children(name):
+            if not self._replace:
+                raise StepExistsError(
+                    f"Another writer has committed step {self.step} in {self._store.root}; that one"
+                    " stays.",
+                    step=self.step,
+                )
+            retention.delete_step(self._store, self.step)
+
+    def clean_up(self) -> None:
+        """Removes what a failed save has staged. Only when no other host can be writing to it
+        still.
+        """
+        if self._group.count == 1:
+            retention.remove_leftovers(
+                self._store,
+                [retention.Leftover(self._staging, self.step, True)] if self._staged() else [],
+            )
+
+    def _staged(self) -> bool:
+        return fmt.COMMIT_NAME not in self._store.children(self._staging) and bool(
+            self._store.children(self._staging)
+        )
+
+
+def union_of_records(
+    store: Store, directory: str, records: Sequence[fmt.FileEntry], run: str, step: int
+) -> list[fmt.FileEntry]:
+    """Returns every file that the host records name, after checking the records against their
+    digests.
+
+    Raises:
+        CorruptStepError: a record is missing, damaged, of another step, or two records name one
+            file.
+    """
+    files: dict[str, fmt.FileEntry] = {}
+    bad: list[str] = []
+    for host, row in enumerate(records):
+        try:
+            data = store.get(f"{directory}/{row.path}")
+            if len(data) != row.size or fmt.digest(data) != row.digest:
+                raise fmt.InvalidRecordError(f"{row.path} is not the record that was committed")
+            record = fmt.parse_record(data, row.path)
+            if (record.run, record.step, record.host, record.hosts) != (
+                run,
+                step,
+                host,
+                len(records),
+            ):
+                raise fmt.InvalidRecordError(f"{row.path} is the record of another step or host")
+        except (KeyError, fmt.InvalidRecordError):
+            bad.append(row.path)
+            continue
+        for entry in record.files:
+            if entry.path in files:
+                bad.append(row.path)
+            files[entry.path] = entry
+    if bad:
+        raise CorruptStepError(
+            f"Step {step}: missing or damaged host records: {', '.join(bad)}.",
+            step=step,
+            files=sorted(set(bad)),
+        )
+    return list(files.values())
+
+
+def committed_steps(store: Store, run: str | None) -> list[int]:
+    """Returns the steps with a valid marker of this run, in order."""
+    steps = []
+    for child in store.children(""):
+        step = fmt.parse_step_name(child[:-1]) if child.endswith("/") else None
+        if step is None:
+            continue
+        try:
+            marker = fmt.parse_marker(store.get(f"{step}/{fmt.COMMIT_NAME}"))
+        except Exception as error:
+            logger.debug("step %d is not committed: %s", step, error)
+            continue
+        if marker.step == step and (run is None or marker.run == run):
+            steps.append(step)
+    return sorted(steps)

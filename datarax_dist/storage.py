@@ -1,0 +1,261 @@
+"""The storage port: where the files of a run live, below one root.
+
+Keys are relative, with `/`. What every store must keep:
+
+- `put` and `create` are atomic and durable when they return: a reader sees all of the new content
+  or none of it, also
+  after a power cut. `create` succeeds for exactly one of several callers.
+- `list` shows everything that a finished `put`, `create` or `delete` of any host made or removed.
+- `sync` makes files that others wrote (Orbax, TensorStore) durable: their data, and their names.
+
+`SupportsRename` is an ability of file systems, not of buckets: a staged directory appears under its
+final name at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from datarax_dist import format as fmt
+from datarax_dist.errors import StorageError, describe
+
+__all__ = ["Entry", "LocalStore", "Store", "SupportsRename"]
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file in a listing: key relative to the root, size in bytes."""
+
+    key: str
+    size: int
+
+
+class Store(Protocol):
+    """Files below one root. Errors are `StorageError`; a missing key is `KeyError`."""
+
+    @property
+    def root(self) -> str: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes `data` if there is no `key`; returns whether this call (and no other) made it."""
+
+    def children(self, prefix: str) -> list[str]:
+        """Returns the names directly below `prefix`; directories end with `/`. Empty when there is
+        none.
+        """
+
+    def list(self, prefix: str) -> list[Entry]:
+        """Returns every file below `prefix`, sorted by key."""
+
+    def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
+        """Returns size and digest of a file; no digest when the size is not as expected."""
+
+    def delete(self, prefix: str) -> None:
+        """Removes a file, or everything below a prefix; nothing there is no error. Durable when it
+        returns.
+        """
+
+    def sync(self, prefix: str, keys: Iterable[str]) -> None:
+        """Makes the files `keys` durable, and their names up to and with the directory `prefix`."""
+
+
+@runtime_checkable
+class SupportsRename(Protocol):
+    """The ability to give a directory another name at once, durably, never onto something that
+    exists.
+    """
+
+    def rename(self, source: str, destination: str) -> None: ...
+
+
+@contextlib.contextmanager
+def _storage_errors(action: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise KeyError(path) from error
+    except OSError as error:
+        hint = {
+            28: "Free some space, or choose another root.",
+            122: "The quota is used up: free some space, or raise it.",
+            30: "The file system is read-only.",
+            13: "This user may not do that here: check the owner and the mode.",
+        }.get(error.errno or 0, "Check the file system.")
+        raise StorageError(
+            f"Could not {action} {path}: {describe(error)}. {hint}", errno=error.errno
+        ) from error
+
+
+class LocalStore:
+    """A directory of a local or shared POSIX file system."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    @property
+    def root(self) -> str:
+        return self._root
+
+    def path(self, key: str) -> str:
+        return os.path.join(self._root, *key.split("/")) if key else self._root
+
+    def get(self, key: str) -> bytes:
+        path = self.path(key)
+        with _storage_errors("read", path), open(path, "rb") as file:
+            return file.read()
+
+    def put(self, key: str, data: bytes) -> None:
+        path = self.path(key)
+        with _storage_errors("write", path):
+            temporary = self._write_temporary(path, data)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.unlink(temporary)
+                raise
+            _sync_directory(os.path.dirname(path))
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self.path(key)
+        with _storage_errors("create", path):
+            temporary = self._write_temporary(path, data)
+            try:
+                # link() is the one POSIX call that is exclusive and shows whole content, on NFS
+                # too. There its reply
+                # can be lost, so a failure is checked by reading back: `data` carries a nonce.
+                os.link(temporary, path)
+            except FileExistsError:
+                with open(path, "rb") as file:
+                    return file.read() == data
+            finally:
+                os.unlink(temporary)
+            _sync_directory(os.path.dirname(path))
+            return True
+
+    def _write_temporary(self, path: str, data: bytes) -> str:
+        directory = os.path.dirname(path)
+        self._make_directories(directory)
+        temporary = os.path.join(directory, f".{os.path.basename(path)}.{secrets.token_hex(6)}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return temporary
+
+    def _make_directories(self, directory: str) -> None:
+        missing = []
+        while not os.path.isdir(directory):
+            missing.append(directory)
+            directory = os.path.dirname(directory)
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+            _sync_directory(os.path.dirname(path))
+
+    def make_directory(self, key: str) -> None:
+        path = self.path(key)
+        with _storage_errors("make", path):
+            self._make_directories(path)
+
+    def children(self, prefix: str) -> list[str]:
+        path = self.path(prefix)
+        try:
+            with _storage_errors("list", path), os.scandir(path) as entries:
+                return sorted(
+                    e.name + ("/" if e.is_dir(follow_symlinks=False) else "") for e in entries
+                )
+        except KeyError:
+            return []
+
+    def list(self, prefix: str) -> list[Entry]:
+        top = self.path(prefix)
+        found = []
+        with _storage_errors("list", top):
+            for directory, _, names in os.walk(top):
+                for name in names:
+                    path = os.path.join(directory, name)
+                    key = os.path.relpath(path, self._root).replace(os.sep, "/")
+                    found.append(Entry(key, os.lstat(path).st_size))
+        return sorted(found, key=lambda entry: entry.key)
+
+    def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
+        path = self.path(key)
+        crc = other = size = 0
+        with _storage_errors("read", path), open(path, "rb", buffering=0) as file:
+            if (
+                expected_size is not None
+                and (actual := os.fstat(file.fileno()).st_size) != expected_size
+            ):
+                return actual, ""
+            while chunk := file.read(_CHUNK_BYTES):
+                crc = fmt.crc32c(chunk, crc)
+                other = zlib.crc32(chunk, other)
+                size += len(chunk)
+        return size, fmt.digest_text(crc, other)
+
+    def delete(self, prefix: str) -> None:
+        path = self.path(prefix)
+        try:
+            with _storage_errors("delete", path):
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
+                _sync_directory(os.path.dirname(path))
+        except KeyError:
+            return
+
+    def sync(self, prefix: str, keys: Iterable[str]) -> None:
+        top = self.path(prefix)
+        directories = {top}
+        for key in keys:
+            path = self.path(key)
+            with _storage_errors("fsync", path):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            directory = os.path.dirname(path)
+            while len(directory) > len(top):
+                directories.add(directory)
+                directory = os.path.dirname(directory)
+        for directory in sorted(directories, reverse=True):
+            with _storage_errors("fsync", directory):
+                _sync_directory(directory)
+
+    def rename(self, source: str, destination: str) -> None:
+        target = self.path(destination)
+        with _storage_errors("rename", self.path(source)):
+            # rename() replaces an empty directory without a word; such a one is somebody else's
+            # too.
+            if os.path.lexists(target):
+                raise FileExistsError(17, "something of that name is there already", target)
+            os.rename(self.path(source), target)
+            _sync_directory(os.path.dirname(target))
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path or "/", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,21 @@
+"""What users need to test their own jobs: local hosts, faults at named phases, simulated ones."""
+
+from __future__ import annotations
+
+from datarax_dist.testing.faults import PHASES, fail_at, kill_at
+from datarax_dist.testing.launcher import HostError, HostResult, free_port, run_hosts
+from datarax_dist.testing.simulated import FakeClock, MemoryArrays, MemoryStore, SimulatedHosts
+
+__all__ = [
+    "PHASES",
+    "FakeClock",
+    "HostError",
+    "HostResult",
+    "MemoryArrays",
+    "MemoryStore",
+    "SimulatedHosts",
+    "fail_at",
+    "free_port",
+    "kill_at",
+    "run_hosts",
+]

@@ -1,0 +1,154 @@
+"""Hosts, a store and arrays in one process: the real protocol code runs over them, fast.
+
+hosts = SimulatedHosts(3)
+results = hosts.run(lambda group: group.exchange("vote", group.index, timeout_seconds=5))
+# -> [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from datarax_dist import format as fmt
+from datarax_dist.errors import StorageError
+from datarax_dist.hosts import HostGroup, LocalBoard
+from datarax_dist.storage import Entry
+
+__all__ = ["FakeClock", "MemoryArrays", "MemoryStore", "SimulatedHosts"]
+
+
+class FakeClock:
+    """A clock that moves when somebody waits, and only then."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self._now += seconds
+
+
+class SimulatedHosts:
+    """A group of hosts that are threads of this process."""
+
+    def __init__(self, count: int) -> None:
+        boards = [LocalBoard(0, count)]
+        boards += [LocalBoard(index, count, shared=boards[0]) for index in range(1, count)]
+        self.groups = [HostGroup(board) for board in boards]
+
+    def run(self, target: Callable[[HostGroup], Any]) -> list[Any]:
+        """Runs `target(group)` on every host; returns each one's value, or the error it raised."""
+
+        def one(group: HostGroup) -> Any:
+            try:
+                return target(group)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(len(self.groups)) as pool:
+            return list(pool.map(one, self.groups))
+
+
+class MemoryStore:
+    """A store in memory, shared by all simulated hosts. `log` lists what was done, in order."""
+
+    root = "memory"
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.log: list[tuple[str, str]] = []
+        self._lock = threading.RLock()
+
+    def get(self, key: str) -> bytes:
+        return self.files[key]
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._lock:
+            self.files[key] = data
+            self.log.append(("put", key))
+
+    def create(self, key: str, data: bytes) -> bool:
+        with self._lock:
+            if key in self.files:
+                return self.files[key] == data
+            self.files[key] = data
+            self.log.append(("create", key))
+            return True
+
+    def children(self, prefix: str) -> list[str]:
+        start = f"{prefix}/" if prefix else ""
+        with self._lock:
+            rest = [key[len(start) :] for key in self.files if key.startswith(start)]
+        return sorted({f"{name.split('/')[0]}/" if "/" in name else name for name in rest})
+
+    def list(self, prefix: str) -> list[Entry]:
+        start = f"{prefix}/" if prefix else ""
+        with self._lock:
+            return sorted(
+                (
+                    Entry(key, len(data))
+                    for key, data in self.files.items()
+                    if key.startswith(start)
+                ),
+                key=lambda entry: entry.key,
+            )
+
+    def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
+        data = self.files[key]
+        return len(data), fmt.digest(data)
+
+    def delete(self, prefix: str) -> None:
+        with self._lock:
+            for key in [k for k in self.files if k == prefix or k.startswith(f"{prefix}/")]:
+                del self.files[key]
+            self.log.append(("delete", prefix))
+
+    def sync(self, prefix: str, keys: Iterable[str]) -> None:
+        with self._lock:
+            self.log.extend(("sync", key) for key in keys)
+
+    def rename(self, source: str, destination: str) -> None:
+        with self._lock:
+            if self.children(destination):
+                raise StorageError(f"{destination} is there already", errno=17)
+            for key in [key for key in self.files if key.startswith(f"{source}/")]:
+                self.files[destination + key[len(source) :]] = self.files.pop(key)
+            self.log.append(("rename", destination))
+
+
+class MemoryArrays:
+    """An array writer: files of each host, and one of the primary after all hosts."""
+
+    def __init__(self, store: MemoryStore, host: int, content: Mapping[str, bytes]) -> None:
+        self._store = store
+        self._host = host
+        self._content = content
+        self._work: Callable[[], None] = lambda: None
+
+    def start(self, prefix: str, all_written: Callable[[], None]) -> MemoryArrays:
+        def work() -> None:
+            for name, data in self._content.items():
+                self._store.put(f"{prefix}/state/ocdbt.process_{self._host}/{name}", data)
+            all_written()
+            if self._host == 0:
+                self._store.put(f"{prefix}/state/manifest", b"merged")
+
+        self._work = work
+        return self
+
+    def wait(self) -> None:
+        self._work()
+
+    def owns(self, key: str, host: int) -> bool:
+        part = key.partition("ocdbt.process_")[2]
+        return int(part.split("/")[0]) == host if part else host == 0

@@ -1,0 +1,534 @@
+"""The state as a tree of leaves: what each leaf is, what Orbax is given for it, and how it comes
+back.
+
+Orbax stores arrays. Leaves that it cannot store exactly (bytes, big ints, zero-size arrays, host-
+local arrays of a job with
+many hosts) are stored in another shape or in `TREE.json`, which also keeps every leaf's exact type,
+so that a state comes
+back as it was, with or without a target. Whatever Orbax is given keeps the tree's own structure and
+names, so the `state`
+item still loads with plain Orbax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from datarax_dist import codec
+from datarax_dist import format as fmt
+from datarax_dist.errors import StructureMismatchError, UnsupportedLeafError
+
+__all__ = ["LeafSpec", "StatePlan", "TreeSpec", "match", "plan_state", "tree_digest"]
+
+Path = tuple[str, ...]
+_SMALL = ("int2", "uint2", "int4", "uint4")
+_INLINE = ("int", "float", "bool", "complex", "str", "bytes", "empty")
+
+
+@dataclass(frozen=True, slots=True)
+class LeafSpec:
+    """One leaf.
+
+    Attributes:
+        path: its place, as texts.
+        kind: "jax", "key" (typed PRNG key that Orbax stores), "key_data" (host-local key, stored as
+            its data), "numpy",
+            "scalar" (numpy scalar), "int", "float", "bool", "complex", "str", "bytes", "empty"
+            (zero-size array).
+        shape, dtype: of the array as the user sees it; a key's dtype is its impl.
+        value: the value of an inline leaf, encoded.
+        local: a `jax.Array` of one host, stored once because it is equal on all.
+    """
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    value: Any = None
+    local: bool = False
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path)
+
+    @property
+    def inline(self) -> bool:
+        return self.kind in _INLINE
+
+
+@dataclass(frozen=True, slots=True)
+class TreeSpec:
+    """The structure of a state, with a `LeafSpec` for each leaf. `structure` is JSON: leaves are
+    their numbers.
+    """
+
+    structure: Any
+    leaves: Sequence[LeafSpec]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "structure": self.structure,
+            "leaves": [
+                {
+                    "path": list(leaf.path),
+                    "kind": leaf.kind,
+                    "shape": list(leaf.shape),
+                    "dtype": leaf.dtype,
+                    "value": leaf.value,
+                    "local": leaf.local,
+                }
+                for leaf in self.leaves
+            ],
+        }
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> TreeSpec:
+        leaves = tuple(
+            LeafSpec(
+                path=tuple(str(part) for part in row["path"]),
+                kind=str(row["kind"]),
+                shape=tuple(int(n) for n in row["shape"]),
+                dtype=str(row["dtype"]),
+                value=row["value"],
+                local=bool(row["local"]),
+            )
+            for row in body["leaves"]
+        )
+        return TreeSpec(body["structure"], leaves)
+
+    def build(self, values: Sequence[Any]) -> Any:
+        """Returns the tree with `values` as its leaves; containers that are not plain Python's
+        become dicts.
+        """
+        return _build(self.structure, values)
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlan:
+    """What is to be saved.
+
+    Attributes:
+        spec: the structure and its leaves.
+        arrays: the tree that Orbax is given.
+        local_digests: leaf number -> crc32c, for the leaves that must be equal on all hosts.
+    """
+
+    spec: TreeSpec
+    arrays: Any
+    local_digests: Mapping[int, str]
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def flatten(tree: Any) -> list[tuple[Path, Any]]:
+    """Returns the leaves of a tree with their paths."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(tuple(_part(key) for key in path), leaf) for path, leaf in pairs]
+
+
+def is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, bytes | None]:
+    """Returns the spec of a leaf, what Orbax is given, and the bytes that must be equal on all
+    hosts, if any.
+    """
+    name = "/".join(path)
+    if isinstance(leaf, jax.Array):
+        local = hosts > 1 and leaf.is_fully_addressable
+        if is_key(leaf):
+            impl = str(jax.random.key_impl(leaf))
+            if not local and leaf.size:
+                return LeafSpec(path, "key", leaf.shape, impl), leaf, None
+            data = np.asarray(jax.random.key_data(leaf))
+            if not leaf.size:
+                return (
+                    LeafSpec(path, "empty", leaf.shape, f"key:{impl}"),
+                    _placeholder("key", leaf.shape),
+                    b"",
+                )
+            return LeafSpec(path, "key_data", leaf.shape, impl, local=True), data, data.tobytes()
+        if not leaf.size:
+            spec = LeafSpec(path, "empty", leaf.shape, str(leaf.dtype), "jax", local)
+            return spec, _placeholder(leaf.dtype, leaf.shape), None
+        if local:
+            data = np.asarray(leaf)
+            return (
+                LeafSpec(path, "jax", leaf.shape, str(leaf.dtype), local=True),
+                data,
+                data.tobytes(),
+            )
+        return LeafSpec(path, "jax", leaf.shape, str(leaf.dtype)), leaf, None
+    if isinstance(leaf, np.ndarray | np.generic):
+        if not _storable(leaf.dtype):
+            raise UnsupportedLeafError(
+                f"{name}: a numpy array of dtype {leaf.dtype} cannot be saved. Convert it to"
+                " numbers or to str.",
+                path=name,
+            )
+        kind = "numpy" if isinstance(leaf, np.ndarray) else "scalar"
+        array = np.asarray(leaf)
+        if not array.size:
+            return (
+                LeafSpec(path, "empty", array.shape, str(array.dtype), "numpy"),
+                _placeholder(array.dtype, array.shape),
+                b"",
+            )
+        return LeafSpec(path, kind, array.shape, str(array.dtype)), array, array.tobytes()
+    if type(leaf) in (bool, int, float, complex, str, bytes):
+        value = codec.encode(leaf)
+        given: Any = leaf
+        if type(leaf) is bytes:
+            given = np.frombuffer(leaf, np.uint8).copy() if leaf else ""
+        elif (type(leaf) is int and not -(1 << 31) <= leaf < 1 << 31) or type(leaf) is complex:
+            given = str(leaf)  # Orbax's own scalars would be cut to 32 bits without x64
+        return LeafSpec(path, type(leaf).__name__, value=value), given, fmt.dumps(value)
+    raise UnsupportedLeafError(
+        f"{name or 'the state'}: a {type(leaf).__module__}.{type(leaf).__qualname__} cannot be"
+        " saved. A state has jax and numpy arrays, typed PRNG keys, numbers, str, bytes and None,"
+        " in containers that JAX knows; objects with get_state/set_state go to `data`.",
+        path=name,
+    )
+
+
+def _storable(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "biufc" or (
+        dtype.kind == "V" and dtype.names is None and dtype.name[0] in "bfiu"
+    )
+
+
+def _placeholder(dtype: Any, shape: Sequence[int]) -> str:
+    return f"datarax_dist: zero-size array {dtype}{list(shape)}"
+
+
+def plan_state(state: Any, hosts: int) -> StatePlan:
+    """Plans how to save `state` in a job with `hosts` hosts.
+
+    Raises:
+        UnsupportedLeafError: a leaf cannot be saved, or two leaves have one name. `.path` names it.
+    """
+    specs, given, digests = [], [], {}
+    seen: dict[str, Path] = {}
+    for number, (path, leaf) in enumerate(flatten(state)):
+        spec, value, common = _describe_leaf(path, leaf, hosts)
+        clash = seen.setdefault(".".join(path), path)
+        if clash is not path:
+            raise UnsupportedLeafError(
+                f"{spec.name}: another leaf, {'/'.join(clash)}, has the same name in the"
+                " checkpoint. Rename one of them.",
+                path=spec.name,
+            )
+        specs.append(spec)
+        given.append(value)
+        if common is not None and hosts > 1:
+            digests[number] = fmt.crc_text(fmt.crc32c(spec.kind.encode() + common))
+    treedef = jax.tree.structure(state)
+    arrays = jax.tree.unflatten(treedef, given)
+    return StatePlan(TreeSpec(_structure(state), specs), arrays, digests)
+
+
+def _structure(tree: Any) -> Any:
+    counter = iter(range(1 << 62))
+
+    def walk(treedef: Any) -> Any:
+        data = treedef.node_data()
+        if data is None:
+            return next(counter) if treedef.num_leaves else {"none": 0}
+        children = [walk(child) for child in treedef.children()]
+        kind, aux = data
+        if kind is type(None):
+            return {"none": 0}
+        if kind is dict:
+            return {
+                "dict": [
+                    [codec.encode(key) if _plain(key) else str(key), c]
+                    for key, c in zip(aux, children, strict=True)
+                ]
+            }
+        if kind is list or kind is tuple:
+            return {kind.__name__: children}
+        return {"node": f"{kind.__module__}.{kind.__qualname__}", "children": children}
+
+    structure = walk(jax.tree.structure(tree))
+    names = _child_names(tree)
+    return _name_children(structure, names)
+
+
+def _plain(key: Any) -> bool:
+    return isinstance(key, str | int | float | bytes | tuple | bool)
+
+
+def _child_names(tree: Any) -> list[Path]:
+    return [path for path, _ in flatten(tree)]
+
+
+def _name_children(structure: Any, names: list[Path], depth: int = 0) -> Any:
+    """Gives the children of custom nodes their names, as JAX's key paths have them."""
+    if isinstance(structure, int):
+        return structure
+    (tag, children), *_ = structure.items()
+    if tag == "node":
+        children = structure["children"]
+        pairs = []
+        for position, child in enumerate(children):
+            first = _first_leaf(child)
+            name = names[first][depth] if first is not None else f"_{position}"
+            pairs.append([name, _name_children(child, names, depth + 1)])
+        return {"node": structure["node"], "children": pairs}
+    if tag == "dict":
+        return {"dict": [[key, _name_children(child, names, depth + 1)] for key, child in children]}
+    if tag == "none":
+        return structure
+    return {tag: [_name_children(child, names, depth + 1) for child in children]}
+
+
+def _first_leaf(structure: Any) -> int | None:
+    if isinstance(structure, int):
+        return structure
+    for tag, children in structure.items():
+        if tag in ("dict", "list", "tuple", "children"):
+            for child in children:
+                found = _first_leaf(
+                    child[1] if isinstance(child, list) and tag == "dict" else child
+                )
+                if found is not None:
+                    return found
+    return None
+
+
+def _build(structure: Any, values: Sequence[Any]) -> Any:
+    if isinstance(structure, int):
+        return values[structure]
+    if "none" in structure:
+        return None
+    if "dict" in structure:
+        return {codec.decode(key): _build(child, values) for key, child in structure["dict"]}
+    if "list" in structure:
+        return [_build(child, values) for child in structure["list"]]
+    if "tuple" in structure:
+        return tuple(_build(child, values) for child in structure["tuple"])
+    return {name: _build(child, values) for name, child in structure["children"]}
+
+
+def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:
+    """Returns for each leaf of `target` what was saved for it, in the target's order.
+
+    Raises:
+        StructureMismatchError: leaves are missing, or differ in shape or type; with the difference
+            by tree path.
+    """
+    saved = {leaf.path: leaf for leaf in spec.leaves}
+    pairs, missing, changed = [], [], {}
+    wanted = set()
+    for path, leaf in flatten(target):
+        wanted.add(path)
+        found = saved.get(path)
+        name = "/".join(path)
+        if found is None:
+            missing.append(name)
+        elif reason := _difference(found, leaf):
+            changed[name] = reason
+        else:
+            pairs.append((found, leaf))
+    if not missing and not changed:
+        return pairs
+    unexpected = sorted(leaf.name for leaf in spec.leaves if leaf.path not in wanted)
+    lines = [f"  + {name}: in the target, not in the step" for name in missing]
+    lines += [f"  - {name}: in the step, not in the target" for name in unexpected]
+    lines += [f"  ! {name}: {reason}" for name, reason in changed.items()]
+    shown = "\n".join(lines[:50]) + (
+        f"\n  ... and {len(lines) - 50} more" if len(lines) > 50 else ""
+    )
+    raise StructureMismatchError(
+        f"The target does not fit what was saved:\n{shown}\nRestore without a target (state=None)"
+        " to see all of it, or change the target.",
+        missing=missing,
+        unexpected=unexpected,
+        changed=changed,
+    )
+
+
+def _difference(saved: LeafSpec, leaf: Any) -> str | None:
+    """Says how a target leaf differs from what was saved, or None."""
+    if is_key(leaf):
+        impl = (
+            str(jax.random.key_impl(leaf))
+            if isinstance(leaf, jax.Array)
+            else str(getattr(leaf.dtype, "_impl", ""))
+        )
+        impl = getattr(getattr(leaf.dtype, "_impl", None), "name", impl)
+        if saved.kind not in ("key", "key_data") and not saved.dtype.startswith("key:"):
+            return f"saved as {_text(saved)}, the target is a PRNG key"
+        if saved.dtype.removeprefix("key:") != impl:
+            return f"saved as a PRNG key of {saved.dtype}, the target is one of {impl}"
+        return (
+            None
+            if tuple(leaf.shape) == saved.shape
+            else f"saved as {_text(saved)}, the target has shape {tuple(leaf.shape)}"
+        )
+    if isinstance(leaf, bool | int | float | complex | str | bytes) and not isinstance(
+        leaf, np.generic
+    ):
+        kind = type(leaf).__name__
+        if saved.kind == kind or (
+            saved.kind in ("int", "float", "bool") and kind in ("int", "float", "bool")
+        ):
+            return None
+        if (
+            saved.kind in ("jax", "numpy", "scalar")
+            and saved.shape == ()
+            and kind in ("int", "float", "bool", "complex")
+        ):
+            return None
+        return f"saved as {_text(saved)}, the target is a {kind}"
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
+    shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+    if saved.kind in ("int", "float", "bool") and shape == ():
+        return None
+    if saved.kind not in ("jax", "numpy", "scalar", "empty") or saved.dtype.startswith("key:"):
+        return f"saved as {_text(saved)}, the target is an array"
+    if shape != saved.shape:
+        return f"saved with shape {list(saved.shape)}, the target has {list(shape)}"
+    if dtype != saved.dtype:
+        return (
+            f"saved as {saved.dtype}, the target is {dtype}; restore it as it was saved, then cast"
+        )
+    return None
+
+
+def _text(saved: LeafSpec) -> str:
+    if saved.kind in ("key", "key_data"):
+        return f"a PRNG key of {saved.dtype}{list(saved.shape)}"
+    return f"{saved.dtype}{list(saved.shape)}" if saved.dtype else f"a {saved.kind}"
+
+
+def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
+    """Returns a leaf as it was saved, or as the target wants it. `value` is what Orbax restored."""
+    if spec.kind == "empty":
+        return _empty(spec)
+    if spec.inline:
+        value = codec.decode(spec.value)
+    elif spec.kind == "scalar":
+        value = np.asarray(value)[()]
+    elif spec.kind == "key_data":
+        value = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)
+    if target is None or isinstance(target, jax.Array | jax.ShapeDtypeStruct):
+        if isinstance(target, jax.ShapeDtypeStruct | jax.Array) and not isinstance(
+            value, jax.Array
+        ):
+            return jax.device_put(
+                np.asarray(value, target.dtype), getattr(target, "sharding", None)
+            )
+        return value
+    if type(target) in (bool, int, float, complex):
+        return type(target)(np.asarray(value)[()])
+    if isinstance(target, np.generic):
+        return np.asarray(value, target.dtype)[()]
+    if isinstance(target, np.ndarray):
+        return np.asarray(value, target.dtype)
+    return value
+
+
+def _empty(spec: LeafSpec) -> Any:
+    if spec.dtype.startswith("key:"):
+        impl = spec.dtype.removeprefix("key:")
+        width = jax.random.key_data(jax.random.key(0, impl=impl)).shape
+        return jax.random.wrap_key_data(
+            jax.numpy.zeros((*spec.shape, *width), np.uint32), impl=impl
+        )
+    array = np.zeros(spec.shape, np.dtype(spec.dtype))
+    return jax.numpy.asarray(array) if spec.value == "jax" else array
+
+
+def needs_x64(spec: LeafSpec) -> bool:
+    """A `jax.Array` of 64 bits, which JAX would cut to 32 bits without `jax_enable_x64`."""
+    return spec.kind == "jax" and spec.dtype in ("int64", "uint64", "float64", "complex128")
+
+
+def tree_digest(tree: Any) -> str:
+    """Returns a digest of all leaves of `tree`, the same for every sharding, mesh and number of
+    hosts.
+
+    Collective: in a job with many hosts, call it on every host. Each array's bits are mixed with
+        their positions and
+    summed (mod 2^32, two independent mixes), which does not depend on how the array is split.
+
+    >>> import numpy as np
+    >>> tree_digest({"a": np.arange(3)}) == tree_digest({"a": np.arange(3)})
+    True
+    """
+    parts: list[Any] = []
+    for path, leaf in sorted(flatten(tree), key=lambda pair: pair[0]):
+        if is_key(leaf):
+            impl = str(jax.random.key_impl(leaf))
+            parts.append(
+                ["/".join(path), "key", impl, list(leaf.shape), _mix(jax.random.key_data(leaf))]
+            )
+        elif isinstance(leaf, jax.Array) and leaf.size:
+            parts.append(["/".join(path), "array", str(leaf.dtype), list(leaf.shape), _mix(leaf)])
+        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            array = np.asarray(leaf)
+            bits = _mix(array) if array.size else [0, 0]
+            parts.append(["/".join(path), "array", str(array.dtype), list(array.shape), bits])
+        else:
+            parts.append(["/".join(path), type(leaf).__name__, codec.encode(leaf)])
+    data = fmt.dumps(parts)
+    return f"{fmt.crc_text(fmt.crc32c(data))}{fmt.crc_text(fmt.crc32c(data[::-1]))}"
+
+
+def _mix(array: Any) -> list[int]:
+    if isinstance(array, np.ndarray):
+        words = _mix_words(array.astype(np.uint8) if str(array.dtype) in _SMALL else array, np)
+    else:
+        words = _mix_jax()(array)
+    return [
+        int(np.asarray(w.addressable_data(0) if hasattr(w, "addressable_data") else w))
+        for w in words
+    ]
+
+
+def _mix_words(array: Any, xp: Any) -> tuple[Any, Any]:
+    size = math.prod(array.shape)
+    if xp is np:
+        raw: Any = np.ascontiguousarray(array).view(np.uint8).reshape(size, -1)
+    else:
+        if array.dtype == jax.numpy.bool_ or str(array.dtype) in _SMALL:
+            array = array.astype(jax.numpy.uint8)  # bool, and integers of less than a byte
+        if jax.numpy.issubdtype(array.dtype, jax.numpy.complexfloating):
+            array = xp.stack([array.real, array.imag], -1)
+        bits = jax.lax.bitcast_convert_type(array, jax.numpy.uint8)
+        raw = bits.reshape(size, -1)
+    width = raw.shape[1]
+    column = xp.arange(width, dtype=xp.uint32)
+    row = xp.arange(size, dtype=xp.uint32)
+    totals = []
+    for seed in (0x9E3779B1, 0x85EBCA77):
+        place = row[:, None] * xp.uint32(width) + column[None, :] + xp.uint32(seed & 0xFFFF)
+        word = (place * xp.uint32(seed)) ^ (raw.astype(xp.uint32) * xp.uint32(0xC2B2AE3D))
+        word = (word ^ (word >> 15)) * xp.uint32(0x27D4EB2F)
+        word = word ^ (word >> 13)
+        totals.append(xp.sum(word, dtype=xp.uint32))
+    return totals[0], totals[1]
+
+
+_mix_cache: list[Callable[..., Any]] = []
+
+
+def _mix_jax() -> Callable[..., Any]:
+    if not _mix_cache:
+        _mix_cache.append(jax.jit(lambda array: _mix_words(array, jax.numpy)))
+    return _mix_cache[0]

@@ -1,0 +1,253 @@
+"""What the tests run on each host; `run_hosts` imports them by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def mesh_state(shape: tuple[int, ...], names: tuple[str, ...], seed: int = 0) -> Any:
+    """A state with sharded, replicated and host-local leaves, and of every kind that a user may
+    have.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), names)
+
+    def sharded(array: np.ndarray, *axes: Any) -> jax.Array:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    random = np.random.default_rng(seed)
+    w = random.standard_normal((16, 24)).astype(np.float32)
+    b = random.standard_normal(24).astype(np.float32)
+    keys = jax.random.split(jax.random.key(seed), 16)
+    data = np.asarray(jax.random.key_data(keys))
+    key_sharding = NamedSharding(mesh, PartitionSpec(names[0]))
+    return {
+        "params": {
+            "w": sharded(w, names[0], names[-1] if len(names) > 1 else None),
+            "b": sharded(b),
+        },
+        "big": sharded(
+            random.standard_normal((64, 1024)).astype(np.float32), names[0]
+        ),  # large enough for a data file
+        "half": sharded(w.astype(jnp.bfloat16), None, names[-1]),
+        "keys": jax.jit(jax.random.wrap_key_data, out_shardings=key_sharding)(
+            sharded(data, names[0])
+        ),
+        "key": jax.random.key(seed),
+        "rbg": jax.random.split(jax.random.key(seed, impl="rbg"), 3),
+        "count": jnp.int32(seed),
+        "numpy": random.integers(0, 9, (3, 2)),
+        "zero": np.zeros((0, 3), np.float32),
+        "scalar": np.float64(0.25),
+        "step": 12 + seed,
+        "name": "größe",
+        "raw": b"\x00\xff",
+        "nothing": None,
+        "nested": [1.5, (True, 2**80)],
+    }
+
+
+class Counter:
+    """A loader: its position is how many it has given."""
+
+    def __init__(self, shard: int, count: int, records: int = 1000) -> None:
+        self.shard, self.count, self.records, self.at = shard, count, records, 0
+
+    def __iter__(self) -> Counter:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        record = self.shard + self.at * self.count
+        if record >= self.records:
+            raise StopIteration
+        self.at += 1
+        return np.asarray([record])
+
+    def get_state(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def save_steps(
+    root: str, shape: tuple[int, ...], names: tuple[str, ...], steps: list[int], **keywords: Any
+) -> Any:
+    """Saves `steps`; returns each step's digest and this host's last batch."""
+    import datarax_dist as dd
+
+    digests = {}
+    batches = dd.data.shards(Counter, 8)
+    opaque = Counter(0, 1)
+    last = []
+    with dd.Checkpointer(root, **keywords) as ckpt:
+        for step in steps:
+            last = next(batches).tolist()
+            next(opaque)
+            state = mesh_state(shape, names, step)
+            digests[step] = dd.tree_digest(state)
+            handle = ckpt.save(
+                step,
+                state=state,
+                data={"batches": batches, "opaque": opaque},
+                metadata={"step": step},
+            )
+            assert handle is not None
+            handle.result(60)
+        return digests, last, ckpt.all_steps()
+
+
+def restore_step(
+    root: str,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    step: int | None = None,
+    target: bool = True,
+) -> Any:
+    """Restores; returns step, digest, next batch, and what the report says."""
+    import datarax_dist as dd
+
+    batches = dd.data.shards(Counter, 8)
+    with dd.Checkpointer(root) as ckpt:
+        state = mesh_state(shape, names, 99) if target else None
+        restored = ckpt.restore(step=step, state=state, data={"batches": batches})
+        digest = dd.tree_digest(restored.state)
+        return (
+            restored.step,
+            digest,
+            next(batches).tolist(),
+            dict(restored.report.refused),
+            ckpt.all_steps(),
+            restored.metadata,
+        )
+
+
+def fail_one(root: str, phase: str, host: int) -> Any:
+    """Fails one host in a phase of the second save; returns how long each step took to end, and how
+    it ended.
+    """
+    import time
+
+    import datarax_dist as dd
+    from datarax_dist.testing import faults
+
+    outcomes = []
+    with dd.Checkpointer(root) as ckpt:
+        for step in (1, 2, 3):
+            state = mesh_state((-1,), ("x",), step)
+            begin = time.monotonic()
+            error = OSError(28, "No space left on device")
+            with (
+                faults.fail_at(phase, host, error)
+                if step == 2
+                else faults.fail_at(phase, 10**6, error)
+            ):
+                try:
+                    ckpt.save(step, state=state).result(60)
+                    outcomes.append(("ok", "", {}, time.monotonic() - begin))
+                except dd.errors.PeerError as failure:
+                    outcomes.append(
+                        (
+                            type(failure).__name__,
+                            failure.phase,
+                            dict(failure.failures),
+                            time.monotonic() - begin,
+                        )
+                    )
+        return outcomes, ckpt.all_steps()
+
+
+def handler_save(root: str) -> Any:
+    """Hosts at different positions save and restore an iterator and a mixed tree."""
+    import jax
+
+    import datarax_dist as dd
+    from datarax_dist.checkpoint import OrbaxCheckpointHandler
+
+    counter = Counter(0, 1)
+    counter.at = 8 + 4 * jax.process_index()
+    mixed = mesh_state((-1,), ("x",), 1) | {
+        "mine": np.full(3, jax.process_index()),
+        "own": jax.random.key(jax.process_index()),
+    }
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(root, counter, step=1)
+        handler.save(root + "/mixed", mixed, step=1)
+        fresh = Counter(0, 1)
+        handler.restore(root, fresh)
+        plain = handler.restore(root)
+        back = handler.restore(root + "/mixed", mixed)
+        same = all(
+            type(a) is type(b) and (dd.tree_digest([a]) == dd.tree_digest([b]))
+            for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(back), strict=True)
+        )
+    return fresh.at, plain["at"], same
+
+
+def handler_restore(root: str) -> Any:
+    """Restores on whatever hosts there are; returns the error."""
+    from datarax_dist.checkpoint import OrbaxCheckpointHandler
+
+    with OrbaxCheckpointHandler() as handler:
+        try:
+            return handler.restore(root, Counter(0, 1))
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+
+def expected_digest(step: int) -> str:
+    """The digest of the state of `step`, which does not depend on the mesh: computed on this
+    process's devices.
+    """
+    import jax
+
+    import datarax_dist as dd
+
+    return dd.tree_digest(mesh_state((len(jax.devices()),), ("x",), step))
+
+
+def save_and_retain(root: str, steps: list[int]) -> Any:
+    """Saves `steps`, keeping two."""
+    import jax
+
+    import datarax_dist as dd
+
+    jax.devices()
+    return save_steps(root, (2,), ("x",), steps, keep=dd.latest(1))
+
+
+class Boom(Counter):
+    def get_state(self) -> dict[str, int]:
+        raise RuntimeError("boom")
+
+
+def disagree(root: str) -> Any:
+    """One host names another step, has another value, has a failing loader."""
+    import jax
+
+    import datarax_dist as dd
+
+    me = jax.process_index()
+    seen = []
+    with dd.Checkpointer(root) as ckpt:
+        state = mesh_state((-1,), ("x",), 1)
+        wrong = state | {"count": jax.numpy.int32(me)}
+        calls = [
+            (7 + me, state, None),
+            (7, wrong, None),
+            (7, state, Boom(0, 1) if me else Counter(0, 1)),
+        ]
+        for step, tree, data in calls:
+            try:
+                ckpt.save(step, state=tree, data=data)
+                text = "saved"
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+            seen.append((text, ckpt.all_steps()))
+    return seen

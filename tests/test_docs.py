@@ -1,0 +1,52 @@
+"""The README's code runs, the public names are pinned, and a golden step loads for ever."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import targets
+
+import datarax_dist as dd
+
+HERE = Path(__file__).parent
+
+
+def test_the_code_in_the_readme_runs() -> None:
+    text = (HERE.parent / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["checkpointer", "config", "data", "trees"])
+def test_the_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(f"datarax_dist.{name}")
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
+
+
+def test_public_names() -> None:
+    assert sorted(set(dd.__all__)) == sorted(dd.__all__)
+    assert {"Checkpointer", "SaveHandle", "Restored", "Options", "every_steps", "latest"} <= set(
+        dd.__all__
+    )
+    for name in dd.__all__:
+        assert getattr(dd, name) is not None
+
+
+def test_the_golden_step_of_version_1_loads(tmp_path: Path) -> None:
+    expected = json.loads((HERE / "golden" / "v1.json").read_text())
+    root = shutil.copytree(HERE / "golden" / "v1", tmp_path / "run")
+    loader = targets.Counter(0, 1)
+    with dd.Checkpointer(root) as ckpt:
+        restored = ckpt.restore(data=loader)
+    assert dd.tree_digest(restored.state) == expected["digest"]
+    assert restored.state["name"] == "golden"
+    assert np.array_equal(restored.state["w"], np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert (restored.step, restored.metadata, loader.at) == (7, {"loss": 0.5}, 3)

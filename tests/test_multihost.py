@@ -1,0 +1,139 @@
+"""The promises on real `jax.distributed` processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import targets
+
+from datarax_dist import telemetry
+from datarax_dist.restore import inspect_run
+from datarax_dist.storage import LocalStore
+from datarax_dist.testing import run_hosts
+
+pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
+
+SHAPES = {1: ((2,), ("y",)), 2: ((2, 2), ("a", "b")), 4: ((4, 2), ("a", "b"))}
+
+
+@pytest.mark.parametrize("before", [2, 4])
+def test_a_step_of_n_hosts_restores_on_1_2_and_4_with_another_mesh(
+    tmp_path: Path, before: int
+) -> None:
+    root = str(tmp_path / "run")
+    saved = run_hosts(
+        targets.save_steps,
+        before,
+        devices_per_host=2,
+        args=(root, (2 * before,), ("x",), [1, 2]),
+        timeout_seconds=90,
+    )
+    assert [host.error for host in saved] == [None] * before
+    digest = saved[0].value[0][2]
+    assert all(host.value[0] == saved[0].value[0] for host in saved)
+    for hosts, (shape, names) in SHAPES.items():
+        back = run_hosts(
+            targets.restore_step,
+            hosts,
+            devices_per_host=2,
+            args=(root, shape, names),
+            timeout_seconds=90,
+        )
+        assert [host.error for host in back] == [None] * hosts
+        assert {host.value[:2] for host in back} == {(2, digest)}
+        assert sorted(record for host in back for record in host.value[2]) == list(range(16, 24))
+    [bare] = run_hosts(
+        targets.restore_step,
+        1,
+        devices_per_host=2,
+        args=(root, (2,), ("y",), 1, False),
+        timeout_seconds=90,
+    )
+    assert bare.value[:2] == (1, saved[0].value[0][1])
+
+
+@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("phase", telemetry.SAVE_PHASES)
+def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else(
+    tmp_path: Path, phase: str, host: int
+) -> None:
+    only_primary = phase in PRIMARY_PHASES
+    if only_primary and host:
+        host, occurrence, last = (
+            0,
+            2,
+            3,
+        )  # these exist on the primary only: killed there in the next save
+    else:
+        occurrence, last = 1, 2
+    root = tmp_path / "run"
+    (root / "tensorboard").mkdir(parents=True)
+    (root / "tensorboard" / "events").write_text("mine")
+    (root / "5.orbax-checkpoint-tmp").mkdir()
+    targets.save_steps(str(root), (4,), ("x",), [1])
+    killed = run_hosts(
+        targets.save_and_retain,
+        2,
+        args=(str(root), [2, 3]),
+        env={"DATARAX_DIST_KILL_AT": f"{phase}@{host}#{occurrence}"},
+        timeout_seconds=90,
+        grace_seconds=2,
+    )
+    assert killed[host].exit_code == -9, "the phase was never reached"
+    inspection = inspect_run(LocalStore(str(root)))
+    newest = max(inspection.committed)
+    assert newest in (last - 1, last)
+    assert newest == last or phase not in ("save:committed", "save:retire")
+    assert targets.restore_step(str(root), (4,), ("x",))[:2] == (
+        newest,
+        targets.expected_digest(newest),
+    )
+    left = sorted(path.name for path in root.iterdir())
+    expected = {str(step) for step in inspect_run(LocalStore(str(root))).committed}
+    assert set(left) == expected | {"RUN.json", "tensorboard", "5.orbax-checkpoint-tmp"}
+
+
+PRIMARY_PHASES = (
+    "save:stage",
+    "save:verify",
+    "save:publish",
+    "save:commit",
+    "save:committed",
+    "save:retire",
+)
+
+
+@pytest.mark.parametrize(
+    "phase", ["save:capture", "save:started", "save:positions", "save:hash", "save:record"]
+)
+@pytest.mark.parametrize("host", [0, 1])
+def test_an_error_on_one_host_is_raised_on_all_within_two_seconds_and_the_next_save_works(
+    tmp_path: Path, phase: str, host: int
+) -> None:
+    hosts = run_hosts(
+        targets.fail_one, 2, args=(str(tmp_path / "run"), phase, host), timeout_seconds=90
+    )
+    assert [h.error for h in hosts] == [None, None]
+    for result in hosts:
+        (first, second, third), steps = result.value
+        assert first[0] == third[0] == "ok"
+        kind, where, failures, seconds = second
+        assert kind == "PeerError" and seconds < 2.0
+        assert where in (phase, "prepare")
+        assert list(failures) == [host] and "No space left on device" in failures[host]
+        assert steps == [1, 3]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "3", "RUN.json"]
+
+
+def test_another_step_number_or_another_value_on_one_host_raises_on_all_and_writes_nothing(
+    tmp_path: Path,
+) -> None:
+    hosts = run_hosts(targets.disagree, 2, args=(str(tmp_path / "run"),), timeout_seconds=90)
+    assert [h.error for h in hosts] == [None, None]
+    for host in hosts:
+        (wrong_step, before), (wrong_value, then), (wrong_position, after) = host.value
+        assert "PeerError" in wrong_step and "different steps" in wrong_step
+        assert "count" in wrong_value and "InvalidArgumentError" in wrong_value
+        assert "host 1" in wrong_position and "boom" in wrong_position
+        assert before == then == after == []

@@ -1,0 +1,148 @@
+"""The protocols over hosts and a store in memory: fast, and at every phase."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from datarax_dist import config, telemetry
+from datarax_dist.clock import SystemClock
+from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
+from datarax_dist.hosts import HostGroup
+from datarax_dist.restore import inspect_run, verify_files
+from datarax_dist.save import Saver, SaveRequest, committed_steps, union_of_records
+from datarax_dist.telemetry import Phases
+from datarax_dist.testing import MemoryArrays, MemoryStore, SimulatedHosts, fail_at
+
+OPTIONS = config.Options(exchange_timeout_seconds=20, save_timeout_seconds=20)
+
+
+def save(
+    store: MemoryStore, group: HostGroup, step: int, run: str | None = None, keep: Any = None
+) -> Any:
+    phases = Phases("save", group.index)
+    saver = Saver(store, group, SystemClock(), OPTIONS, keep)
+    request = SaveRequest(
+        step=step,
+        writer=MemoryArrays(store, group.index, {"a": b"x" * (group.index + 1)}),
+        positions={f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json": b"{}"},
+        shared={"TREE.json": b"{}"},
+        items=("state",),
+    )
+    return saver.begin(step, run, lambda: request, phases).finish()
+
+
+def whole(store: MemoryStore, step: int) -> bool:
+    marker = next(c.marker for c in inspect_run(store).candidates if c.step == step and c.marker)
+    assert marker is not None
+    files = union_of_records(store, str(step), marker.records, marker.run, step)
+    return not verify_files(store, str(step), files, "full")
+
+
+def test_every_host_gets_every_payload() -> None:
+    results = SimulatedHosts(4).run(
+        lambda group: group.exchange("vote", group.index, timeout_seconds=5)
+    )
+    assert results == [[0, 1, 2, 3]] * 4
+
+
+def test_one_hosts_error_is_every_hosts_error_with_its_name_phase_and_cause() -> None:
+    def one(group: HostGroup) -> Any:
+        error = OSError(28, "No space left on device") if group.index == 2 else None
+        return group.exchange("vote", 1, error=error, timeout_seconds=5)
+
+    for error in SimulatedHosts(4).run(one):
+        assert isinstance(error, PeerError)
+        assert error.phase == "vote"
+        assert error.failures == {2: "OSError(28, 'No space left on device')"}
+
+
+def test_a_host_that_does_not_come_is_named() -> None:
+    def one(group: HostGroup) -> Any:
+        return None if group.index == 1 else group.exchange("vote", 1, timeout_seconds=0.2)
+
+    first, _, third = SimulatedHosts(3).run(one)
+    for error in (first, third):
+        assert isinstance(error, PeerLostError)
+        assert error.missing == [1]
+        assert "missing: hosts 1" in str(error)
+        assert "arrived: hosts 0, 2" in str(error)
+
+
+def test_what_the_leader_raises_is_raised_on_every_host_with_its_type() -> None:
+    def lead(payloads: list[Any]) -> Any:
+        raise CheckpointError("no") if payloads == [0] else PeerError("never", phase="x")
+
+    for error in SimulatedHosts(2).run(
+        lambda group: group.exchange("vote", 0, leader=lead, timeout_seconds=5)
+    ):
+        assert isinstance(error, PeerError)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_the_marker_is_the_last_object_written_and_everything_before_it_is_synced(
+    hosts: int,
+) -> None:
+    store = MemoryStore()
+    reports = SimulatedHosts(hosts).run(lambda group: save(store, group, 7))
+    assert [report.step for report in reports] == [7] * hosts
+    assert store.log[-1] == ("create", "7/COMMIT.json")
+    assert store.log[-2] == ("rename", "7")
+    arrays = [key for key in store.files if "/state/" in key]
+    synced = {key.split("/", 1)[1] for action, key in store.log if action == "sync"}
+    assert {key.split("/", 1)[1] for key in arrays} <= synced
+    assert whole(store, 7)
+
+
+@pytest.mark.parametrize("host", [0, 1, 2])
+@pytest.mark.parametrize("phase", telemetry.SAVE_PHASES)
+def test_an_error_at_any_phase_commits_nothing_or_everything_and_the_next_save_works(
+    phase: str, host: int
+) -> None:
+    store = MemoryStore()
+    hosts = SimulatedHosts(3)
+    assert all(r.step == 1 for r in hosts.run(lambda group: save(store, group, 1)))
+    run = inspect_run(store).run
+    with fail_at(phase, host, OSError(5, "Input/output error")):
+        results = hosts.run(lambda group: save(store, group, 2, run, config.latest(1)))
+    # A primary that fails after the marker is durable says so; the step is there all the same.
+    steps = committed_steps(store, run)
+    failed = [isinstance(result, Exception) for result in results]
+    assert all(failed) or not any(failed)
+    assert max(steps) == (1 if all(failed) and phase != "save:committed" else 2)
+    assert all(whole(store, step) for step in steps)
+    for result in results:
+        if isinstance(result, Exception):
+            assert isinstance(result, PeerError)
+            assert "Input/output error" in str(result)
+            assert list(result.failures) == [host]
+    assert all(r.step == 3 for r in hosts.run(lambda group: save(store, group, 3, run)))
+    assert whole(store, 3)
+    leftovers = [c.name for c in inspect_run(store).candidates if c.state != "committed"]
+    assert leftovers == []
+
+
+def test_a_second_writer_never_replaces_a_committed_step() -> None:
+    store = MemoryStore()
+    barrier = threading.Barrier(2)
+
+    def one(name: int) -> Any:
+        group = SimulatedHosts(1).groups[0]
+        barrier.wait()
+        try:
+            return save(store, group, 5, "r" * 32)
+        except CheckpointError as error:
+            return error
+
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda n=n: results.append(one(n))) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(not isinstance(result, Exception) for result in results) <= 1
+    assert committed_steps(store, None) in ([], [5])
+    if committed_steps(store, None):
+        assert whole(store, 5)
