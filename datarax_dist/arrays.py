@@ -212,6 +212,11 @@ class OrbaxWriter:
             items["state"] = ocp.args.PyTreeSave(self._arrays)
         return self._engine.start(prefix, all_written, items)
 
+    def parts(self, host: int) -> list[str]:
+        if host == 0:
+            return [""]
+        return [f"state/ocdbt.process_{host}", f"state/array_metadatas/process_{host}"]
+
     def owns(self, key: str, host: int) -> bool:
         found = _HOST_PART.fullmatch(key)
         return (int(found[1]) if found else 0) == host

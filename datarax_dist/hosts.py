@@ -277,9 +277,11 @@ class Operation:
         the outcome.
         """
         try:
-            self.succeed(leader(self.gather(phase, deadline)))
+            payloads = self.gather(phase, deadline)
         except PeerError:
             return  # decided already
+        try:
+            self.succeed(leader(payloads))
         except BaseException as error:
             self.fail(phase, error)
             if not isinstance(error, Exception):

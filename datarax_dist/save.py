@@ -78,8 +78,11 @@ class ArrayWriter(Protocol):
                 hosts have called it.
         """
 
+    def parts(self, host: int) -> Sequence[str]:
+        """Returns the prefixes (below the step) that hold everything that `host` writes."""
+
     def owns(self, key: str, host: int) -> bool:
-        """Whether `key` (below the step) was written by `host`, for keys of the writer's items."""
+        """Whether `key` (below the step) is written by `host`, for keys of the writer's items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,14 +405,13 @@ class StartedSave:
         """Step 6: everything that this host wrote. What no host's name is on, the primary answers
         for.
         """
-        prefix = f"{self._staging}/"
+        prefix, host, writer = f"{self._staging}/", self._group.index, self._request.writer
         mine = {f"{prefix}{key}" for key in own}
-        for entry in self._store.list(self._staging):
-            key = entry.key.removeprefix(prefix)
-            if key.startswith(("data/", "hosts/")) or entry.key in mine:
-                continue
-            if self._request.writer.owns(key, self._group.index):
-                mine.add(entry.key)
+        for part in writer.parts(host):  # not the whole step: n hosts that list n hosts' files
+            for entry in self._store.list(f"{prefix}{part}".rstrip("/")):
+                key = entry.key.removeprefix(prefix)
+                if not key.startswith(("data/", "hosts/")) and writer.owns(key, host):
+                    mine.add(entry.key)
         entries = []
         for key in sorted(mine):
             size, digest = self._store.digest(key)

@@ -18,6 +18,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class Store(Protocol):
         """
 
     def list(self, prefix: str) -> list[Entry]:
-        """Returns every file below `prefix`, sorted by key."""
+        """Returns every file below `prefix`, or the file of that name, sorted by key. Files that
+        come or go meanwhile may be in it or not.
+        """
 
     def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
         """Returns size and digest of a file; no digest when the size is not as expected."""
@@ -170,11 +173,6 @@ class LocalStore:
                 os.mkdir(path)
             _sync_directory(os.path.dirname(path))
 
-    def make_directory(self, key: str) -> None:
-        path = self.path(key)
-        with _storage_errors("make", path):
-            self._make_directories(path)
-
     def children(self, prefix: str) -> list[str]:
         path = self.path(prefix)
         try:
@@ -187,13 +185,22 @@ class LocalStore:
 
     def list(self, prefix: str) -> list[Entry]:
         top = self.path(prefix)
+        paths = [top]
         found = []
+
+        def stop(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
         with _storage_errors("list", top):
-            for directory, _, names in os.walk(top):
-                for name in names:
-                    path = os.path.join(directory, name)
-                    key = os.path.relpath(path, self._root).replace(os.sep, "/")
-                    found.append(Entry(key, os.lstat(path).st_size))
+            for directory, _, names in os.walk(top, onerror=stop):
+                paths += [os.path.join(directory, name) for name in names]
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    status = os.lstat(path)
+                    if not stat.S_ISDIR(status.st_mode):
+                        key = os.path.relpath(path, self._root).replace(os.sep, "/")
+                        found.append(Entry(key, status.st_size))
         return sorted(found, key=lambda entry: entry.key)
 
     def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:

@@ -9,7 +9,7 @@ import pytest
 
 from datarax_dist import config, telemetry
 from datarax_dist.clock import SystemClock
-from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
+from datarax_dist.errors import CheckpointError, PeerError, PeerLostError, StepExistsError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.restore import inspect_run, verify_files
 from datarax_dist.save import Saver, SaveRequest, committed_steps, union_of_records
@@ -71,14 +71,22 @@ def test_a_host_that_does_not_come_is_named() -> None:
         assert "arrived: hosts 0, 2" in str(error)
 
 
-def test_what_the_leader_raises_is_raised_on_every_host_with_its_type() -> None:
+@pytest.mark.parametrize(
+    "raised",
+    [PeerError("they differ", phase="vote"), StepExistsError("it is there", step=3)],
+    ids=["PeerError", "StepExistsError"],
+)
+def test_what_the_leader_raises_is_raised_on_every_host_with_its_type(
+    raised: CheckpointError,
+) -> None:
     def lead(payloads: list[Any]) -> Any:
-        raise CheckpointError("no") if payloads == [0] else PeerError("never", phase="x")
+        raise raised
 
-    for error in SimulatedHosts(2).run(
+    for error in SimulatedHosts(3).run(
         lambda group: group.exchange("vote", 0, leader=lead, timeout_seconds=5)
     ):
-        assert isinstance(error, PeerError)
+        assert type(error) is type(raised)
+        assert str(error) == str(raised)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3])

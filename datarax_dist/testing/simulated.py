@@ -94,14 +94,11 @@ class MemoryStore:
     def list(self, prefix: str) -> list[Entry]:
         start = f"{prefix}/" if prefix else ""
         with self._lock:
-            return sorted(
-                (
-                    Entry(key, len(data))
-                    for key, data in self.files.items()
-                    if key.startswith(start)
-                ),
-                key=lambda entry: entry.key,
-            )
+            return [
+                Entry(key, len(data))
+                for key, data in sorted(self.files.items())
+                if key.startswith(start) or key == prefix
+            ]
 
     def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
         data = self.files[key]
@@ -148,6 +145,9 @@ class MemoryArrays:
 
     def wait(self) -> None:
         self._work()
+
+    def parts(self, host: int) -> list[str]:
+        return [f"state/ocdbt.process_{host}"] if host else [""]
 
     def owns(self, key: str, host: int) -> bool:
         part = key.partition("ocdbt.process_")[2]
