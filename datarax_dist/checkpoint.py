@@ -32,7 +32,7 @@ from datarax_dist.checkpointer import (
     state_tree,
 )
 from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError
-from datarax_dist.restore import Candidate
+from datarax_dist.inspection import Candidate
 from datarax_dist.save import SaveRequest
 
 __all__ = [

@@ -23,13 +23,13 @@ from datarax_dist import format as fmt
 from datarax_dist.clock import SystemClock
 from datarax_dist.config import KeepPolicy, Options, SavePolicy
 from datarax_dist.errors import (
-    CheckpointError,
     CorruptStepError,
     InvalidArgumentError,
     StepNotFoundError,
 )
 from datarax_dist.hosts import HostGroup, current_group
-from datarax_dist.restore import Candidate, Inspection, Restorer, RestoreReport
+from datarax_dist.inspection import Candidate, Inspection
+from datarax_dist.restore import Restorer, RestoreReport
 from datarax_dist.retention import delete_step
 from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
 from datarax_dist.storage import LocalStore
@@ -228,10 +228,8 @@ class Checkpointer:
         previous, self._handle = self._handle, None
         unseen = previous._unseen_error() if previous is not None else None
         phases = Phases("save", self._group.index)
-        run = self._run_of_primary()
         started = self._saver.begin(
             step,
-            run,
             lambda: self._capture(step, state, data, metadata),
             phases,
             replace=replace,
@@ -248,16 +246,6 @@ class Checkpointer:
                 target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
             ).start()
         return handle
-
-    def _run_of_primary(self) -> str | None:
-        if not self._group.is_primary:
-            return None
-        try:
-            from datarax_dist.restore import inspect_run
-
-            return inspect_run(self._store).run
-        except CheckpointError:
-            return None
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
         """Steps 1 of the protocol: everything that later changes by the caller must not reach."""

@@ -30,8 +30,13 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     StepNotFoundError,
 )
-from datarax_dist.restore import Candidate, Inspection, inspect_run, verify_files
-from datarax_dist.save import union_of_records
+from datarax_dist.inspection import (
+    Candidate,
+    Inspection,
+    inspect_run,
+    union_of_records,
+    verify_files,
+)
 from datarax_dist.storage import LocalStore
 
 __all__ = ["main"]

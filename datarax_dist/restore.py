@@ -24,49 +24,25 @@ from datarax_dist.config import Options
 from datarax_dist.errors import (
     CheckpointError,
     CorruptStepError,
-    FormatVersionError,
     StepNotFoundError,
     StorageError,
 )
 from datarax_dist.hosts import HostGroup
-from datarax_dist.save import union_of_records
+from datarax_dist.inspection import (
+    Candidate,
+    Inspection,
+    inspect_run,
+    inspection_from_json,
+    inspection_to_json,
+    union_of_records,
+    verify_files,
+)
 from datarax_dist.storage import Store
 from datarax_dist.telemetry import Phases
 
-__all__ = ["Candidate", "Inspection", "RestoreReport", "Restorer", "inspect_run", "verify_files"]
+__all__ = ["RestoreReport", "Restorer"]
 
 logger = logging.getLogger("datarax_dist")
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A directory that may be a step.
-
-    Attributes:
-        state: "committed", "staged" (a claim, no marker), "foreign" (plain Orbax), "damaged" (its
-            marker does not check),
-            "refused" (of another run, a newer format, or nothing of ours at all).
-        reason: why it is not committed; empty when it is.
-    """
-
-    step: int
-    name: str
-    state: str
-    reason: str = ""
-    marker: fmt.CommitMarker | None = None
-    files: Sequence[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What a root holds."""
-
-    run: str | None
-    candidates: Sequence[Candidate]
-
-    @property
-    def committed(self) -> list[int]:
-        return sorted(c.step for c in self.candidates if c.state == "committed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,131 +77,6 @@ class RestoreReport:
         return "\n".join(lines)
 
 
-def inspect_run(store: Store) -> Inspection:
-    """Returns every directory of a root that looks like a step, newest first, with what it is and
-    why. Reads markers only.
-    """
-    names = store.children("")
-    run: str | None = None
-    if fmt.RUN_NAME in names:
-        try:
-            run = fmt.parse_run(store.get(fmt.RUN_NAME))
-        except fmt.InvalidRecordError as error:
-            logger.warning(
-                "%s of %s is damaged (%s); the run is taken from its steps",
-                fmt.RUN_NAME,
-                store.root,
-                error,
-            )
-    found = []
-    for name in names:
-        if not name.endswith("/"):
-            continue
-        staged, step = fmt.parse_staging_name(name[:-1]), fmt.parse_step_name(name[:-1])
-        if staged is not None:
-            reason = "its save did not end: a staging directory"
-            found.append(Candidate(staged, name[:-1], "staged", reason))
-        elif step is not None:
-            found.append(_inspect_step(store, step, name[:-1]))
-    if run is None:
-        runs = {c.marker.run for c in found if c.marker is not None}
-        run = runs.pop() if len(runs) == 1 else None
-        if runs:
-            raise CorruptStepError(
-                f"{store.root} holds steps of several runs and no valid {fmt.RUN_NAME}. Move the"
-                " steps of one run to a root of their own.",
-                step=None,
-                files=[fmt.RUN_NAME],
-            )
-    judged = [
-        (
-            Candidate(c.step, c.name, "refused", f"its marker is of another run ({c.marker.run})")
-            if c.marker is not None and c.marker.run != run
-            else c
-        )
-        for c in found
-    ]
-    return Inspection(run, sorted(judged, key=lambda c: (c.step, c.name), reverse=True))
-
-
-def _inspect_step(store: Store, step: int, name: str) -> Candidate:
-    inside = store.children(name)
-    if fmt.COMMIT_NAME in inside:
-        try:
-            marker = fmt.parse_marker(store.get(f"{name}/{fmt.COMMIT_NAME}"))
-        except FormatVersionError as error:
-            return Candidate(step, name, "refused", str(error))
-        except (fmt.InvalidRecordError, KeyError) as error:
-            return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
-        if marker.step != step:
-            return Candidate(step, name, "refused", f"its marker is that of step {marker.step}")
-        missing = [
-            entry.path
-            for entry in marker.records
-            if entry.path.rsplit("/", 1)[1] not in store.children(f"{name}/hosts")
-        ]
-        if missing:
-            return Candidate(
-                step,
-                name,
-                "damaged",
-                f"host records are missing: {', '.join(missing[:5])}",
-                files=tuple(missing),
-            )
-        return Candidate(step, name, "committed", marker=marker)
-    if fmt.STEP_NAME in inside:
-        return Candidate(
-            step,
-            name,
-            "staged",
-            f"no {fmt.COMMIT_NAME}: it was never committed, or its deletion did not end",
-        )
-    if "_CHECKPOINT_METADATA" in inside or "_METADATA" in inside:
-        return Candidate(
-            step,
-            name,
-            "foreign",
-            "written by plain Orbax: no marker of ours, so nothing can be verified",
-        )
-    return Candidate(
-        step, name, "refused", f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours"
-    )
-
-
-def verify_files(
-    store: Store,
-    directory: str,
-    files: Sequence[fmt.FileEntry],
-    level: str,
-    *,
-    progress: Callable[[int], None] = lambda n: None,
-) -> dict[str, str]:
-    """Returns what is wrong with `files`: path -> reason. Level "sizes" compares sizes, "full"
-    reads every byte.
-    """
-    wrong: dict[str, str] = {}
-    if level == "marker":
-        return wrong
-    listed = {
-        entry.key.removeprefix(f"{directory}/"): entry.size for entry in store.list(directory)
-    }
-    for entry in files:
-        if entry.path not in listed:
-            wrong[entry.path] = "missing"
-        elif listed[entry.path] != entry.size:
-            wrong[entry.path] = f"{listed[entry.path]} bytes instead of {entry.size}"
-        elif level == "full":
-            try:
-                size, digest = store.digest(f"{directory}/{entry.path}", entry.size)
-            except (KeyError, StorageError) as error:
-                wrong[entry.path] = f"cannot be read: {error}"
-                continue
-            if (size, digest) != (entry.size, entry.digest):
-                wrong[entry.path] = "its content has changed (checksum)"
-            progress(entry.size)
-    return wrong
-
-
 def share(files: Sequence[fmt.FileEntry], host: int, hosts: int) -> list[fmt.FileEntry]:
     """Returns the files that `host` verifies: one split for all hosts, about equal in bytes."""
     loads = [0] * hosts
@@ -254,7 +105,7 @@ class Restorer:
             leader=lambda roots: self._list(roots),
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
-        return _inspection_from_json(body)
+        return inspection_from_json(body)
 
     def _list(self, roots: Sequence[str]) -> dict[str, Any]:
         for host, root in enumerate(roots):
@@ -263,7 +114,7 @@ class Restorer:
                     f"Host {host} opened {root!r}, host 0 {roots[0]!r}: the root must be the same"
                     " on all."
                 )
-        return _inspection_to_json(inspect_run(self._store))
+        return inspection_to_json(inspect_run(self._store))
 
     def restore(
         self, step: int | None, load: Callable[[Candidate], Callable[[], Any]], phases: Phases
@@ -442,37 +293,3 @@ class Restorer:
 
 def _lines(refused: Mapping[str, str]) -> str:
     return "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
-
-
-def _inspection_to_json(inspection: Inspection) -> dict[str, Any]:
-    return {
-        "run": inspection.run,
-        "candidates": [
-            {
-                "step": c.step,
-                "name": c.name,
-                "state": c.state,
-                "reason": c.reason,
-                "files": list(c.files),
-                "marker": fmt.dump_marker(c.marker).decode() if c.marker else None,
-            }
-            for c in inspection.candidates
-        ],
-    }
-
-
-def _inspection_from_json(body: Mapping[str, Any]) -> Inspection:
-    return Inspection(
-        body["run"],
-        tuple(
-            Candidate(
-                row["step"],
-                row["name"],
-                row["state"],
-                row["reason"],
-                fmt.parse_marker(row["marker"].encode()) if row["marker"] else None,
-                tuple(row["files"]),
-            )
-            for row in body["candidates"]
-        ),
-    )

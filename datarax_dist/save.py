@@ -47,6 +47,7 @@ from datarax_dist.errors import (
     StorageError,
 )
 from datarax_dist.hosts import HostGroup, Operation
+from datarax_dist.inspection import committed_steps, find_run, union_of_records
 from datarax_dist.lease import writer_identity
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
@@ -145,7 +146,6 @@ class Saver:
     def begin(
         self,
         step: int,
-        run: str | None,
         capture: Callable[[], SaveRequest],
         phases: Phases,
         *,
@@ -176,7 +176,7 @@ class Saver:
             "prepare",
             payload,
             error=failure,
-            leader=lambda payloads: self._stage(payloads, run, phases, replace),
+            leader=lambda payloads: self._stage(payloads, phases, replace),
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
         phases.seconds["prepare"] = self._clock.monotonic() - begin
@@ -197,21 +197,14 @@ class Saver:
         started.start()
         return started
 
-    def _stage(
-        self, payloads: list[Any], run: str | None, phases: Phases, replace: bool
-    ) -> dict[str, Any]:
+    def _stage(self, payloads: list[Any], phases: Phases, replace: bool) -> dict[str, Any]:
         if all(payload["unseen"] for payload in payloads):
             return {"unseen": True}
         _compare(payloads)
         phases.reach("stage")
         step = int(payloads[0]["step"])
         store = self._store
-        if run is None:
-            run = secrets.token_hex(16)
-            if not store.create(fmt.RUN_NAME, fmt.dump_run(run, self._clock.now())):
-                run = fmt.parse_run(store.get(fmt.RUN_NAME))
-        elif fmt.RUN_NAME not in store.children(""):
-            store.create(fmt.RUN_NAME, fmt.dump_run(run, self._clock.now()))
+        run = self._claim_run()
         retention.remove_leftovers(store, retention.find_leftovers(store, run))
         name = fmt.step_name(step)
         there = store.children("")
@@ -233,6 +226,25 @@ class Saver:
         claim = fmt.StepClaim(run, step, nonce, len(payloads), writer_identity(), self._clock.now())
         store.put(f"{staging}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
         return {"run": run, "staging": staging, "nonce": nonce}
+
+    def _claim_run(self) -> str:
+        """Returns the run of the root; makes one in a new root."""
+        store = self._store
+        run = find_run(store)
+        if run is not None and fmt.RUN_NAME in store.children(""):
+            return run
+        new = run or secrets.token_hex(16)
+        if store.create(fmt.RUN_NAME, fmt.dump_run(new, self._clock.now())):
+            return new
+        try:
+            return fmt.parse_run(store.get(fmt.RUN_NAME))  # another job was faster
+        except fmt.InvalidRecordError as error:
+            raise CorruptStepError(
+                f"{store.root}/{fmt.RUN_NAME} cannot be read ({error}), and no step says which run"
+                " this is. Choose another root, or remove that file. Nothing was written.",
+                step=None,
+                files=[fmt.RUN_NAME],
+            ) from error
 
 
 def _digests(digests: Mapping[str, str]) -> dict[str, str]:
@@ -496,61 +508,3 @@ class StartedSave:
         return fmt.COMMIT_NAME not in self._store.children(self._staging) and bool(
             self._store.children(self._staging)
         )
-
-
-def union_of_records(
-    store: Store, directory: str, records: Sequence[fmt.FileEntry], run: str, step: int
-) -> list[fmt.FileEntry]:
-    """Returns every file that the host records name, after checking the records against their
-    digests.
-
-    Raises:
-        CorruptStepError: a record is missing, damaged, of another step, or two records name one
-            file.
-    """
-    files: dict[str, fmt.FileEntry] = {}
-    bad: list[str] = []
-    for host, row in enumerate(records):
-        try:
-            data = store.get(f"{directory}/{row.path}")
-            if len(data) != row.size or fmt.digest(data) != row.digest:
-                raise fmt.InvalidRecordError(f"{row.path} is not the record that was committed")
-            record = fmt.parse_record(data, row.path)
-            if (record.run, record.step, record.host, record.hosts) != (
-                run,
-                step,
-                host,
-                len(records),
-            ):
-                raise fmt.InvalidRecordError(f"{row.path} is the record of another step or host")
-        except (KeyError, fmt.InvalidRecordError):
-            bad.append(row.path)
-            continue
-        for entry in record.files:
-            if entry.path in files:
-                bad.append(row.path)
-            files[entry.path] = entry
-    if bad:
-        raise CorruptStepError(
-            f"Step {step}: missing or damaged host records: {', '.join(bad)}.",
-            step=step,
-            files=sorted(set(bad)),
-        )
-    return list(files.values())
-
-
-def committed_steps(store: Store, run: str | None) -> list[int]:
-    """Returns the steps with a valid marker of this run, in order."""
-    steps = []
-    for child in store.children(""):
-        step = fmt.parse_step_name(child[:-1]) if child.endswith("/") else None
-        if step is None:
-            continue
-        try:
-            marker = fmt.parse_marker(store.get(f"{step}/{fmt.COMMIT_NAME}"))
-        except Exception as error:
-            logger.debug("step %d is not committed: %s", step, error)
-            continue
-        if marker.step == step and (run is None or marker.run == run):
-            steps.append(step)
-    return sorted(steps)

@@ -251,3 +251,11 @@ def disagree(root: str) -> Any:
                 text = f"{type(error).__name__}: {error}"
             seen.append((text, ckpt.all_steps()))
     return seen
+
+
+def conform() -> Any:
+    """Runs the host-group checks on real hosts."""
+    from datarax_dist.hosts import current_group
+    from datarax_dist.testing import check_host_group
+
+    return check_host_group(current_group("conformance"))

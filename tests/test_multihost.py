@@ -8,7 +8,7 @@ import pytest
 import targets
 
 from datarax_dist import telemetry
-from datarax_dist.restore import inspect_run
+from datarax_dist.inspection import inspect_run
 from datarax_dist.storage import LocalStore
 from datarax_dist.testing import run_hosts
 

@@ -11,17 +11,15 @@ from datarax_dist import config, telemetry
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import CheckpointError, PeerError, PeerLostError, StepExistsError
 from datarax_dist.hosts import HostGroup
-from datarax_dist.restore import inspect_run, verify_files
-from datarax_dist.save import Saver, SaveRequest, committed_steps, union_of_records
+from datarax_dist.inspection import committed_steps, inspect_run, union_of_records, verify_files
+from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryArrays, MemoryStore, SimulatedHosts, fail_at
 
 OPTIONS = config.Options(exchange_timeout_seconds=20, save_timeout_seconds=20)
 
 
-def save(
-    store: MemoryStore, group: HostGroup, step: int, run: str | None = None, keep: Any = None
-) -> Any:
+def save(store: MemoryStore, group: HostGroup, step: int, keep: Any = None) -> Any:
     phases = Phases("save", group.index)
     saver = Saver(store, group, SystemClock(), OPTIONS, keep)
     request = SaveRequest(
@@ -31,7 +29,7 @@ def save(
         shared={"TREE.json": b"{}"},
         items=("state",),
     )
-    return saver.begin(step, run, lambda: request, phases).finish()
+    return saver.begin(step, lambda: request, phases).finish()
 
 
 def whole(store: MemoryStore, step: int) -> bool:
@@ -114,7 +112,7 @@ def test_an_error_at_any_phase_commits_nothing_or_everything_and_the_next_save_w
     assert all(r.step == 1 for r in hosts.run(lambda group: save(store, group, 1)))
     run = inspect_run(store).run
     with fail_at(phase, host, OSError(5, "Input/output error")):
-        results = hosts.run(lambda group: save(store, group, 2, run, config.latest(1)))
+        results = hosts.run(lambda group: save(store, group, 2, config.latest(1)))
     # A primary that fails after the marker is durable says so; the step is there all the same.
     steps = committed_steps(store, run)
     failed = [isinstance(result, Exception) for result in results]
@@ -126,7 +124,7 @@ def test_an_error_at_any_phase_commits_nothing_or_everything_and_the_next_save_w
             assert isinstance(result, PeerError)
             assert "Input/output error" in str(result)
             assert list(result.failures) == [host]
-    assert all(r.step == 3 for r in hosts.run(lambda group: save(store, group, 3, run)))
+    assert all(r.step == 3 for r in hosts.run(lambda group: save(store, group, 3)))
     assert whole(store, 3)
     leftovers = [c.name for c in inspect_run(store).candidates if c.state != "committed"]
     assert leftovers == []
@@ -140,7 +138,7 @@ def test_a_second_writer_never_replaces_a_committed_step() -> None:
         group = SimulatedHosts(1).groups[0]
         barrier.wait()
         try:
-            return save(store, group, 5, "r" * 32)
+            return save(store, group, 5)
         except CheckpointError as error:
             return error
 

@@ -1,12 +1,18 @@
-"""What users need to test their own jobs: local hosts, faults at named phases, simulated ones."""
+"""What users need to test their own jobs: real local hosts, faults at named phases, hosts and
+stores in memory, and conformance suites.
+"""
 
 from __future__ import annotations
 
+from datarax_dist.testing.conformance import HOST_GROUP_CHECKS, STORE_CHECKS, check_host_group
 from datarax_dist.testing.faults import PHASES, fail_at, kill_at
 from datarax_dist.testing.launcher import HostError, HostResult, free_port, run_hosts
 from datarax_dist.testing.simulated import FakeClock, MemoryArrays, MemoryStore, SimulatedHosts
 
 __all__ = [
+    "HOST_GROUP_CHECKS",
+    "STORE_CHECKS",
+    "check_host_group",
     "PHASES",
     "FakeClock",
     "HostError",

@@ -1,0 +1,289 @@
+"""What a root holds: which directories are steps, which are not and why, and whether the files of a
+step are whole. Reads only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datarax_dist import format as fmt
+from datarax_dist.errors import CorruptStepError, FormatVersionError, StorageError
+from datarax_dist.storage import Store
+
+__all__ = [
+    "Candidate",
+    "Inspection",
+    "committed_steps",
+    "find_run",
+    "inspect_run",
+    "inspection_from_json",
+    "inspection_to_json",
+    "union_of_records",
+    "verify_files",
+]
+
+logger = logging.getLogger("datarax_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A directory that may be a step.
+
+    Attributes:
+        state: "committed", "staged" (a claim, no marker), "foreign" (plain Orbax), "damaged" (its
+            marker does not check),
+            "refused" (of another run, a newer format, or nothing of ours at all).
+        reason: why it is not committed; empty when it is.
+    """
+
+    step: int
+    name: str
+    state: str
+    reason: str = ""
+    marker: fmt.CommitMarker | None = None
+    files: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a root holds."""
+
+    run: str | None
+    candidates: Sequence[Candidate]
+
+    @property
+    def committed(self) -> list[int]:
+        return sorted(c.step for c in self.candidates if c.state == "committed")
+
+
+def find_run(store: Store) -> str | None:
+    """Returns the run that a root belongs to; None when nothing of ours is in it.
+
+    Raises:
+        CorruptStepError: `RUN.json` is lost, and there are steps of several runs.
+        FormatVersionError: a newer version has made the run.
+    """
+    try:
+        return fmt.parse_run(store.get(fmt.RUN_NAME))
+    except (KeyError, fmt.InvalidRecordError):
+        return inspect_run(store).run
+
+
+def inspect_run(store: Store) -> Inspection:
+    """Returns every directory of a root that looks like a step, newest first, with what it is and
+    why. Reads markers only.
+    """
+    names = store.children("")
+    run: str | None = None
+    if fmt.RUN_NAME in names:
+        try:
+            run = fmt.parse_run(store.get(fmt.RUN_NAME))
+        except fmt.InvalidRecordError as error:
+            logger.warning(
+                "%s of %s is damaged (%s); the run is taken from its steps",
+                fmt.RUN_NAME,
+                store.root,
+                error,
+            )
+    found = []
+    for name in names:
+        if not name.endswith("/"):
+            continue
+        staged, step = fmt.parse_staging_name(name[:-1]), fmt.parse_step_name(name[:-1])
+        if staged is not None:
+            reason = "its save did not end: a staging directory"
+            found.append(Candidate(staged, name[:-1], "staged", reason))
+        elif step is not None:
+            found.append(_inspect_step(store, step, name[:-1]))
+    if run is None:
+        runs = {c.marker.run for c in found if c.marker is not None}
+        run = runs.pop() if len(runs) == 1 else None
+        if runs:
+            raise CorruptStepError(
+                f"{store.root} holds steps of several runs and no valid {fmt.RUN_NAME}. Move the"
+                " steps of one run to a root of their own.",
+                step=None,
+                files=[fmt.RUN_NAME],
+            )
+    judged = [
+        (
+            Candidate(c.step, c.name, "refused", f"its marker is of another run ({c.marker.run})")
+            if c.marker is not None and c.marker.run != run
+            else c
+        )
+        for c in found
+    ]
+    return Inspection(run, sorted(judged, key=lambda c: (c.step, c.name), reverse=True))
+
+
+def _inspect_step(store: Store, step: int, name: str) -> Candidate:
+    inside = store.children(name)
+    if fmt.COMMIT_NAME in inside:
+        try:
+            marker = fmt.parse_marker(store.get(f"{name}/{fmt.COMMIT_NAME}"))
+        except FormatVersionError as error:
+            return Candidate(step, name, "refused", str(error))
+        except (fmt.InvalidRecordError, KeyError) as error:
+            return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
+        if marker.step != step:
+            return Candidate(step, name, "refused", f"its marker is that of step {marker.step}")
+        missing = [
+            entry.path
+            for entry in marker.records
+            if entry.path.rsplit("/", 1)[1] not in store.children(f"{name}/hosts")
+        ]
+        if missing:
+            return Candidate(
+                step,
+                name,
+                "damaged",
+                f"host records are missing: {', '.join(missing[:5])}",
+                files=tuple(missing),
+            )
+        return Candidate(step, name, "committed", marker=marker)
+    if fmt.STEP_NAME in inside:
+        return Candidate(
+            step,
+            name,
+            "staged",
+            f"no {fmt.COMMIT_NAME}: it was never committed, or its deletion did not end",
+        )
+    if "_CHECKPOINT_METADATA" in inside or "_METADATA" in inside:
+        return Candidate(
+            step,
+            name,
+            "foreign",
+            "written by plain Orbax: no marker of ours, so nothing can be verified",
+        )
+    return Candidate(
+        step, name, "refused", f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours"
+    )
+
+
+def verify_files(
+    store: Store,
+    directory: str,
+    files: Sequence[fmt.FileEntry],
+    level: str,
+    *,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, str]:
+    """Returns what is wrong with `files`: path -> reason. Level "sizes" compares sizes, "full"
+    reads every byte.
+    """
+    wrong: dict[str, str] = {}
+    if level == "marker":
+        return wrong
+    listed = {
+        entry.key.removeprefix(f"{directory}/"): entry.size for entry in store.list(directory)
+    }
+    for entry in files:
+        if entry.path not in listed:
+            wrong[entry.path] = "missing"
+        elif listed[entry.path] != entry.size:
+            wrong[entry.path] = f"{listed[entry.path]} bytes instead of {entry.size}"
+        elif level == "full":
+            try:
+                size, digest = store.digest(f"{directory}/{entry.path}", entry.size)
+            except (KeyError, StorageError) as error:
+                wrong[entry.path] = f"cannot be read: {error}"
+                continue
+            if (size, digest) != (entry.size, entry.digest):
+                wrong[entry.path] = "its content has changed (checksum)"
+            progress(entry.size)
+    return wrong
+
+
+def union_of_records(
+    store: Store, directory: str, records: Sequence[fmt.FileEntry], run: str, step: int
+) -> list[fmt.FileEntry]:
+    """Returns every file that the host records name, after checking the records against their
+    digests.
+
+    Raises:
+        CorruptStepError: a record is missing, damaged, of another step, or two records name one
+            file.
+    """
+    files: dict[str, fmt.FileEntry] = {}
+    bad: list[str] = []
+    for host, row in enumerate(records):
+        try:
+            data = store.get(f"{directory}/{row.path}")
+            if len(data) != row.size or fmt.digest(data) != row.digest:
+                raise fmt.InvalidRecordError(f"{row.path} is not the record that was committed")
+            record = fmt.parse_record(data, row.path)
+            if (record.run, record.step, record.host, record.hosts) != (
+                run,
+                step,
+                host,
+                len(records),
+            ):
+                raise fmt.InvalidRecordError(f"{row.path} is the record of another step or host")
+        except (KeyError, fmt.InvalidRecordError):
+            bad.append(row.path)
+            continue
+        for entry in record.files:
+            if entry.path in files:
+                bad.append(row.path)
+            files[entry.path] = entry
+    if bad:
+        raise CorruptStepError(
+            f"Step {step}: missing or damaged host records: {', '.join(bad)}.",
+            step=step,
+            files=sorted(set(bad)),
+        )
+    return list(files.values())
+
+
+def committed_steps(store: Store, run: str | None) -> list[int]:
+    """Returns the steps with a valid marker of this run, in order."""
+    steps = []
+    for child in store.children(""):
+        step = fmt.parse_step_name(child[:-1]) if child.endswith("/") else None
+        if step is None:
+            continue
+        try:
+            marker = fmt.parse_marker(store.get(f"{step}/{fmt.COMMIT_NAME}"))
+        except Exception as error:
+            logger.debug("step %d is not committed: %s", step, error)
+            continue
+        if marker.step == step and (run is None or marker.run == run):
+            steps.append(step)
+    return sorted(steps)
+
+
+def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
+    return {
+        "run": inspection.run,
+        "candidates": [
+            {
+                "step": c.step,
+                "name": c.name,
+                "state": c.state,
+                "reason": c.reason,
+                "files": list(c.files),
+                "marker": fmt.dump_marker(c.marker).decode() if c.marker else None,
+            }
+            for c in inspection.candidates
+        ],
+    }
+
+
+def inspection_from_json(body: Mapping[str, Any]) -> Inspection:
+    return Inspection(
+        body["run"],
+        tuple(
+            Candidate(
+                row["step"],
+                row["name"],
+                row["state"],
+                row["reason"],
+                fmt.parse_marker(row["marker"].encode()) if row["marker"] else None,
+                tuple(row["files"]),
+            )
+            for row in body["candidates"]
+        ),
+    )

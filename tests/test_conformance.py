@@ -1,0 +1,56 @@
+"""The conformance suites, on what the package itself has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import targets
+
+from datarax_dist.storage import LocalStore, Store
+from datarax_dist.testing import (
+    HOST_GROUP_CHECKS,
+    STORE_CHECKS,
+    MemoryStore,
+    SimulatedHosts,
+    check_host_group,
+    run_hosts,
+)
+
+Check = Callable[[Callable[[], Store]], None]
+
+
+@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
+def test_local_store(check: Check, tmp_path: Path) -> None:
+    numbers = itertools.count()
+    check(lambda: LocalStore(str(tmp_path / str(next(numbers)))))
+
+
+@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
+def test_memory_store(check: Check) -> None:
+    check(MemoryStore)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 5])
+@pytest.mark.parametrize("check", HOST_GROUP_CHECKS, ids=lambda check: check.__name__)
+def test_simulated_host_group(check: Callable[[Any], None], hosts: int) -> None:
+    assert SimulatedHosts(hosts).run(check) == [None] * hosts
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_real_host_group() -> None:
+    hosts = run_hosts(targets.conform, 3, timeout_seconds=90)
+    names = [check.__name__ for check in HOST_GROUP_CHECKS]
+    assert [(host.error, host.value) for host in hosts] == [(None, names)] * 3
+
+
+def test_a_host_group_that_does_not_conform_is_told_so() -> None:
+    hosts = SimulatedHosts(1)
+    hosts.groups[0].exchange = lambda *a, **k: [{"host": 1}]  # type: ignore[method-assign]
+    [result] = hosts.run(check_host_group)
+    assert isinstance(result, AssertionError)
+    assert "every_host_gets_every_payload" in str(result)
