@@ -10,11 +10,15 @@ beforehand, by the save protocol.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import errno
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -152,7 +156,7 @@ class OrbaxArrays:
         _checksummed.add(path)
         with _wrapped("write"):
             self._checkpointer.save(epath.Path(path), args=ocp.args.Composite(**items))
-        return _OrbaxWrite(self._checkpointer, path)
+        return _OrbaxWrite(self, self._checkpointer, path)
 
     def restore(
         self, step: str, spec: TreeSpec, wanted: Sequence[tuple[LeafSpec, Any]]
@@ -189,6 +193,10 @@ class OrbaxArrays:
                 leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in chosen
             }
 
+    def abandon(self) -> None:
+        """Lets go of an Orbax checkpointer that hangs; the next save gets a new one."""
+        self._checkpointer = None
+
     def close(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.close()
@@ -223,16 +231,36 @@ class OrbaxWriter:
 
 
 class _OrbaxWrite:
-    def __init__(self, checkpointer: ocp.AsyncCheckpointer, path: str) -> None:
-        self._checkpointer = checkpointer
+    def __init__(self, engine: OrbaxArrays, checkpointer: ocp.AsyncCheckpointer, path: str) -> None:
+        self._engine = engine
         self._path = path
+        self._ended: Future[None] = Future()
+        threading.Thread(
+            target=self._wait, args=(checkpointer,), name="datarax_dist-arrays", daemon=True
+        ).start()
 
-    def wait(self) -> None:
+    def _wait(self, checkpointer: ocp.AsyncCheckpointer) -> None:
+        """On a thread of its own, because Orbax's waiting has no deadline."""
         try:
-            with _wrapped("write"):
-                self._checkpointer.wait_until_finished()
+            checkpointer.wait_until_finished()
+        except BaseException as error:
+            self._ended.set_exception(error)
+        else:
+            self._ended.set_result(None)
         finally:
             _checksummed.discard(self._path)
+
+    def wait(self, timeout_seconds: float) -> None:
+        with _wrapped("write"):
+            done, _ = concurrent.futures.wait([self._ended], timeout_seconds)
+            if not done:
+                self._engine.abandon()
+                raise StorageError(
+                    f"Writing the arrays to {self._path} has not ended, at the save's deadline. Is"
+                    " the file system stuck? Options.save_timeout_seconds sets the deadline.",
+                    errno=errno.ETIMEDOUT,
+                )
+            self._ended.result()
 
 
 @contextlib.contextmanager

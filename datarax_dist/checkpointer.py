@@ -293,8 +293,7 @@ class Checkpointer:
             report = started.finish()
         except BaseException as error:
             _settle(handle, error=error)
-            if self._group.count == 1:
-                started.clean_up()
+            started.clean_up()
         else:
             _settle(handle, report=report)
 

@@ -206,7 +206,7 @@ def _choose(store: LocalStore, inspection: Inspection, step: str) -> Candidate:
         CorruptStepError, FormatVersionError: why there is no newest committed step.
     """
     if step != "latest":
-        order = ("committed", "damaged", "refused", "foreign", "staged")
+        order = ("committed", "damaged", "refused", "foreign", "deleting", "staged")
         found = [c for c in inspection.candidates if c.step == int(step)]
         if not found:
             there = ", ".join(str(n) for n in inspection.committed[-20:]) or "none"
@@ -742,8 +742,9 @@ def _parser() -> argparse.ArgumentParser:
         "ls",
         "list the steps of a run",
         "Lists every directory of a root that looks like a step, newest first, and what it is:\n"
-        "committed, staged (its save did not end), foreign (plain Orbax), damaged (its marker is)\n"
-        "or refused (another run, a newer format). Only markers are read; verify reads the data.",
+        "committed, staged (its save did not end), deleting, foreign (plain Orbax), damaged (its\n"
+        "marker is) or refused (another run, a newer format). Only markers are read; verify reads\n"
+        "the data.",
         epilog=_EXIT_CODES,
     )
     ls.add_argument("root", metavar="ROOT", help="the root of a run")

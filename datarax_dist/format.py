@@ -39,7 +39,7 @@ STEP_NAME = "STEP.json"  # the first file of a step directory: whose it is
 TREE_NAME = "TREE.json"  # the structure of the state and its leaves that are not arrays
 COMMIT_NAME = "COMMIT.json"  # the last file: the step counts
 MAX_RECORD_BYTES = 256 << 20
-_STAGING = re.compile(r"([0-9]+)\.staging-([0-9a-f]{16})")
+_ASIDE = re.compile(r"([0-9]+)\.(staging|replaced|deleting)-([0-9a-f]{16})")
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
@@ -112,15 +112,20 @@ def parse_step_name(name: str) -> int | None:
     return int(name) if _STEP.fullmatch(name) else None
 
 
-def staging_name(step: int, nonce: str) -> str:
-    """Returns the directory in which a step is put together, below the root."""
-    return f"{step}.staging-{nonce}"
+def aside_name(step: int, role: str, nonce: str) -> str:
+    """Returns the name of a directory beside a step's own.
+
+    Args:
+        role: "staging", where a step is put together; "replaced", what was the step until it was
+            saved again; "deleting", what is being removed.
+    """
+    return f"{step}.{role}-{nonce}"
 
 
-def parse_staging_name(name: str) -> int | None:
-    """Returns the step that a staging directory is for, or None when it is not one."""
-    found = _STAGING.fullmatch(name)
-    return int(found[1]) if found else None
+def parse_aside_name(name: str) -> tuple[int, str] | None:
+    """Returns step and role of a directory beside a step's own, or None when it is not one."""
+    found = _ASIDE.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def host_record_name(host: int, hosts: int) -> str:

@@ -16,7 +16,6 @@ from datarax_dist.storage import Store
 __all__ = [
     "Candidate",
     "Inspection",
-    "committed_steps",
     "find_run",
     "inspect_run",
     "inspection_from_json",
@@ -33,9 +32,9 @@ class Candidate:
     """A directory that may be a step.
 
     Attributes:
-        state: "committed", "staged" (a claim, no marker), "foreign" (plain Orbax), "damaged" (its
-            marker does not check),
-            "refused" (of another run, a newer format, or nothing of ours at all).
+        state: "committed", "staged" (a claim, no marker), "deleting", "foreign" (plain Orbax),
+            "damaged" (its marker does not check), "refused" (of another run, a newer format, or
+            nothing of ours at all).
         reason: why it is not committed; empty when it is.
     """
 
@@ -92,12 +91,11 @@ def inspect_run(store: Store) -> Inspection:
     for name in names:
         if not name.endswith("/"):
             continue
-        staged, step = fmt.parse_staging_name(name[:-1]), fmt.parse_step_name(name[:-1])
-        if staged is not None:
-            reason = "its save did not end: a staging directory"
-            found.append(Candidate(staged, name[:-1], "staged", reason))
-        elif step is not None:
+        step, aside = fmt.parse_step_name(name[:-1]), fmt.parse_aside_name(name[:-1])
+        if step is not None:
             found.append(_inspect_step(store, step, name[:-1]))
+        elif aside is not None:
+            found.append(_inspect_aside(store, *aside, name[:-1]))
     if run is None:
         runs = {c.marker.run for c in found if c.marker is not None}
         run = runs.pop() if len(runs) == 1 else None
@@ -117,6 +115,16 @@ def inspect_run(store: Store) -> Inspection:
         for c in found
     ]
     return Inspection(run, sorted(judged, key=lambda c: (c.step, c.name), reverse=True))
+
+
+def _inspect_aside(store: Store, step: int, role: str, name: str) -> Candidate:
+    if role == "staging":
+        return Candidate(step, name, "staged", "its save did not end: a staging directory")
+    if role == "deleting":
+        return Candidate(step, name, "deleting", "its deletion did not end")
+    if fmt.COMMIT_NAME in store.children(fmt.step_name(step)):
+        return Candidate(step, name, "deleting", f"the old step {step}: it was saved again")
+    return _inspect_step(store, step, name)  # it is the step until its successor is committed
 
 
 def _inspect_step(store: Store, step: int, name: str) -> Candidate:
@@ -149,7 +157,7 @@ def _inspect_step(store: Store, step: int, name: str) -> Candidate:
             step,
             name,
             "staged",
-            f"no {fmt.COMMIT_NAME}: it was never committed, or its deletion did not end",
+            f"no {fmt.COMMIT_NAME}: it was never committed",
         )
     if "_CHECKPOINT_METADATA" in inside or "_METADATA" in inside:
         return Candidate(
@@ -236,23 +244,6 @@ def union_of_records(
             files=sorted(set(bad)),
         )
     return list(files.values())
-
-
-def committed_steps(store: Store, run: str | None) -> list[int]:
-    """Returns the steps with a valid marker of this run, in order."""
-    steps = []
-    for child in store.children(""):
-        step = fmt.parse_step_name(child[:-1]) if child.endswith("/") else None
-        if step is None:
-            continue
-        try:
-            marker = fmt.parse_marker(store.get(f"{step}/{fmt.COMMIT_NAME}"))
-        except Exception as error:
-            logger.debug("step %d is not committed: %s", step, error)
-            continue
-        if marker.step == step and (run is None or marker.run == run):
-            steps.append(step)
-    return sorted(steps)
 
 
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:

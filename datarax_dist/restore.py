@@ -274,18 +274,17 @@ class Restorer:
         return {}, result
 
     def _tidy(self, inspection: Inspection) -> list[str]:
-        """Removes what writers that are certainly dead have left. Theirs, that may live elsewhere,
-        goes with the next save.
+        """Removes what nobody can be writing to. What a living process may have staged, here or on
+        another machine, goes with the next save.
         """
-        if not self._group.is_primary or not any(
-            c.state == "staged" for c in inspection.candidates
-        ):
+        unfinished = any(c.state in ("staged", "deleting") for c in inspection.candidates)
+        if not self._group.is_primary or not unfinished:
             return []
         try:
-            leftovers = [
-                left for left in retention.find_leftovers(self._store, inspection.run) if left.dead
-            ]
-            return retention.remove_leftovers(self._store, leftovers)
+            leftovers = retention.find_leftovers(self._store, inspection.run)
+            return retention.remove_leftovers(
+                self._store, [left for left in leftovers if left.abandoned]
+            )
         except CheckpointError as error:
             logger.warning("could not look for leftovers: %s", error)
             return []

@@ -1,14 +1,15 @@
 """What goes: retention of committed steps, and removal of what a crash left behind.
 
-A step is deleted marker first, so that a half-deleted step is never taken for a whole one, and
-`STEP.json` last, so that what
-is left of it is still known as ours. Nothing that does not carry a claim of this run is ever
-touched.
+A directory that goes is first renamed (where the store can), so that it is out of sight at once and
+a writer that still believes in it fails, rather than commits half of it. Then its marker is
+deleted, then the content, and last the claim `STEP.json`, so that what is left is known as ours and
+anyone can finish. Nothing that does not carry a claim of this run is ever touched.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +18,33 @@ from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError
 from datarax_dist.lease import is_certainly_dead
-from datarax_dist.storage import Store
+from datarax_dist.storage import Store, SupportsRename
 
-__all__ = ["Leftover", "delete_step", "find_leftovers", "plan_retention", "remove_leftovers"]
+__all__ = [
+    "Leftover",
+    "delete_replaced",
+    "delete_step",
+    "find_leftovers",
+    "plan_retention",
+    "remove_leftovers",
+    "retire",
+]
 
 logger = logging.getLogger("datarax_dist")
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A directory of this run that no marker makes a step. `dead`: its writer is certainly gone."""
+    """A directory of this run that is not a step, or not any more.
+
+    Attributes:
+        abandoned: nobody can be writing to it: its writer is certainly gone, or it was being
+            deleted.
+    """
 
     name: str
     step: int
-    dead: bool
+    abandoned: bool
 
 
 def plan_retention(committed: Sequence[int], keep: KeepPolicy | None) -> list[int]:
@@ -44,15 +58,32 @@ def plan_retention(committed: Sequence[int], keep: KeepPolicy | None) -> list[in
 def delete_step(
     store: Store, step: int, *, reached: Callable[[str], None] = lambda phase: None
 ) -> None:
-    """Deletes a step: marker, then content, then claim. Can be stopped anywhere and done again."""
-    name = fmt.step_name(step)
-    store.delete(f"{name}/{fmt.COMMIT_NAME}")
-    reached("retire")
-    _delete_directory(store, name)
+    """Deletes a step: marker, then content. Can be stopped anywhere, and done again by anyone.
+
+    Args:
+        reached: told "retire" when the marker is gone and the content is not.
+    """
+    delete_replaced(store, step)  # first: without its successor it would be the step again
+    _delete_directory(store, step, fmt.step_name(step), reached)
     logger.info("deleted step %d of %s", step, store.root)
 
 
-def _delete_directory(store: Store, name: str) -> None:
+def delete_replaced(store: Store, step: int) -> None:
+    """Deletes what was this step before it was saved again."""
+    for child in store.children(""):
+        if fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced"):
+            _delete_directory(store, step, child[:-1])
+
+
+def _delete_directory(
+    store: Store, step: int, name: str, reached: Callable[[str], None] = lambda phase: None
+) -> None:
+    if isinstance(store, SupportsRename) and fmt.parse_aside_name(name) != (step, "deleting"):
+        aside = fmt.aside_name(step, "deleting", secrets.token_hex(8))
+        store.rename(name, aside)
+        name = aside
+    store.delete(f"{name}/{fmt.COMMIT_NAME}")
+    reached("retire")
     for child in store.children(name):
         if child != fmt.STEP_NAME:
             store.delete(f"{name}/{child.rstrip('/')}")
@@ -65,24 +96,30 @@ def find_leftovers(store: Store, run: str | None) -> list[Leftover]:
     for child in store.children(""):
         if not child.endswith("/"):
             continue
-        name = child[:-1]
-        staged, step = fmt.parse_staging_name(name), fmt.parse_step_name(name)
-        if staged is None and step is None:
-            continue
-        names = store.children(name)
-        if fmt.COMMIT_NAME in names:
-            continue
-        if fmt.STEP_NAME not in names:
-            if staged is not None and not names:  # made, and nothing written in it yet
-                found.append(Leftover(name, staged, True))
-            continue
-        try:
-            claim = fmt.parse_claim(store.get(f"{name}/{fmt.STEP_NAME}"))
-        except (fmt.InvalidRecordError, FormatVersionError, KeyError):
-            continue
-        if run is not None and claim.run == run:
-            found.append(Leftover(name, claim.step, is_certainly_dead(claim.writer)))
+        step, aside = fmt.parse_step_name(child[:-1]), fmt.parse_aside_name(child[:-1])
+        if step is not None:
+            aside = (step, "")
+        if aside is not None and (left := _leftover(store, run, child[:-1], *aside)):
+            found.append(left)
     return found
+
+
+def _leftover(store: Store, run: str | None, name: str, step: int, role: str) -> Leftover | None:
+    names = store.children(name)
+    if role == "replaced" and fmt.COMMIT_NAME not in store.children(fmt.step_name(step)):
+        return None  # it is still the step
+    if role == "" and fmt.COMMIT_NAME in names:
+        return None
+    if not names and role:
+        return Leftover(name, step, True)  # made, and nothing written in it yet; or all deleted
+    try:
+        claim = fmt.parse_claim(store.get(f"{name}/{fmt.STEP_NAME}"))
+    except (fmt.InvalidRecordError, FormatVersionError, KeyError):
+        return None
+    if run is None or claim.run != run:
+        return None
+    abandoned = role in ("replaced", "deleting") or is_certainly_dead(claim.writer)
+    return Leftover(name, step, abandoned)
 
 
 def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> list[str]:
@@ -90,14 +127,14 @@ def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> list[str]:
     removed = []
     for leftover in leftovers:
         try:
-            _delete_directory(store, leftover.name)
+            _delete_directory(store, leftover.step, leftover.name)
         except Exception as error:
             logger.warning(
                 "could not remove the leftover %s of %s: %s", leftover.name, store.root, error
             )
         else:
             logger.warning(
-                "removed %s/%s: step %d was never committed",
+                "removed %s/%s: a save or a deletion of step %d did not end",
                 store.root,
                 leftover.name,
                 leftover.step,

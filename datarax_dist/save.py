@@ -18,8 +18,9 @@ Worker thread (`StartedSave.finish`):
   7. record    The host record, `hosts/host_<h>-of-<n>.json`.
   8. written   All hosts contribute the digest of their record. Primary:
      verify    the listing is the union of the records, nothing missing, nothing more;
-     publish   the staging directory gets its final name (file systems only);
-     commit    `COMMIT.json` is created, durable. Now, and not before, the step counts.
+     commit    `COMMIT.json`, the last file, is created, durable;
+     publish   the staging directory gets its final name (file systems only). Now, and not before,
+               the step counts.
   9. outcome   Every host learns the same outcome. A host that fails anywhere says so at once, and
                all the others hear it.
  10. retire    Primary: retention, marker first. It cannot fail the save.
@@ -47,7 +48,7 @@ from datarax_dist.errors import (
     StorageError,
 )
 from datarax_dist.hosts import HostGroup, Operation
-from datarax_dist.inspection import committed_steps, find_run, union_of_records
+from datarax_dist.inspection import find_run, inspect_run, union_of_records
 from datarax_dist.lease import writer_identity
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
@@ -60,9 +61,11 @@ logger = logging.getLogger("datarax_dist")
 class ArrayWrite(Protocol):
     """A write of arrays that has begun."""
 
-    def wait(self) -> None:
+    def wait(self, timeout_seconds: float) -> None:
         """Returns when this host's files are complete; on the primary, when everything is merged.
-        Raises what failed.
+
+        Raises:
+            StorageError: it failed, or has not ended after `timeout_seconds`.
         """
 
 
@@ -205,27 +208,38 @@ class Saver:
         step = int(payloads[0]["step"])
         store = self._store
         run = self._claim_run()
-        retention.remove_leftovers(store, retention.find_leftovers(store, run))
-        name = fmt.step_name(step)
-        there = store.children("")
-        if f"{name}/" in there or name in there:
-            if fmt.COMMIT_NAME in store.children(name):
-                if not replace:
-                    raise StepExistsError(
-                        f"Step {step} is committed in {store.root} already; nothing was changed.",
-                        step=step,
-                    )
-            else:
-                raise StepExistsError(
-                    f"{store.root}/{name} is there already and was not written by datarax_dist;"
-                    " nothing was changed. Move it away, or save another step.",
-                    step=step,
-                )
+        self._check_free(run, step, replace)
         nonce = secrets.token_hex(8)
-        staging = fmt.staging_name(step, nonce) if isinstance(store, SupportsRename) else name
+        name = fmt.step_name(step)
+        staging = name
+        if isinstance(store, SupportsRename):
+            staging = fmt.aside_name(step, "staging", nonce)
         claim = fmt.StepClaim(run, step, nonce, len(payloads), writer_identity(), self._clock.now())
         store.put(f"{staging}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
         return {"run": run, "staging": staging, "nonce": nonce}
+
+    def _check_free(self, run: str, step: int, replace: bool) -> None:
+        store, name = self._store, fmt.step_name(step)
+        there = store.children("")
+        holders = [
+            child[:-1]
+            for child in there
+            if child == f"{name}/" or fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced")
+        ]
+        if any(fmt.COMMIT_NAME in store.children(holder) for holder in holders):
+            if not replace:
+                raise StepExistsError(
+                    f"Step {step} is committed in {store.root} already; nothing was changed.",
+                    step=step,
+                )
+        elif name in (child.rstrip("/") for child in there) and name not in {
+            left.name for left in retention.find_leftovers(store, run)
+        }:
+            raise StepExistsError(
+                f"{store.root}/{name} is there already and was not written by datarax_dist;"
+                " nothing was changed. Move it away, or save another step.",
+                step=step,
+            )
 
     def _claim_run(self) -> str:
         """Returns the run of the root; makes one in a new root."""
@@ -350,36 +364,53 @@ class StartedSave:
         """Steps 4 to 10. Returns when this host has nothing more to do for the save; raises what
         failed it.
         """
-        marker_bytes = 0
         try:
             self._work()
         except PeerError as error:
-            self._failure = self._failure or None
             logger.debug("step %d: stopped, as the save has failed: %s", self.step, error)
         except BaseException as error:
             self._failure = self._failure or error
             self.operation.fail(self.phases.current, error)
             if not isinstance(error, Exception):
                 raise
+        finally:
+            self._end_write()
         decided = self.outcome()
-        marker_bytes = int(decided["bytes"])
-        deleted: Sequence[int] = ()
-        if self._group.is_primary and self._keep is not None:
-            with self.phases.span("retention"):
-                committed = committed_steps(self._store, self.run)
-                deleted = retention.retire(
-                    self._store,
-                    retention.plan_retention(committed, self._keep),
-                    reached=self.phases.reach,
-                )
-        return SaveReport(self.step, marker_bytes, dict(self.phases.seconds), tuple(deleted))
+        deleted = self._retire() if self._group.is_primary else []
+        return SaveReport(
+            self.step, int(decided["bytes"]), dict(self.phases.seconds), tuple(deleted)
+        )
+
+    def _retire(self) -> Sequence[int]:
+        """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
+        if self._keep is None and not self._replace:
+            return []
+        with self.phases.span("retention"):
+            try:
+                if self._replace:
+                    retention.delete_replaced(self._store, self.step)
+                steps = retention.plan_retention(inspect_run(self._store).committed, self._keep)
+            except Exception as error:
+                logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
+                return []
+            return retention.retire(self._store, steps, reached=self.phases.reach)
+
+    def _end_write(self) -> None:
+        """A write that has begun must have ended before the next save removes what it has made."""
+        if self._write is not None:
+            with contextlib.suppress(Exception):  # whatever it is, it is too late to matter
+                self._write.wait(self._seconds_left())
+            self._write = None
+
+    def _seconds_left(self) -> float:
+        return max(0.0, self._deadline - self._saver._clock.monotonic())
 
     def _work(self) -> None:
         if self._failure is not None or self._write is None:
-            if self._write is not None:
-                with contextlib.suppress(Exception):  # told already; what was begun must end first
-                    self._write.wait()
             return
+        if self._group.is_primary:
+            with self.phases.span("tidy"):
+                self._remove_leftovers()
         with self.phases.span("positions"):
             contents = dict(self._request.positions)
             if self._group.is_primary:
@@ -387,7 +418,8 @@ class StartedSave:
             for key, content in contents.items():
                 self._store.put(f"{self._staging}/{key}", content)
         with self.phases.span("wait_arrays"):
-            self._write.wait()
+            self._write.wait(self._seconds_left())
+            self._write = None
         self.operation.check("hash")
         with self.phases.span("hash"):
             files = self._hash(sorted(contents))
@@ -412,6 +444,17 @@ class StartedSave:
             rows = self.operation.gather("written", self._deadline)
             marker = self._commit([fmt.FileEntry(*row) for row in rows])
             self.operation.succeed({"bytes": marker.bytes})
+
+    def _remove_leftovers(self) -> None:
+        """What earlier saves of this run left behind. All hosts have ended them: they agreed on
+        this one since.
+        """
+        leftovers = [
+            left
+            for left in retention.find_leftovers(self._store, self.run)
+            if left.name != self._staging
+        ]
+        retention.remove_leftovers(self._store, leftovers)
 
     def _hash(self, own: Sequence[str]) -> list[fmt.FileEntry]:
         """Step 6: everything that this host wrote. What no host's name is on, the primary answers
@@ -461,18 +504,13 @@ class StartedSave:
             versions=self._request.versions,
         )
         name = fmt.step_name(self.step)
-        with self.phases.span("publish"):
-            self.operation.check("publish")
-            if staging != name:
-                assert isinstance(store, SupportsRename)
-                self._make_room(name)
-                store.rename(staging, name)
         with self.phases.span("commit"):
-            if not store.create(f"{name}/{fmt.COMMIT_NAME}", fmt.dump_marker(marker)):
-                raise StepExistsError(
-                    f"Another writer has committed step {self.step} in {store.root}.",
-                    step=self.step,
-                )
+            self.operation.check("commit")
+            if not store.create(f"{staging}/{fmt.COMMIT_NAME}", fmt.dump_marker(marker)):
+                raise self._other_writer()
+        with self.phases.span("publish"):
+            if staging != name:
+                self._publish(name)
         self.phases.reach("committed")
         logger.info(
             "committed step %d of %s (%d bytes, %d hosts)",
@@ -483,28 +521,37 @@ class StartedSave:
         )
         return marker
 
-    def _make_room(self, name: str) -> None:
-        """A step that is being replaced goes only now, when its successor is whole and durable."""
-        if f"{name}/" in self._store.children("") and fmt.COMMIT_NAME in self._store.children(name):
+    def _publish(self, name: str) -> None:
+        """Gives the staging directory its final name, at once and only if there is none: of two
+        writers one commits. A committed step that is being replaced steps aside before; it stays
+        the step until its successor has its name.
+        """
+        store = self._store
+        assert isinstance(store, SupportsRename)
+        if fmt.COMMIT_NAME in store.children(name):
             if not self._replace:
-                raise StepExistsError(
-                    f"Another writer has committed step {self.step} in {self._store.root}; that one"
-                    " stays.",
-                    step=self.step,
-                )
-            retention.delete_step(self._store, self.step)
+                raise self._other_writer()
+            store.rename(name, fmt.aside_name(self.step, "replaced", self._nonce))
+        try:
+            store.rename(self._staging, name)
+        except KeyError as error:
+            raise StorageError(
+                f"Another job has removed what this one staged in {store.root}/{self._staging}."
+                " Only one job at a time may write to a run."
+            ) from error
+
+    def _other_writer(self) -> StepExistsError:
+        return StepExistsError(
+            f"Another writer has committed step {self.step} in {self._store.root}; that one stays.",
+            step=self.step,
+        )
 
     def clean_up(self) -> None:
-        """Removes what a failed save has staged. Only when no other host can be writing to it
-        still.
+        """Removes what a failed save of a single host has staged. With more hosts the next save
+        does: another host may be writing still.
         """
-        if self._group.count == 1:
-            retention.remove_leftovers(
-                self._store,
-                [retention.Leftover(self._staging, self.step, True)] if self._staged() else [],
-            )
-
-    def _staged(self) -> bool:
-        return fmt.COMMIT_NAME not in self._store.children(self._staging) and bool(
-            self._store.children(self._staging)
-        )
+        names = self._store.children(self._staging)
+        finished = self._staging == fmt.step_name(self.step) and fmt.COMMIT_NAME in names
+        if self._group.count == 1 and names and not finished:
+            left = retention.Leftover(self._staging, self.step, True)
+            retention.remove_leftovers(self._store, [left])

@@ -35,9 +35,9 @@ SAVE_PHASES = (
     "save:record",  # about to write the host record
     "save:written",  # the host record is durable
     "save:verify",  # primary: all records are in, about to compare them with the listing
-    "save:publish",  # primary: about to move the staging directory to its final name
     "save:commit",  # primary: about to create COMMIT.json
-    "save:committed",  # primary: COMMIT.json is durable, the others do not know yet
+    "save:publish",  # primary: about to move the staging directory to its final name
+    "save:committed",  # primary: the step is committed, the others do not know yet
     "save:retire",  # primary: a marker was removed by retention, its files are still there
 )
 RESTORE_PHASES = ("restore:list", "restore:verify", "restore:load", "restore:positions")

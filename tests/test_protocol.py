@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from datarax_dist import config, telemetry
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import CheckpointError, PeerError, PeerLostError, StepExistsError
 from datarax_dist.hosts import HostGroup
-from datarax_dist.inspection import committed_steps, inspect_run, union_of_records, verify_files
+from datarax_dist.inspection import inspect_run, union_of_records, verify_files
 from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryArrays, MemoryStore, SimulatedHosts, fail_at
@@ -19,24 +20,32 @@ from datarax_dist.testing import MemoryArrays, MemoryStore, SimulatedHosts, fail
 OPTIONS = config.Options(exchange_timeout_seconds=20, save_timeout_seconds=20)
 
 
-def save(store: MemoryStore, group: HostGroup, step: int, keep: Any = None) -> Any:
+def save(
+    store: MemoryStore,
+    group: HostGroup,
+    step: int,
+    keep: Any = None,
+    content: bytes = b"x",
+    replace: bool = False,
+) -> Any:
     phases = Phases("save", group.index)
     saver = Saver(store, group, SystemClock(), OPTIONS, keep)
     request = SaveRequest(
         step=step,
-        writer=MemoryArrays(store, group.index, {"a": b"x" * (group.index + 1)}),
+        writer=MemoryArrays(store, group.index, {"a": content * (group.index + 1)}),
         positions={f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json": b"{}"},
         shared={"TREE.json": b"{}"},
         items=("state",),
     )
-    return saver.begin(step, lambda: request, phases).finish()
+    return saver.begin(step, lambda: request, phases, replace=replace).finish()
 
 
 def whole(store: MemoryStore, step: int) -> bool:
     marker = next(c.marker for c in inspect_run(store).candidates if c.step == step and c.marker)
     assert marker is not None
-    files = union_of_records(store, str(step), marker.records, marker.run, step)
-    return not verify_files(store, str(step), files, "full")
+    name = next(c.name for c in inspect_run(store).candidates if c.step == step and c.marker)
+    files = union_of_records(store, name, marker.records, marker.run, step)
+    return not verify_files(store, name, files, "full")
 
 
 def test_every_host_gets_every_payload() -> None:
@@ -94,8 +103,9 @@ def test_the_marker_is_the_last_object_written_and_everything_before_it_is_synce
     store = MemoryStore()
     reports = SimulatedHosts(hosts).run(lambda group: save(store, group, 7))
     assert [report.step for report in reports] == [7] * hosts
-    assert store.log[-1] == ("create", "7/COMMIT.json")
-    assert store.log[-2] == ("rename", "7")
+    assert store.log[-1] == ("rename", "7")
+    assert store.log[-2][0] == "create"
+    assert store.log[-2][1].endswith("/COMMIT.json")
     arrays = [key for key in store.files if "/state/" in key]
     synced = {key.split("/", 1)[1] for action, key in store.log if action == "sync"}
     assert {key.split("/", 1)[1] for key in arrays} <= synced
@@ -110,11 +120,10 @@ def test_an_error_at_any_phase_commits_nothing_or_everything_and_the_next_save_w
     store = MemoryStore()
     hosts = SimulatedHosts(3)
     assert all(r.step == 1 for r in hosts.run(lambda group: save(store, group, 1)))
-    run = inspect_run(store).run
     with fail_at(phase, host, OSError(5, "Input/output error")):
         results = hosts.run(lambda group: save(store, group, 2, config.latest(1)))
     # A primary that fails after the marker is durable says so; the step is there all the same.
-    steps = committed_steps(store, run)
+    steps = inspect_run(store).committed
     failed = [isinstance(result, Exception) for result in results]
     assert all(failed) or not any(failed)
     assert max(steps) == (1 if all(failed) and phase != "save:committed" else 2)
@@ -130,25 +139,69 @@ def test_an_error_at_any_phase_commits_nothing_or_everything_and_the_next_save_w
     assert leftovers == []
 
 
-def test_a_second_writer_never_replaces_a_committed_step() -> None:
-    store = MemoryStore()
-    barrier = threading.Barrier(2)
+@pytest.mark.parametrize("steps", [(5, 5), (5, 6)], ids=["same step", "other step"])
+def test_a_second_writer_never_damages_what_the_first_has_committed(steps: tuple[int, int]) -> None:
+    for _ in range(40):
+        store = MemoryStore()
+        start = threading.Barrier(2)
 
-    def one(name: int) -> Any:
-        group = SimulatedHosts(1).groups[0]
-        barrier.wait()
-        try:
-            return save(store, group, 5)
-        except CheckpointError as error:
-            return error
+        def one(step: int, store: MemoryStore = store, start: Any = start) -> Any:
+            group = SimulatedHosts(1).groups[0]
+            start.wait()
+            try:
+                return save(store, group, step)
+            except CheckpointError as error:
+                return error
 
-    results: list[Any] = []
-    threads = [threading.Thread(target=lambda n=n: results.append(one(n))) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(not isinstance(result, Exception) for result in results) <= 1
-    assert committed_steps(store, None) in ([], [5])
-    if committed_steps(store, None):
-        assert whole(store, 5)
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(one, steps))
+        reported = {result.step for result in results if not isinstance(result, Exception)}
+        assert reported == set(inspect_run(store).committed)
+        assert all(whole(store, step) for step in reported)
+        if steps[0] == steps[1]:
+            assert sum(not isinstance(result, Exception) for result in results) <= 1
+
+
+@pytest.mark.parametrize("change", ["new step", "retention", "replacement"])
+def test_a_crash_and_power_cut_after_any_write_loses_no_committed_step_and_is_tidied_up(
+    change: str,
+) -> None:
+    """Every host stops at the n-th write, for each n until the save gets through."""
+    for number in range(1000):
+        store = MemoryStore()
+        hosts = SimulatedHosts(2)
+        hosts.run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+        store.crash_after(number)
+        step, keep = (1 if change == "replacement" else 2), None
+        if change == "retention":
+            keep = config.latest(1)
+        results = hosts.run(
+            lambda group, store=store, step=step, keep=keep: save(  # type: ignore[misc]
+                store, group, step, keep, b"y", replace=change == "replacement"
+            )
+        )
+        crashed = store.crashed
+        store.crash_after(None)
+        store.lose_power()
+        committed = inspect_run(store).committed
+        assert committed, f"nothing is left after a crash at write {number}"
+        assert all(whole(store, step) for step in committed)
+        if all(not isinstance(result, Exception) for result in results):
+            assert max(committed) == step, "a save that was reported is lost"
+            assert content_of(store, step) == b"y"
+        if change == "new step":
+            assert 1 in committed
+        again = SimulatedHosts(2).run(lambda group, store=store: save(store, group, 3))  # type: ignore[misc]
+        assert [result.step for result in again] == [3, 3]
+        assert whole(store, 3)
+        left = [(c.name, c.state) for c in inspect_run(store).candidates if c.state != "committed"]
+        assert left == [], f"left over after a crash at write {number}"
+        if not crashed:
+            assert number > 10
+            return
+    raise AssertionError("the save never got through")
+
+
+def content_of(store: MemoryStore, step: int) -> bytes:
+    name = next(c.name for c in inspect_run(store).candidates if c.step == step and c.marker)
+    return store.get(f"{name}/state/ocdbt.process_0/a")

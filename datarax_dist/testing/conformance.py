@@ -171,6 +171,12 @@ def rename_moves_everything_and_never_onto_something(make: Callable[[], Store]) 
         assert store.get("7.staging-y/a") == b"other"
     else:
         raise AssertionError("a directory was replaced")
+    try:
+        store.rename("7.staging-z", "8")
+    except KeyError:
+        assert store.children("8") == []
+    else:
+        raise AssertionError("nothing was renamed")
 
 
 STORE_CHECKS: tuple[Callable[[Callable[[], Store]], None], ...] = (

@@ -60,27 +60,62 @@ class SimulatedHosts:
 
 
 class MemoryStore:
-    """A store in memory, shared by all simulated hosts. `log` lists what was done, in order."""
+    """A store in memory, shared by all simulated hosts. `log` lists what was done, in order.
+
+    It can be cut off: after `crash_after(n)` the n-th operation that changes it, and every one
+    after that, raises `StorageError`, as if all hosts had died there. `lose_power` then empties the
+    files that nobody has synced.
+    """
 
     root = "memory"
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
+        self._volatile: set[str] = set()
+        self._left: int | None = None
+        self.crashed = False
         self._lock = threading.RLock()
+
+    def crash_after(self, operations: int | None) -> None:
+        """Crashes at the operation after so many more; None heals."""
+        self._left = operations
+
+    def lose_power(self) -> None:
+        """Empties every file that was written and not synced."""
+        for key in self._volatile:
+            self.files[key] = b""
+        self._volatile.clear()
+
+    def write(self, key: str, data: bytes) -> None:
+        """Writes as a library would that does not sync: TensorStore, say."""
+        with self._lock:
+            self._change()
+            self.files[key] = data
+            self._volatile.add(key)
+
+    def _change(self) -> None:
+        if self._left is not None:
+            if self._left == 0:
+                self.crashed = True
+                raise StorageError("crashed on purpose", errno=5)
+            self._left -= 1
 
     def get(self, key: str) -> bytes:
         return self.files[key]
 
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
+            self._change()
             self.files[key] = data
+            self._volatile.discard(key)
             self.log.append(("put", key))
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if key in self.files:
                 return self.files[key] == data
+            self._change()
             self.files[key] = data
             self.log.append(("create", key))
             return True
@@ -107,19 +142,32 @@ class MemoryStore:
     def delete(self, prefix: str) -> None:
         with self._lock:
             for key in [k for k in self.files if k == prefix or k.startswith(f"{prefix}/")]:
+                self._change()  # file by file: it can be cut in the middle
                 del self.files[key]
+                self._volatile.discard(key)
             self.log.append(("delete", prefix))
 
     def sync(self, prefix: str, keys: Iterable[str]) -> None:
         with self._lock:
-            self.log.extend(("sync", key) for key in keys)
+            self._change()
+            for key in keys:
+                self._volatile.discard(key)
+                self.log.append(("sync", key))
 
     def rename(self, source: str, destination: str) -> None:
         with self._lock:
             if self.children(destination):
                 raise StorageError(f"{destination} is there already", errno=17)
-            for key in [key for key in self.files if key.startswith(f"{source}/")]:
-                self.files[destination + key[len(source) :]] = self.files.pop(key)
+            keys = [key for key in self.files if key.startswith(f"{source}/")]
+            if not keys:
+                raise KeyError(source)
+            self._change()
+            for key in keys:
+                moved = destination + key[len(source) :]
+                self.files[moved] = self.files.pop(key)
+                if key in self._volatile:
+                    self._volatile.remove(key)
+                    self._volatile.add(moved)
             self.log.append(("rename", destination))
 
 
@@ -135,16 +183,17 @@ class MemoryArrays:
     def start(self, prefix: str, all_written: Callable[[], None]) -> MemoryArrays:
         def work() -> None:
             for name, data in self._content.items():
-                self._store.put(f"{prefix}/state/ocdbt.process_{self._host}/{name}", data)
+                self._store.write(f"{prefix}/state/ocdbt.process_{self._host}/{name}", data)
             all_written()
             if self._host == 0:
-                self._store.put(f"{prefix}/state/manifest", b"merged")
+                self._store.write(f"{prefix}/state/manifest", b"merged")
 
         self._work = work
         return self
 
-    def wait(self) -> None:
-        self._work()
+    def wait(self, timeout_seconds: float) -> None:
+        work, self._work = self._work, lambda: None
+        work()
 
     def parts(self, host: int) -> list[str]:
         return [f"state/ocdbt.process_{host}"] if host else [""]
