@@ -13,11 +13,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -41,17 +42,23 @@ __all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]
 ORBAX_VERSION = ocp.__version__
 _HOST_PART = re.compile(r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:/.*)?")
 
-# Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this set, and
-# nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
+# Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this dict,
+# and nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
 # directory, because Orbax builds its specs whenever its own threads come to it.
 # tests/test_plain_orbax.py watches this spot.
-_checksummed: set[str] = set()
+#
+# The event is set when Orbax's `save()` is done. Until then its writing threads wait here: they
+# would take turns with the caller's thread in the interpreter, and so double the time that our
+# `save()` blocks (benchmarks/blocking.py). The wait is short whatever happens.
+_checksummed: dict[str, threading.Event] = {}
+_START_SECONDS = 1.0
 
 
 class _WriteSpec(tensorstore_utils.ArrayWriteSpec):
     def __init__(self, directory: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(directory, *args, **kwargs)
-        if os.path.dirname(directory) in _checksummed:
+        if (started := _checksummed.get(directory)) is not None:
+            started.wait(_START_SECONDS)
             spec = self._json_spec
             [sharding] = spec.get("base", spec)["metadata"]["codecs"]
             sharding["configuration"]["codecs"].append({"name": "crc32c"})
@@ -75,9 +82,7 @@ class _InPlace(atomicity.CommitFileTemporaryPath):
 
 
 class OrbaxArrays:
-    """Orbax for one `Checkpointer`: writes and reads the `state` and `metadata` items of steps
-    below `root`.
-    """
+    """Orbax for one `Checkpointer`: writes and reads the `state` item of steps below `root`."""
 
     def __init__(self, root: str, host: int, options: Options) -> None:
         self._root = root
@@ -95,23 +100,8 @@ class OrbaxArrays:
             barrier_sync_fn=self._barrier,
             create_directories_asynchronously=False,
         )
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        arrays = self._pytree_handler(processes)
-        registry.add("state", ocp.args.PyTreeSave, arrays)
-        registry.add("state", ocp.args.PyTreeRestore, arrays)
-        metadata = ocp.handlers.JsonCheckpointHandler(multiprocessing_options=processes)
-        registry.add("metadata", ocp.args.JsonSave, metadata)
-        registry.add("metadata", ocp.args.JsonRestore, metadata)
-        composite = ocp.CompositeCheckpointHandler(
-            handler_registry=registry,
-            composite_options=ocp.CompositeOptions(
-                multiprocessing_options=processes,
-                temporary_path_class=_InPlace,
-                async_options=asynchronous,
-            ),
-        )
         return ocp.AsyncCheckpointer(
-            composite,
+            self._pytree_handler(processes),
             multiprocessing_options=processes,
             async_options=asynchronous,
             temporary_path_class=_InPlace,
@@ -139,23 +129,23 @@ class OrbaxArrays:
         if "async_write_complete" in key:
             self._all_written()
 
-    def writer(self, arrays: Any, metadata: Mapping[str, Any], *, has_state: bool) -> OrbaxWriter:
-        """Returns what writes this state and metadata."""
-        return OrbaxWriter(self, arrays, metadata, has_state)
+    def writer(self, arrays: Any) -> OrbaxWriter:
+        """Returns what writes these arrays, a tree of what Orbax can store; None for no state."""
+        return OrbaxWriter(self, arrays)
 
-    def start(
-        self, prefix: str, all_written: Callable[[], None], items: dict[str, Any]
-    ) -> _OrbaxWrite:
+    def start(self, prefix: str, all_written: Callable[[], None], arrays: Any) -> _OrbaxWrite:
         if self._checkpointer is None:
             self._checkpointer = self._make_checkpointer()
         self._all_written = all_written
-        path = os.path.join(self._root, prefix)
+        path = os.path.join(self._root, prefix, "state")
         if self._host == 0:
-            for name in items:
-                os.makedirs(os.path.join(path, name), exist_ok=True)
-        _checksummed.add(path)
-        with _wrapped("write"):
-            self._checkpointer.save(epath.Path(path), args=ocp.args.Composite(**items))
+            os.makedirs(path, exist_ok=True)
+        _checksummed[path] = started = threading.Event()
+        try:
+            with _wrapped("write"):
+                self._checkpointer.save(epath.Path(path), args=ocp.args.PyTreeSave(arrays))
+        finally:
+            started.set()
         return _OrbaxWrite(self, self._checkpointer, path)
 
     def restore(
@@ -206,19 +196,26 @@ class OrbaxArrays:
 class OrbaxWriter:
     """The array writer of one save."""
 
-    def __init__(
-        self, engine: OrbaxArrays, arrays: Any, metadata: Mapping[str, Any], has_state: bool
-    ) -> None:
+    def __init__(self, engine: OrbaxArrays, arrays: Any) -> None:
         self._engine = engine
         self._arrays = arrays
-        self._metadata = metadata
-        self._has_state = has_state
 
-    def start(self, prefix: str, all_written: Callable[[], None]) -> _OrbaxWrite:
-        items: dict[str, Any] = {"metadata": ocp.args.JsonSave(dict(self._metadata))}
-        if self._has_state:
-            items["state"] = ocp.args.PyTreeSave(self._arrays)
-        return self._engine.start(prefix, all_written, items)
+    def start(self, prefix: str, all_written: Callable[[], None]) -> _OrbaxWrite | None:
+        if self._arrays is None:
+            return None
+        return self._engine.start(prefix, all_written, self._arrays)
+
+    def step_files(self) -> dict[str, bytes]:
+        """Returns what plain Orbax wants to see in a step directory beside its items."""
+        handlers = {"metadata": ocp.handlers.JsonCheckpointHandler}
+        if self._arrays is not None:
+            handlers["state"] = ocp.PyTreeCheckpointHandler
+        names = {item: f"{kind.__module__}.{kind.__qualname__}" for item, kind in handlers.items()}
+        described = {"item_handlers": names, "custom_metadata": {}}
+        return {
+            "_CHECKPOINT_METADATA": json.dumps(described).encode(),
+            "commit_success.txt": b"COMMIT.json tells\n",
+        }
 
     def parts(self, host: int) -> list[str]:
         if host == 0:
@@ -233,30 +230,32 @@ class OrbaxWriter:
 class _OrbaxWrite:
     def __init__(self, engine: OrbaxArrays, checkpointer: ocp.AsyncCheckpointer, path: str) -> None:
         self._engine = engine
+        self._checkpointer = checkpointer
         self._path = path
-        self._ended: Future[None] = Future()
-        threading.Thread(
-            target=self._wait, args=(checkpointer,), name="datarax_dist-arrays", daemon=True
-        ).start()
+        self._ended: Future[None] | None = None
 
-    def _wait(self, checkpointer: ocp.AsyncCheckpointer) -> None:
-        """On a thread of its own, because Orbax's waiting has no deadline."""
+    def _wait(self, ended: Future[None]) -> None:
         try:
-            checkpointer.wait_until_finished()
+            self._checkpointer.wait_until_finished()
         except BaseException as error:
-            self._ended.set_exception(error)
+            ended.set_exception(error)
         else:
-            self._ended.set_result(None)
+            ended.set_result(None)
         finally:
-            _checksummed.discard(self._path)
+            _checksummed.pop(self._path, None)
 
     def wait(self, timeout_seconds: float) -> None:
+        if self._ended is None:  # on a thread of its own, because Orbax's waiting has no deadline
+            self._ended = Future()
+            threading.Thread(
+                target=self._wait, args=(self._ended,), name="datarax_dist-arrays", daemon=True
+            ).start()
         with _wrapped("write"):
             done, _ = concurrent.futures.wait([self._ended], timeout_seconds)
             if not done:
                 self._engine.abandon()
                 raise StorageError(
-                    f"Writing the arrays to {self._path} has not ended, at the save's deadline. Is"
+                    f"Writing the arrays to {self._path} has not ended at the save's deadline. Is"
                     " the file system stuck? Options.save_timeout_seconds sets the deadline.",
                     errno=errno.ETIMEDOUT,
                 )

@@ -10,7 +10,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ class SaveHandle:
         self.step = step
         self._phases = phases
         self._future: Future[SaveReport] = Future()
+        self._settling = threading.Lock()
         self._seen = False
 
     def done(self) -> bool:
@@ -108,6 +109,18 @@ class SaveHandle:
     def progress(self) -> Progress:
         """Says where the save is on this host."""
         return Progress(self.step, self._phases.current, dict(self._phases.seconds))
+
+    def _settle(
+        self, *, report: SaveReport | None = None, error: BaseException | None = None
+    ) -> None:
+        """The first outcome stands: the worker and the watcher both bring one."""
+        with self._settling:
+            if self._future.done():
+                return
+            if report is not None:
+                self._future.set_result(report)
+            else:
+                self._future.set_exception(error)
 
     def _unseen_error(self) -> BaseException | None:
         return None if self._seen or not self._future.done() else self._future.exception()
@@ -156,7 +169,9 @@ class Checkpointer:
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
         self._saver = Saver(self._store, self._group, self._clock, self._options, keep)
         self._restorer = Restorer(self._store, self._group, self._options)
-        self._worker: threading.Thread | None = None
+        # One worker, kept: waking it costs the training thread less than starting a thread.
+        self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
+        self._running: Future[None] | None = None
         self._handle: SaveHandle | None = None
         self._closed = False
 
@@ -237,14 +252,7 @@ class Checkpointer:
         )
         handle = SaveHandle(step, phases)
         self._handle = handle
-        self._worker = threading.Thread(
-            target=self._finish, args=(started, handle), name="datarax_dist-save", daemon=False
-        )
-        self._worker.start()
-        if self._group.count > 1:
-            threading.Thread(
-                target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
-            ).start()
+        self._running = self._worker.submit(self._finish, started, handle)
         return handle
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
@@ -269,9 +277,9 @@ class Checkpointer:
             shared[fmt.TREE_NAME] = fmt.seal(tree)
             agreement["the structure of the state"] = _tree_digest(plan.spec)
             items.append("state")
-        writer = self._arrays.writer(
-            plan.arrays if plan else None, metadata, has_state=bool(plan and plan.spec.leaves)
-        )
+        shared["metadata/metadata"] = json.dumps(metadata).encode()  # as Orbax's JSON item has it
+        writer = self._arrays.writer(plan.arrays if plan and plan.spec.leaves else None)
+        shared |= writer.step_files()
         local = (
             {plan.spec.leaves[number].name: digest for number, digest in plan.local_digests.items()}
             if plan
@@ -289,13 +297,17 @@ class Checkpointer:
         )
 
     def _finish(self, started: StartedSave, handle: SaveHandle) -> None:
+        if self._group.count > 1:
+            threading.Thread(
+                target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
+            ).start()
         try:
             report = started.finish()
         except BaseException as error:
-            _settle(handle, error=error)
+            handle._settle(error=error)
             started.clean_up()
         else:
-            _settle(handle, report=report)
+            handle._settle(report=report)
 
     def restore(self, *, step: int | None = None, state: Any = None, data: Any = None) -> Restored:
         """Restores the newest good step, or `step`. Call it on every host.
@@ -468,22 +480,17 @@ class Checkpointer:
         try:
             self._drain()
         finally:
-            self._arrays_close()
+            self._worker.shutdown(wait=False)
+            with contextlib.suppress(Exception):  # it has failed a save, which has said so
+                self._arrays.close()
         self.check_for_errors()
-
-    def _arrays_close(self) -> None:
-        with contextlib.suppress(
-            Exception
-        ):  # what failed there has failed a save, which has said so
-            self._arrays.close()
 
     def _drain(self) -> None:
         """Waits until the worker has nothing to do: two saves never overlap."""
-        worker = self._worker
-        if worker is not None:
-            while worker.is_alive():
-                worker.join(1.0)  # in slices, so that Ctrl-C is answered
-            self._worker = None
+        if self._running is not None:
+            while not wait([self._running], 1.0).done:
+                pass  # in slices, so that Ctrl-C is answered
+            self._running = None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -495,22 +502,7 @@ def _watch(started: StartedSave, handle: SaveHandle) -> None:
     try:
         started.outcome()
     except BaseException as error:
-        _settle(handle, error=error)
-
-
-_settling = threading.Lock()
-
-
-def _settle(
-    handle: SaveHandle, *, report: SaveReport | None = None, error: BaseException | None = None
-) -> None:
-    with _settling:
-        if handle._future.done():
-            return
-        if report is not None:
-            handle._future.set_result(report)
-        else:
-            handle._future.set_exception(error)
+        handle._settle(error=error)
 
 
 def _check_metadata(metadata: Any) -> dict[str, Any]:

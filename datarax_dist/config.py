@@ -25,12 +25,11 @@ class Options:
     Attributes:
         compression: "none" stores arrays as they are, "zstd" compresses them. "auto", the default,
             is "none" today.
-        verify_on_restore: what is checked before a step is taken. "marker": the marker and the host
-            records.
-            "sizes": also that every file is there with its size. "full", the default: also the
-            crc32c of every file.
-            Array data carries a checksum of its own that is checked at every level while it is
-            read.
+        verify_on_restore: what is checked before a step is taken. "marker": the marker, the host
+            records, and every byte of positions, structure and metadata, which are small. "sizes":
+            also that every array file is there with its size. "full", the default: also every byte
+            of the array files. Array data carries a checksum of its own that is checked at every
+            level while it is read.
         exchange_timeout_seconds: how long hosts wait for each other in one agreement (default 600).
         save_timeout_seconds: how long the background part of one save may take (default 1800).
         restore_concurrent_bytes: bytes of arrays read at the same time on one host; None leaves it

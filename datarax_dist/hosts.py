@@ -41,6 +41,8 @@ logger = logging.getLogger("datarax_dist")
 
 Leader = Callable[[list[Any]], Any]
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
+_CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
+_FEW = 16
 
 
 class Board(Protocol):
@@ -256,21 +258,25 @@ class Operation:
             PeerError: the operation has failed meanwhile.
             PeerLostError: hosts did not arrive; this decides the operation.
         """
-        count = self._group.count
+        hosts = range(self._group.count)
         begin = self._clock.monotonic()
         pause = 0.0005
         while True:
             rows = self._board.read(f"{self._prefix}{phase}/")
-            if len(rows) >= count:
-                return [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in range(count)]
+            missing = [host for host in hosts if f"{self._prefix}{phase}/{host}" not in rows]
+            if not missing:
+                return [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in hosts]
             self.check(phase)
-            if self._clock.monotonic() >= deadline:
-                missing = [h for h in range(count) if f"{self._prefix}{phase}/{h}" not in rows]
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
                 lost = self._lost(phase, missing, self._clock.monotonic() - begin)
                 self.fail(phase, lost)
                 raise lost
-            self._clock.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
+            if len(missing) <= _FEW:  # woken when it comes; a failure is looked for in between
+                self._board.wait(f"{self._prefix}{phase}/{missing[0]}", min(left, _CHECK_SECONDS))
+            else:  # one read answers for all
+                self._clock.sleep(pause)
+                pause = min(pause * 1.5, 0.05)
 
     def lead(self, phase: str, leader: Leader, deadline: float) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in

@@ -72,8 +72,8 @@ class ArrayWrite(Protocol):
 class ArrayWriter(Protocol):
     """What writes the `state` and `metadata` items of one step."""
 
-    def start(self, prefix: str, all_written: Callable[[], None]) -> ArrayWrite:
-        """Copies what it needs and goes on in the background.
+    def start(self, prefix: str, all_written: Callable[[], None]) -> ArrayWrite | None:
+        """Copies what it needs and goes on in the background; None when there are no arrays.
 
         Args:
             prefix: the staging directory, which exists, below the store's root.
@@ -406,7 +406,7 @@ class StartedSave:
         return max(0.0, self._deadline - self._saver._clock.monotonic())
 
     def _work(self) -> None:
-        if self._failure is not None or self._write is None:
+        if self._failure is not None:
             return
         if self._group.is_primary:
             with self.phases.span("tidy"):
@@ -418,7 +418,10 @@ class StartedSave:
             for key, content in contents.items():
                 self._store.put(f"{self._staging}/{key}", content)
         with self.phases.span("wait_arrays"):
-            self._write.wait(self._seconds_left())
+            if self._write is None:  # no arrays
+                self._all_written()
+            else:
+                self._write.wait(self._seconds_left())
             self._write = None
         self.operation.check("hash")
         with self.phases.span("hash"):
