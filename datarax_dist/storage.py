@@ -88,10 +88,13 @@ class SupportsRename(Protocol):
 def _storage_errors(action: str, path: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise KeyError(path) from error
     except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if missing and action in ("read", "list", "delete", "rename"):
+            raise KeyError(path) from error
         hint = {
+            2: "Something has removed its directory meanwhile.",
+            20: "A part of this path is a file, not a directory: choose another root.",
             28: "Free some space, or choose another root.",
             122: "The quota is used up: free some space, or raise it.",
             30: "The file system is read-only.",

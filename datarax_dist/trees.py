@@ -132,8 +132,19 @@ def _part(key: Any) -> str:
 
 
 def flatten(tree: Any) -> list[tuple[Path, Any]]:
-    """Returns the leaves of a tree with their paths."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """Returns the leaves of a tree with their paths.
+
+    Raises:
+        UnsupportedLeafError: JAX cannot put the keys of a dict in order.
+    """
+    try:
+        pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    except ValueError as error:
+        raise UnsupportedLeafError(
+            f"JAX cannot walk through this state ({error}): a dict in it has keys of several types."
+            " Use one type, str or int.",
+            path="",
+        ) from error
     return [(tuple(_part(key) for key in path), leaf) for path, leaf in pairs]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from datarax_dist import config, telemetry
 from datarax_dist.clock import SystemClock
-from datarax_dist.errors import CheckpointError, PeerError, PeerLostError, StepExistsError
+from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run, union_of_records, verify_files
 from datarax_dist.save import Saver, SaveRequest
@@ -48,24 +48,6 @@ def whole(store: MemoryStore, step: int) -> bool:
     return not verify_files(store, name, files, "full")
 
 
-def test_every_host_gets_every_payload() -> None:
-    results = SimulatedHosts(4).run(
-        lambda group: group.exchange("vote", group.index, timeout_seconds=5)
-    )
-    assert results == [[0, 1, 2, 3]] * 4
-
-
-def test_one_hosts_error_is_every_hosts_error_with_its_name_phase_and_cause() -> None:
-    def one(group: HostGroup) -> Any:
-        error = OSError(28, "No space left on device") if group.index == 2 else None
-        return group.exchange("vote", 1, error=error, timeout_seconds=5)
-
-    for error in SimulatedHosts(4).run(one):
-        assert isinstance(error, PeerError)
-        assert error.phase == "vote"
-        assert error.failures == {2: "OSError(28, 'No space left on device')"}
-
-
 def test_a_host_that_does_not_come_is_named() -> None:
     def one(group: HostGroup) -> Any:
         return None if group.index == 1 else group.exchange("vote", 1, timeout_seconds=0.2)
@@ -76,24 +58,6 @@ def test_a_host_that_does_not_come_is_named() -> None:
         assert error.missing == [1]
         assert "missing: hosts 1" in str(error)
         assert "arrived: hosts 0, 2" in str(error)
-
-
-@pytest.mark.parametrize(
-    "raised",
-    [PeerError("they differ", phase="vote"), StepExistsError("it is there", step=3)],
-    ids=["PeerError", "StepExistsError"],
-)
-def test_what_the_leader_raises_is_raised_on_every_host_with_its_type(
-    raised: CheckpointError,
-) -> None:
-    def lead(payloads: list[Any]) -> Any:
-        raise raised
-
-    for error in SimulatedHosts(3).run(
-        lambda group: group.exchange("vote", 0, leader=lead, timeout_seconds=5)
-    ):
-        assert type(error) is type(raised)
-        assert str(error) == str(raised)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3])

@@ -1,0 +1,318 @@
+"""The run-bound object on one host: what a user meets."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import targets
+
+import datarax_dist as dd
+from datarax_dist import errors, telemetry
+from datarax_dist.testing import fail_at
+
+
+def same(a: Any, b: Any) -> bool:
+    return dd.tree_digest(a) == dd.tree_digest(b)
+
+
+def test_every_kind_of_leaf_comes_back_with_its_type_shape_and_bits(tmp_path: Path) -> None:
+    state = targets.mesh_state((4,), ("x",), 3) | {
+        "int64": np.arange(3, dtype=np.int64) << 40,
+        "float64": np.float64(1) / 3,
+        "complex": np.ones(2, np.complex128) * 1j,
+        "bool": np.array([True, False]),
+        "bf16": jnp.ones((2, 3), jnp.bfloat16),
+        "zero_jax": jnp.zeros((3, 0, 2)),
+        "scalar_jax": jnp.float32(2.5),
+        "empty": {"list": [], "dict": {}, "tuple": ()},
+        "nan": float("nan"),
+        "big": -(2**70),
+    }
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=state).result()
+        for back in (ckpt.restore().state, ckpt.restore(state=state).state):
+            assert same(back, state)
+            assert jax.tree.structure(back) == jax.tree.structure(state)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+                other = dict(jax.tree_util.tree_flatten_with_path(back)[0])[path]
+                assert isinstance(other, type(leaf)), path
+                if hasattr(leaf, "dtype"):
+                    assert (other.dtype, other.shape) == (leaf.dtype, leaf.shape), path
+
+
+def test_a_64_bit_jax_array_is_refused_by_its_path_when_jax_would_cut_it(tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        state = {"deep": [{"x": jnp.arange(3, dtype=jnp.int64) << 40}]}
+        with dd.Checkpointer(tmp_path) as ckpt:
+            ckpt.save(1, state=state).result()
+            assert same(ckpt.restore(state=state).state, state)
+    with dd.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(errors.StructureMismatchError, match="deep/0/x") as caught:
+            ckpt.restore()
+        assert list(caught.value.changed) == ["deep/0/x"]
+        host = {"deep": [{"x": np.zeros(3, np.int64)}]}
+        assert ckpt.restore(state=host).state["deep"][0]["x"].tolist() == [0, 1 << 40, 2 << 40]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "says"),
+    [
+        (object(), "object"),
+        ({1, 2}, "set"),
+        (np.array(["a", None], object), "object"),
+        (lambda: 0, "function"),
+        (threading.Lock(), "lock"),
+    ],
+    ids=["object", "set", "object array", "function", "lock"],
+)
+def test_an_unsupported_leaf_is_named_and_nothing_is_written(
+    tmp_path: Path, leaf: Any, says: str
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match=r"a/1/b") as caught:
+            ckpt.save(1, state={"a": [0, {"b": leaf}]})
+        assert says in str(caught.value)
+        assert caught.value.path == "a/1/b"
+        assert isinstance(caught.value, TypeError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_leaves_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match="same name"):
+            ckpt.save(1, state={"a": {"b": np.ones(2)}, "a.b": np.zeros(2)})
+        with pytest.raises(errors.UnsupportedLeafError, match="several types"):
+            ckpt.save(1, state={"1": np.ones(2), 1: np.zeros(2)})
+
+
+def test_what_changes_after_save_returned_is_not_in_the_step(tmp_path: Path) -> None:
+    numpy = np.ones(1 << 20)
+    arrays = [jnp.full((256, 256), n, jnp.float32) for n in range(4)]
+    counter = targets.Counter(0, 1)
+    next(counter)
+    metadata = {"loss": [1.0]}
+    with dd.Checkpointer(tmp_path) as ckpt:
+        handle = ckpt.save(
+            1, state={"numpy": numpy, "arrays": arrays}, data=counter, metadata=metadata
+        )
+        numpy[:] = 2
+        for array in arrays:
+            array.delete()  # as a donated buffer is
+        next(counter)
+        metadata["loss"].append(2.0)
+        handle.result()
+        fresh = targets.Counter(0, 1)
+        restored = ckpt.restore(data=fresh)
+    assert restored.state["numpy"].min() == restored.state["numpy"].max() == 1
+    assert [float(array[0, 0]) for array in restored.state["arrays"]] == [0, 1, 2, 3]
+    assert fresh.at == 1
+    assert restored.metadata == {"loss": [1.0]}
+
+
+def test_a_failed_save_is_raised_once_whoever_asks_first(tmp_path: Path) -> None:
+    state = {"w": np.ones(3)}
+
+    def failed(ckpt: dd.Checkpointer, step: int) -> dd.SaveHandle:
+        with fail_at("save:record", 0, OSError(28, "No space left on device")):
+            handle = ckpt.save(step, state=state)
+            assert handle is not None
+            assert handle._future.exception(30) is not None  # without asking the handle
+        return handle
+
+    with dd.Checkpointer(tmp_path) as ckpt:
+        handle = failed(ckpt, 1)
+        with pytest.raises(OSError, match="No space left"):
+            handle.result()
+        ckpt.save(2, state=state).result()  # seen already: not raised again
+        failed(ckpt, 3)
+        with pytest.raises(OSError, match="No space left"):
+            ckpt.save(4, state=state)  # nobody has seen it
+        ckpt.save(4, state=state).result()
+        failed(ckpt, 5)
+        with pytest.raises(OSError, match="No space left"):
+            ckpt.check_for_errors()
+        ckpt.check_for_errors()
+        failed(ckpt, 6)
+        with pytest.raises(OSError, match="No space left"):
+            ckpt.wait_until_finished()
+        assert ckpt.all_steps() == [2, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "RUN.json"]
+    ckpt = dd.Checkpointer(tmp_path)
+    failed(ckpt, 7)
+    with pytest.raises(OSError, match="No space left"):
+        ckpt.close()
+    ckpt.close()
+
+
+def test_the_context_manager_never_hides_an_exception_of_the_body(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def job() -> None:
+        with dd.Checkpointer(tmp_path) as ckpt:
+            ckpt.save(1, state={"w": np.ones(3)})
+            raise ZeroDivisionError
+
+    full = fail_at("save:record", 0, OSError(28, "No space left on device"))
+    with full, pytest.raises(ZeroDivisionError):
+        job()
+    assert "No space left" in caplog.text
+
+
+def test_ctrl_c_at_any_phase_leaves_what_was_and_the_next_save_works(tmp_path: Path) -> None:
+    state = {"w": jnp.ones((64, 64)), "n": 1}
+    for number, phase in enumerate(("save:capture", "save:prepare", "save:stage", "save:start")):
+        root = tmp_path / str(number)
+        with dd.Checkpointer(root) as ckpt:
+            ckpt.save(1, state=state).result()
+            with fail_at(phase, 0, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+                ckpt.save(2, state=state)
+            assert ckpt.all_steps() == [1]
+            ckpt.save(3, state=state).result()
+            assert ckpt.all_steps() == [1, 3]
+        assert sorted(path.name for path in root.iterdir()) == ["1", "3", "RUN.json"]
+
+
+def test_a_write_that_hangs_ends_at_the_deadline_and_the_next_save_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import orbax.checkpoint as ocp
+
+    release = threading.Event()
+    waiting = ocp.AsyncCheckpointer.wait_until_finished
+
+    def hang(self: Any) -> None:
+        if threading.current_thread().name == "datarax_dist-arrays":
+            release.wait(60)
+        waiting(self)
+
+    state = {"w": np.ones(3)}
+    options = dd.Options(save_timeout_seconds=1.0)
+    with dd.Checkpointer(tmp_path, options=options) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", hang)
+            handle = ckpt.save(1, state=state)
+            with pytest.raises(errors.StorageError, match="save_timeout_seconds"):
+                handle.result(30)
+            ckpt._drain()
+        release.set()
+        ckpt.save(2, state=state).result()
+        assert ckpt.all_steps() == [2]
+
+
+def test_result_with_a_timeout_gives_up_waiting_and_not_the_save(tmp_path: Path) -> None:
+    state = {"w": np.ones(3)}
+    gate = threading.Event()
+    remove = telemetry.observe(lambda phase, host: phase == "save:hash" and gate.wait(60))
+    try:
+        with dd.Checkpointer(tmp_path) as ckpt:
+            handle = ckpt.save(1, state=state)
+            with pytest.raises(TimeoutError):
+                handle.result(0.05)
+            assert not handle.done()
+            assert handle.progress().step == 1
+            assert handle.progress().phase.startswith("save:")
+            gate.set()
+            report = handle.result()
+            assert report.step == handle.step == 1
+            assert report.bytes > 0
+            assert {"prepare", "hash", "record"} <= set(report.seconds)
+    finally:
+        gate.set()
+        remove()
+
+
+def test_policies_say_when_to_save_and_what_to_keep(tmp_path: Path) -> None:
+    policy = dd.every_steps(2) | dd.every_steps(5)
+    keep = dd.latest(1) | dd.every_n_steps(4)
+    with dd.Checkpointer(tmp_path, save_when=policy, keep=keep) as ckpt:
+        saved = [step for step in range(11) if ckpt.save(step, state={"a": step}) is not None]
+        assert saved == [0, 2, 4, 5, 6, 8, 10]
+        assert ckpt.save(11, state={"a": 11}) is None
+        assert ckpt.save(11, state={"a": 11}, force=True) is not None
+        ckpt.wait_until_finished()
+        assert ckpt.all_steps() == [0, 4, 8, 11]
+        info = ckpt.step_info(8)
+        assert (info.step, info.hosts, info.items) == (8, 1, ("state",))
+        ckpt.delete(4)
+        assert ckpt.all_steps() == [0, 8, 11]
+        with pytest.raises(errors.StepNotFoundError):
+            ckpt.delete(4)
+
+
+def test_a_root_that_cannot_be_one_is_a_storage_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with dd.Checkpointer(tmp_path / "file" / "run") as ckpt:
+        assert ckpt.try_restore() is None
+        with pytest.raises(errors.StorageError, match="file/run") as caught:
+            ckpt.save(1, state={"a": 1})
+        assert "directory" in str(caught.value)
+
+
+def test_parts_of_a_state_and_abstract_targets_restore(tmp_path: Path) -> None:
+    state = targets.mesh_state((4,), ("x",), 1)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("b", "a"))
+    abstract = {"params": {"w": jax.ShapeDtypeStruct((16, 24), jnp.float32, sharding=sharding)}}
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=state).result()
+        back = ckpt.restore(state=abstract).state
+    assert back["params"]["w"].sharding == sharding
+    assert same(back["params"]["w"], state["params"]["w"])
+
+
+def test_a_closed_checkpointer_says_so_and_close_is_idempotent(tmp_path: Path) -> None:
+    ckpt = dd.Checkpointer(tmp_path)
+    ckpt.close()
+    ckpt.close()
+    for call in (lambda: ckpt.save(1, state={"a": 1}), ckpt.restore, ckpt.all_steps):
+        with pytest.raises(errors.CheckpointError, match="closed"):
+            call()
+
+
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name[0].isupper()])
+def test_every_error_is_a_checkpoint_error_and_survives_pickling(name: str) -> None:
+    kind = getattr(errors, name)
+    error = {
+        "StepNotFoundError": lambda: kind("m", step=3),
+        "StepExistsError": lambda: kind("m", step=3),
+        "CorruptStepError": lambda: kind("m", step=3, files=["a"]),
+        "StructureMismatchError": lambda: kind("m", missing=["a"], unexpected=[], changed={}),
+        "PeerError": lambda: kind("m", phase="p", failures={1: "x"}),
+        "PeerLostError": lambda: kind("m", phase="p", failures={1: "x"}, missing=[1]),
+        "LeaseError": lambda: kind("m", owner="o"),
+        "FormatVersionError": lambda: kind("m", found=2, supported=1),
+        "StorageError": lambda: kind("m", errno=28),
+        "UnsupportedLeafError": lambda: kind("m", path="a/b"),
+        "Preempted": lambda: kind("m"),
+    }.get(name, lambda: kind("m"))()
+    assert isinstance(error, errors.CheckpointError) or name == "Preempted"
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+def test_one_info_line_for_each_event_a_user_would_see(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "datarax_dist")
+    with dd.Checkpointer(tmp_path, keep=dd.latest(1)) as ckpt:
+        ckpt.save(1, state={"a": 1}).result()
+        ckpt.save(2, state={"a": 1}).result()
+        ckpt.wait_until_finished()
+        ckpt.restore()
+    lines = [r.getMessage() for r in caplog.records if r.name == "datarax_dist"]
+    assert [line.split(" of ")[0].split(" (")[0] for line in lines][:3] == [
+        "committed step 1",
+        "committed step 2",
+        "deleted step 1",
+    ]
+    assert "restored step 2" in lines[-1]
+    assert len(lines) == 4
