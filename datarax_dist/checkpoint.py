@@ -56,8 +56,8 @@ class CheckpointNotFoundError(StepNotFoundError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
-    """What `_Run.restore` is to restore into: the user's target, or nothing but the metadata."""
+class Target:
+    """What a `Run` is to restore into: the user's target, or nothing but the metadata."""
 
     value: Any
     metadata_only: bool = False
@@ -76,7 +76,7 @@ class _Local:
         self._state = state
 
 
-class _Run(Checkpointer):
+class Run(Checkpointer):
     """A `Checkpointer` whose state is any target of datarax's convention."""
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
@@ -95,7 +95,7 @@ class _Run(Checkpointer):
     def _load(
         self, candidate: Candidate, target: Any, data: Any, *, metadata_only: bool = False
     ) -> Callable[[], Any]:
-        assert isinstance(target, _Target)
+        assert isinstance(target, Target)
         if target.metadata_only:
             return super()._load(candidate, None, None, metadata_only=True)
         items = candidate.marker.items if candidate.marker else ()
@@ -162,16 +162,16 @@ class OrbaxCheckpointHandler:
 
     def __init__(self, async_checkpointing: bool = False) -> None:
         self.async_checkpointing = async_checkpointing
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
 
-    def _run(self, directory: str | os.PathLike[str]) -> _Run:
+    def _run(self, directory: str | os.PathLike[str]) -> Run:
         root = config.check_root(
             os.path.abspath(os.fspath(directory))
             if "://" not in os.fspath(directory)
             else directory
         )
         if root not in self._runs:
-            self._runs[root] = _Run(root)
+            self._runs[root] = Run(root)
         return self._runs[root]
 
     def save(
@@ -248,7 +248,7 @@ class OrbaxCheckpointHandler:
         run = self._run(root)
         if not os.path.isdir(run.root):
             raise CheckpointNotFoundError(f"Checkpoint directory not found: {run.root}", step=step)
-        wish = _Target(target, metadata_only)
+        wish = Target(target, metadata_only)
         try:
             restored = run.try_restore(step=step, state=wish)
             if restored is None:

@@ -259,3 +259,27 @@ def conform() -> Any:
     from datarax_dist.testing import check_host_group
 
     return check_host_group(current_group("conformance"))
+
+
+def full_disk_on(root: str, host: int) -> Any:
+    """On one host every write of more than a little fails, for the second of three saves."""
+    import resource
+    import time
+
+    import jax
+
+    import datarax_dist as dd
+
+    seen = []
+    with dd.Checkpointer(root) as ckpt:
+        for step in (1, 2, 3):
+            state = mesh_state((-1,), ("x",), step)
+            small = 20_000 if step == 2 and jax.process_index() == host else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (small, resource.RLIM_INFINITY))
+            begin = time.monotonic()
+            try:
+                ckpt.save(step, state=state).result(60)
+                seen.append("saved")
+            except dd.errors.PeerError as error:
+                seen.append((str(error), dict(error.failures), time.monotonic() - begin))
+        return seen, ckpt.all_steps()
