@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import threading
@@ -34,12 +33,19 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from datarax_dist import codec
 from datarax_dist.config import Options
-from datarax_dist.errors import CheckpointError, StorageError, StructureMismatchError, describe
+from datarax_dist.errors import (
+    CheckpointError,
+    StorageError,
+    StructureMismatchError,
+    describe,
+    storage_hint,
+)
 from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
 
 __all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]
 
 ORBAX_VERSION = ocp.__version__
+_OS_ERROR = re.compile(r"os_error_code='([0-9]+)'")  # as TensorStore writes it
 _HOST_PART = re.compile(r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:/.*)?")
 
 # Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this dict,
@@ -271,11 +277,11 @@ def _wrapped(action: str) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None)
-        text = str(error)
-        if number is None and ("No space left" in text or "RESOURCE_EXHAUSTED" in text):
-            number = 28
+        if number is None and (found := _OS_ERROR.search(str(error))):
+            number = int(found[1])
         raise StorageError(
-            f"Could not {action} the arrays: {describe(error, 1000)}", errno=number
+            f"Could not {action} the arrays: {describe(error, 1000)}. {storage_hint(number)}",
+            errno=number,
         ) from error
 
 
@@ -403,12 +409,3 @@ def _foreign_leaf(node: Any, path: tuple[str, ...]) -> LeafSpec:
     if getattr(node, "sharding", None) is None and dtype:
         return LeafSpec(path, "numpy", shape, dtype)  # Orbax notes the sharding of a jax.Array only
     return LeafSpec(path, "jax", shape, dtype)
-
-
-logging.getLogger("absl").addFilter(
-    lambda record: (
-        record.levelno >= logging.ERROR
-        or "orbax" not in record.pathname
-        or record.levelno >= logging.WARNING
-    )
-)

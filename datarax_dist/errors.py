@@ -15,12 +15,12 @@
         └── PeerLostError(TimeoutError)
 
 An error that the primary decides on travels to every host and keeps its type there: `encode` and
-    `decode` carry
-the message and the typed attributes as plain JSON.
+`decode` carry the message and the typed attributes as plain JSON.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -216,3 +216,22 @@ def describe(error: BaseException, limit: int = 2000) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def storage_hint(number: int | None) -> str:
+    """Returns what to do about an error number of the operating system."""
+    return _HINTS.get(number or 0, "Check the file system.")
+
+
+_HINTS = {
+    errno.ENOENT: "Something has removed its directory meanwhile.",
+    errno.ENOTDIR: "A part of this path is a file, not a directory: choose another root.",
+    errno.ENOSPC: "Free some space, or choose another root.",
+    errno.EDQUOT: "The quota is used up: free some space, or raise it.",
+    errno.EFBIG: "A file is larger than this process or file system allows (ulimit -f).",
+    errno.EROFS: "The file system is read-only.",
+    errno.EACCES: "This user may not do that here: check the owner and the mode.",
+    errno.EPERM: "This user may not do that here: check the owner and the mode.",
+    errno.EMFILE: "This process has too many files open: raise its limit (ulimit -n).",
+    errno.ESTALE: "The file handle is stale: the server of this file system has changed it.",
+}

@@ -40,6 +40,7 @@ __all__ = ["Board", "HostGroup", "JaxBoard", "LocalBoard", "Operation", "current
 logger = logging.getLogger("datarax_dist")
 
 Leader = Callable[[list[Any]], Any]
+Consequence = Callable[[str], str]
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
 _FEW = 16
@@ -173,16 +174,21 @@ class HostGroup:
     def is_primary(self) -> bool:
         return self.index == 0
 
-    def begin(self, name: str) -> Operation:
+    def begin(self, name: str, *, consequence: Consequence = lambda phase: "") -> Operation:
         """Begins the next operation. Every host must begin the same ones in the same order, on its
         main thread.
+
+        Args:
+            name: what it is, in errors.
+            consequence: says in one sentence what a failure in a phase means; the phase is empty
+                when the outcome is not known here.
         """
         number = next(self._sequence)
         if self.is_primary and number >= 2:
             # Every host has left operation n-2 before it contributed to n-1, which the primary has
             # finished.
             self._board.clear(f"{number - 2}/")
-        return Operation(self, self._board, self._clock, number, name)
+        return Operation(self, self._board, self._clock, number, name, consequence)
 
     def exchange(
         self,
@@ -226,9 +232,16 @@ class Operation:
     """One agreement, as one host sees it."""
 
     def __init__(
-        self, group: HostGroup, board: Board, clock: Clock, number: int, name: str
+        self,
+        group: HostGroup,
+        board: Board,
+        clock: Clock,
+        number: int,
+        name: str,
+        consequence: Consequence,
     ) -> None:
         self.name = name
+        self._consequence = consequence
         self._group = group
         self._board = board
         self._clock = clock
@@ -328,18 +341,23 @@ class Operation:
         text = outcome["error"]["message"]
         if type(cause) is not CheckpointError:
             text = f"{type(cause).__name__}: {text}"
+        told = f"{self.name}: host {host} failed in phase {phase!r}: {text}"
         return PeerError(
-            f"{self.name}: host {host} failed in phase {phase!r}: {text}",
+            f"{told} {self._consequence(phase)}".rstrip(),
             phase=phase,
             failures={host: text},
         )
 
     def _lost(self, phase: str, missing: Sequence[int], seconds: float) -> PeerLostError:
         there = [host for host in range(self._group.count) if host not in missing]
-        return PeerLostError(
+        told = (
             f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; arrived: hosts"
             f" {_ranges(there)}; missing: hosts {_ranges(missing)}. Look at the logs of the missing"
-            " hosts: they died, hang, or did not make the same call.",
+            " hosts: they died, hang, or did not make the same call."
+        )
+        known = phase if self._group.is_primary else ""
+        return PeerLostError(
+            f"{told} {self._consequence(known)}".rstrip(),
             phase=phase,
             failures=dict.fromkeys(missing, "did not arrive"),
             missing=list(missing),

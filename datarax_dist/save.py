@@ -186,7 +186,9 @@ class Saver:
         if decided.get("unseen") and previous_error is not None:
             raise previous_error
         assert request is not None
-        operation = self._group.begin(f"save of step {step}")
+        operation = self._group.begin(
+            f"save of step {step}", consequence=lambda phase: _consequence(step, phase)
+        )
         started = StartedSave(
             self,
             request,
@@ -259,6 +261,12 @@ class Saver:
                 step=None,
                 files=[fmt.RUN_NAME],
             ) from error
+
+
+def _consequence(step: int, phase: str) -> str:
+    if phase in ("", "save:publish", "save:committed"):
+        return f"Step {step} may be committed or not; earlier steps are as they were."
+    return f"Step {step} was not committed; earlier steps are as they were."
 
 
 def _digests(digests: Mapping[str, str]) -> dict[str, str]:

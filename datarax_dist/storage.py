@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from datarax_dist import format as fmt
-from datarax_dist.errors import StorageError, describe
+from datarax_dist.errors import StorageError, describe, storage_hint
 
 __all__ = ["Entry", "LocalStore", "Store", "SupportsRename"]
 
@@ -92,16 +92,9 @@ def _storage_errors(action: str, path: str) -> Iterator[None]:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         if missing and action in ("read", "list", "delete", "rename"):
             raise KeyError(path) from error
-        hint = {
-            2: "Something has removed its directory meanwhile.",
-            20: "A part of this path is a file, not a directory: choose another root.",
-            28: "Free some space, or choose another root.",
-            122: "The quota is used up: free some space, or raise it.",
-            30: "The file system is read-only.",
-            13: "This user may not do that here: check the owner and the mode.",
-        }.get(error.errno or 0, "Check the file system.")
         raise StorageError(
-            f"Could not {action} {path}: {describe(error)}. {hint}", errno=error.errno
+            f"Could not {action} {path}: {describe(error)}. {storage_hint(error.errno)}",
+            errno=error.errno,
         ) from error
 
 

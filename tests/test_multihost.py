@@ -126,6 +126,24 @@ def test_an_error_on_one_host_is_raised_on_all_within_two_seconds_and_the_next_s
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "3", "RUN.json"]
 
 
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_write_that_the_file_system_refuses_on_one_host_is_raised_on_all(
+    tmp_path: Path, host: int
+) -> None:
+    """A real refusal, inside TensorStore: the host may write small files only (RLIMIT_FSIZE)."""
+    hosts = run_hosts(targets.full_disk_on, 2, args=(str(tmp_path), host), timeout_seconds=90)
+    assert [h.error for h in hosts] == [None, None]
+    for result in hosts:
+        (first, (text, failures, seconds), third), steps = result.value
+        assert (first, third, steps) == ("saved", "saved", [1, 3])
+        assert seconds < 2.0
+        assert list(failures) == [host]
+        assert "File too large" in failures[host]
+        assert "ulimit -f" in text
+        assert "Step 2 was not committed" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "RUN.json"]
+
+
 def test_another_step_number_or_another_value_on_one_host_raises_on_all_and_writes_nothing(
     tmp_path: Path,
 ) -> None:
