@@ -297,10 +297,14 @@ class Checkpointer:
         )
 
     def _finish(self, started: StartedSave, handle: SaveHandle) -> None:
+        """On the worker. A watcher beside it tells the handle of a failure elsewhere at once, while
+        this host still writes.
+        """
+        watcher = threading.Thread(
+            target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
+        )
         if self._group.count > 1:
-            threading.Thread(
-                target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
-            ).start()
+            watcher.start()
         try:
             report = started.finish()
         except BaseException as error:
@@ -308,6 +312,9 @@ class Checkpointer:
             started.clean_up()
         else:
             handle._settle(report=report)
+        if self._group.count > 1:
+            watcher.join()  # it has the same outcome
+        started.operation.close()
 
     def restore(self, *, step: int | None = None, state: Any = None, data: Any = None) -> Restored:
         """Restores the newest good step, or `step`. Call it on every host.
@@ -498,7 +505,6 @@ class Checkpointer:
 
 
 def _watch(started: StartedSave, handle: SaveHandle) -> None:
-    """Tells the handle of a failure elsewhere at once, while this host still writes."""
     try:
         started.outcome()
     except BaseException as error:

@@ -166,6 +166,9 @@ class HostGroup:
         self._board = board
         self._clock = clock or SystemClock()
         self._sequence = itertools.count()
+        self._lock = threading.Lock()
+        self._open: set[int] = set()
+        self._cleared = 0
         self.index = board.index
         self.count = board.count
         self.name = names[board.index] if names else socket.gethostname()
@@ -184,11 +187,25 @@ class HostGroup:
                 when the outcome is not known here.
         """
         number = next(self._sequence)
-        if self.is_primary and number >= 2:
-            # Every host has left operation n-2 before it contributed to n-1, which the primary has
-            # finished.
-            self._board.clear(f"{number - 2}/")
+        with self._lock:
+            self._open.add(number)
         return Operation(self, self._board, self._clock, number, name, consequence)
+
+    def _oldest_open(self) -> int:
+        with self._lock:
+            return min(self._open)
+
+    def _closed(self, number: int) -> None:
+        with self._lock:
+            self._open.discard(number)
+
+    def _clear_before(self, number: int) -> None:
+        """Forgets the registers that no host will read again. For the primary."""
+        with self._lock:
+            numbers = range(self._cleared, number)
+            self._cleared = max(self._cleared, number)
+        for old in numbers:
+            self._board.clear(f"{old}/")
 
     def exchange(
         self,
@@ -218,14 +235,17 @@ class HostGroup:
             PeerLostError: hosts did not arrive; `.missing`.
         """
         operation = self.begin(phase)
-        deadline = self._clock.monotonic() + timeout_seconds
-        if error is not None:
-            operation.fail(phase, error)
-        else:
-            operation.contribute(phase, payload)
-            if self.is_primary:
-                operation.lead(phase, leader or (lambda payloads: payloads), deadline)
-        return operation.result(phase, deadline, own=error)
+        try:
+            deadline = self._clock.monotonic() + timeout_seconds
+            if error is not None:
+                operation.fail(phase, error)
+            else:
+                operation.contribute(phase, payload)
+                if self.is_primary:
+                    operation.lead(phase, leader or (lambda payloads: payloads), deadline)
+            return operation.result(phase, deadline, own=error)
+        finally:
+            operation.close()
 
 
 class Operation:
@@ -245,12 +265,18 @@ class Operation:
         self._group = group
         self._board = board
         self._clock = clock
+        self._number = number
         self._prefix = f"{number}/"
         self._own: BaseException | None = None
 
     def contribute(self, phase: str, payload: Any) -> None:
-        """Posts this host's payload of a phase."""
-        self._board.set(f"{self._prefix}{phase}/{self._group.index}", json.dumps(payload))
+        """Posts this host's payload of a phase, and which older operations it is still in."""
+        row = json.dumps([self._group._oldest_open(), payload])
+        self._board.set(f"{self._prefix}{phase}/{self._group.index}", row)
+
+    def close(self) -> None:
+        """Says that this host will not ask for this operation again; its registers may go."""
+        self._group._closed(self._number)
 
     def fail(self, phase: str, error: BaseException) -> None:
         """Decides this operation: it failed here. The first decision stands."""
@@ -278,7 +304,9 @@ class Operation:
             rows = self._board.read(f"{self._prefix}{phase}/")
             missing = [host for host in hosts if f"{self._prefix}{phase}/{host}" not in rows]
             if not missing:
-                return [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in hosts]
+                found = [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in hosts]
+                self._group._clear_before(min(oldest for oldest, _ in found))
+                return [payload for _, payload in found]
             self.check(phase)
             left = deadline - self._clock.monotonic()
             if left <= 0:

@@ -15,6 +15,7 @@ same one.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -303,6 +304,27 @@ def a_host_that_does_not_come_is_named(group: HostGroup) -> None:
     group.exchange("together again", None, timeout_seconds=_WAIT_SECONDS)
 
 
+def an_operation_keeps_its_outcome_until_every_host_has_read_it(group: HostGroup) -> None:
+    """While others go on: a save in the background, and what the training loop asks meanwhile."""
+    soon = time.monotonic() + _WAIT_SECONDS
+    early = group.begin("early")
+    early.contribute("in", group.index)
+    if group.index == 0:
+        early.gather("in", soon)
+        early.succeed("kept")
+    failing = [group.begin(f"failing {number}") for number in range(3)]
+    if group.index == 0:
+        for operation in failing:
+            operation.fail("here", OSError(5, "on purpose"))
+    for _ in range(3):
+        group.exchange("after", None, timeout_seconds=_WAIT_SECONDS)
+    assert early.result("in", soon) == "kept"
+    for operation in failing:
+        assert "on purpose" in str(_raised(lambda o=operation: o.result("here", soon)))  # type: ignore[misc]
+    for operation in (early, *failing):
+        operation.close()
+
+
 def a_large_payload_arrives(group: HostGroup) -> None:
     text = "x" * 300_000
     got = group.exchange("large", text, leader=lambda all_: all_[-1], timeout_seconds=_WAIT_SECONDS)
@@ -317,6 +339,7 @@ HOST_GROUP_CHECKS: tuple[Callable[[HostGroup], None], ...] = (
     a_failure_while_the_primary_gathers_is_seen_at_once,
     the_first_decision_stands,
     a_host_that_does_not_come_is_named,
+    an_operation_keeps_its_outcome_until_every_host_has_read_it,
     a_large_payload_arrives,
 )
 
