@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -507,12 +506,6 @@ def _print_result(row: Mapping[str, Any], level: str) -> None:
 # --- launch ------------------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def _host_environment(host: int, hosts: int, devices: int, port: int) -> dict[str, str]:
     flags = _DEVICE_COUNT_FLAG.sub("", os.environ.get("XLA_FLAGS", "")).split()
     flags.append(f"--xla_force_host_platform_device_count={devices}")
@@ -664,7 +657,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     hosts, devices = arguments.hosts, arguments.devices_per_host
     if not arguments.command:
         raise _UsageError("launch needs a command: launch --hosts 2 -- python train.py")
-    port = _free_port()
+    from datarax_dist.testing.launcher import free_port
+
+    port = free_port()
     lock = threading.Lock()
     job = _Job(arguments.grace)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import faulthandler
 import importlib
 import importlib.util
 import os
 import pickle
+import random
 import re
 import signal
 import socket
@@ -38,6 +40,7 @@ from typing import Any
 __all__ = ["HostError", "HostResult", "free_port", "run_hosts"]
 
 _POLL_SECONDS = 0.02
+_PORTS = (15_000, 32_000)
 _LEAVE_SECONDS = 10.0
 _TAIL_CHARACTERS = 4000
 _HEARTBEAT_TIMEOUT_SECONDS = 100
@@ -164,11 +167,19 @@ class _Child:
 
 
 def free_port() -> int:
-    """Returns a TCP port of the loopback interface that nothing listened on a moment ago."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Returns a TCP port of the loopback interface that nothing listened on a moment ago.
+
+    Not one of those that the system gives to outgoing connections: between this call and the
+    listener's start, another process might be given it.
+    """
+    for port in random.sample(range(*_PORTS), 200):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(errno.EADDRINUSE, f"no free port found in {_PORTS[0]} to {_PORTS[1]}")
 
 
 def run_hosts(
