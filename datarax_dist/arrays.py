@@ -1,11 +1,9 @@
 """Arrays through Orbax and TensorStore: the only module that imports them.
 
 Orbax's `AsyncCheckpointer` is used with settings under which it coordinates nothing by itself: each
-host tells it that it is
-alone (`active_processes`), so its own barriers, some without a deadline, are never entered; the one
-point at which hosts must
-meet (all arrays written, before the primary merges) is our exchange. Directories are made
-beforehand, by the save protocol.
+host tells it that it is alone (`active_processes`), so its own barriers, some without a deadline,
+are never entered; the one point at which hosts must meet (all arrays written, before the primary
+merges) is our exchange. Directories are made beforehand, by the save protocol.
 """
 
 from __future__ import annotations
@@ -116,8 +114,7 @@ class OrbaxArrays:
 
     def _pytree_handler(self, processes: Any) -> ocp.PyTreeCheckpointHandler:
         # The outer class counts limits in whole GB and has one by default, which keeps Orbax from
-        # writing all arrays in a
-        # single OCDBT transaction; the inner one takes bytes, and None.
+        # writing all arrays in a single OCDBT transaction; the inner one takes bytes, and None.
         inner = BasePyTreeCheckpointHandler(
             use_ocdbt=True,
             use_zarr3=True,

@@ -322,9 +322,8 @@ class Checkpointer:
         Args:
             step: a committed step; None takes the newest that every host finds undamaged.
             state: a live tree, a tree of `jax.ShapeDtypeStruct`s with shardings, an NNX module
-                (updated in place) or an object with
-                set_state. It may be a part of what was saved. None returns what was saved, placed
-                over today's devices.
+                (updated in place) or an object with set_state. It may be a part of what was saved.
+                None returns what was saved, placed over today's devices.
             data: the loaders to set back, as they were given to `save`.
 
         Raises:

@@ -2,11 +2,9 @@
 pickle.
 
 JSON itself carries None, bool, str, finite floats, lists, dicts with string keys, and ints of up to
-53 bits. Everything
-else is an object with the single key `$` + tag: tuples, bytes, dicts with other keys, big ints,
-non-finite floats and
-numpy arrays. A dict that has a key beginning with `$` is tagged too, so that nothing can be
-mistaken for a tag.
+53 bits. Everything else is an object with the single key `$` + tag: tuples, bytes, dicts with other
+keys, big ints, non-finite floats and numpy arrays. A dict that has a key beginning with `$` is
+tagged too, so that nothing can be mistaken for a tag.
 """
 
 from __future__ import annotations

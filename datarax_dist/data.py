@@ -4,8 +4,7 @@ A loader's position is captured on the caller's thread and written as position s
 far:
 
 - *shards*: `shards(factory, V)`. V is fixed for the run; host h owns the shards with `s % hosts ==
-  h`; any number of hosts that is
-  at most V can go on with the positions of any other.
+  h`; any number of hosts that is at most V can go on with the positions of any other.
 - *host*: an opaque loader. Exact on the same number of hosts; on another one it is refused.
 """
 

@@ -2,9 +2,8 @@
 specification.
 
 Every JSON file of ours is canonical (sorted keys, no blanks, UTF-8), carries `format_version`, and
-the crc32c of itself
-without that field. What is read from storage is not trusted: each parser checks types, ranges and
-paths.
+the crc32c of itself without that field. What is read from storage is not trusted: each parser
+checks types, ranges and paths.
 """
 
 from __future__ import annotations

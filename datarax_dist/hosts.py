@@ -1,20 +1,17 @@
 """The host-group port: agreement between hosts that carries errors, with a deadline for every wait.
 
 An *operation* is one agreement. Its state is a few write-once registers on a board that all hosts
-can reach: one
-contribution for each host and phase, and one *outcome*. Whoever writes the outcome first has
-decided: the primary writes
-success after it has seen every contribution; any host may write failure at any time before. So a
-failure is known
-everywhere as fast as one register can be read, success is never announced while a host has failed,
-and nobody waits
-for a host that has already said that it will not come.
+can reach: one contribution for each host and phase, and one *outcome*. Whoever writes the outcome
+first has decided: the primary writes success after it has seen every contribution; any host may
+write failure at any time before. So a failure is known everywhere as fast as one register can be
+read, success is never announced while a host has failed, and nobody waits for a host that has
+already said that it will not come.
 
     group = HostGroup(board)
-    group.exchange("prepare", {"step": 7}, timeout_seconds=60)              # -> every host's
-    payload, on every host
-    group.exchange("prepare", payload, leader=decide, timeout_seconds=60)   # -> decide(payloads),
-    run on the primary only
+    group.exchange("prepare", {"step": 7}, timeout_seconds=60)   # -> every host's payload
+    group.exchange("prepare", payload, leader=decide, timeout_seconds=60)   # -> decide(payloads)
+
+Both return the same on every host; the leader runs on the primary only.
 
 On JAX the board is the coordination service's key-value store: no device collectives, so it may be
 used on any thread.
@@ -224,14 +221,14 @@ class HostGroup:
             payload: JSON.
             error: what this host failed with, instead of a payload.
             leader: runs on the primary with the payloads in host order; what it returns (JSON) is
-                the result. Without
-                one the result is the list of payloads. What it raises is raised on every host.
+                the result. Without one the result is the list of payloads. What it raises is raised
+                on every host.
             timeout_seconds: how long to wait for the others.
 
         Raises:
             PeerError: a host contributed an error. An error of this module's tree that this host
-                contributed itself is
-                raised as it is, and so is whatever it contributed when it is the only host.
+                contributed itself is raised as it is, and so is whatever it contributed when it is
+                the only host.
             PeerLostError: hosts did not arrive; `.missing`.
         """
         operation = self.begin(phase)

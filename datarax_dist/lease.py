@@ -1,8 +1,8 @@
 """Who writes: the identity of a writer, and whether it is certainly gone.
 
 The claim in `STEP.json` carries it. A directory whose writer is certainly dead may be removed by
-anyone who reads the run; one
-whose writer cannot be judged from here (another machine) is removed only by the next writer.
+anyone who reads the run; one whose writer cannot be judged from here (another machine) is removed
+only by the next writer.
 """
 
 from __future__ import annotations

@@ -78,8 +78,7 @@ class ArrayWriter(Protocol):
         Args:
             prefix: the staging directory, which exists, below the store's root.
             all_written: must be called on every host when its own arrays are written; on the
-                primary it returns when all
-                hosts have called it.
+                primary it returns when all hosts have called it.
         """
 
     def parts(self, host: int) -> Sequence[str]:

@@ -3,8 +3,7 @@
 Keys are relative, with `/`. What every store must keep:
 
 - `put` and `create` are atomic and durable when they return: a reader sees all of the new content
-  or none of it, also
-  after a power cut. `create` succeeds for exactly one of several callers.
+  or none of it, also after a power cut. `create` succeeds for exactly one of several callers.
 - `list` shows everything that a finished `put`, `create` or `delete` of any host made or removed.
 - `sync` makes files that others wrote (Orbax, TensorStore) durable: their data, and their names.
 
@@ -133,8 +132,8 @@ class LocalStore:
             temporary = self._write_temporary(path, data)
             try:
                 # link() is the one POSIX call that is exclusive and shows whole content, on NFS
-                # too. There its reply
-                # can be lost, so a failure is checked by reading back: `data` carries a nonce.
+                # too. There its reply can be lost, so a failure is checked by reading back: `data`
+                # carries a nonce.
                 os.link(temporary, path)
             except FileExistsError:
                 with open(path, "rb") as file:

@@ -1,10 +1,9 @@
 """Named phases: each is timed, logged, and a place where a fault can be injected.
 
 A phase is named `operation:phase`, `save:prepare` say. `observe` adds a sink that is called as each
-phase begins; the
-fault injection of `datarax_dist.testing` is such a sink. A process that has
-`DATARAX_DIST_KILL_AT=save:record@1` in its
-environment kills itself there (see `datarax_dist.testing.faults`).
+phase begins; the fault injection of `datarax_dist.testing` is such a sink. A process that has
+`DATARAX_DIST_KILL_AT=save:record@1` in its environment kills itself there (see
+`datarax_dist.testing.faults`).
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 back.
 
 Orbax stores arrays. Leaves that it cannot store exactly (bytes, big ints, zero-size arrays, host-
-local arrays of a job with
-many hosts) are stored in another shape or in `TREE.json`, which also keeps every leaf's exact type,
-so that a state comes
-back as it was, with or without a target. Whatever Orbax is given keeps the tree's own structure and
-names, so the `state`
-item still loads with plain Orbax.
+local arrays of a job with many hosts) are stored in another shape or in `TREE.json`, which also
+keeps every leaf's exact type, so that a state comes back as it was, with or without a target.
+Whatever Orbax is given keeps the tree's own structure and names, so the `state` item still loads
+with plain Orbax.
 """
 
 from __future__ import annotations
@@ -475,8 +473,8 @@ def tree_digest(tree: Any) -> str:
     hosts.
 
     Collective: in a job with many hosts, call it on every host. Each array's bits are mixed with
-        their positions and
-    summed (mod 2^32, two independent mixes), which does not depend on how the array is split.
+    their positions and summed (mod 2^32, two independent mixes), which does not depend on how the
+    array is split.
 
     >>> import numpy as np
     >>> tree_digest({"a": np.arange(3)}) == tree_digest({"a": np.arange(3)})
