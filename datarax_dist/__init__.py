@@ -75,7 +75,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "errors"):
+    if name in ("checkpoint", "data", "errors", "testing"):
         return importlib.import_module(f"datarax_dist.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"datarax_dist.{_HOME[name]}"), name)
