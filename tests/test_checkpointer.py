@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -316,3 +317,38 @@ def test_one_info_line_for_each_event_a_user_would_see(
     ]
     assert "restored step 2" in lines[-1]
     assert len(lines) == 4
+
+
+def test_every_file_and_directory_is_fsynced_before_the_step_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def logged_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        log.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def logged_rename(source: str, destination: str) -> None:
+        rename(source, destination)
+        log.append((source, destination))
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    root = tmp_path / "new" / "run"
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(7, state=targets.mesh_state((4,), ("x",)), data=targets.Counter(0, 1)).result()
+    at = next(i for i, (_, target) in enumerate(log) if target == str(root / "7"))
+    staging = log[at][0]
+    synced = {path for action, path in log[:at] if action == "fsync"}
+    for directory, _, names in os.walk(root / "7"):
+        before = directory.replace(str(root / "7"), staging, 1)
+        assert before in synced, before
+        for name in names:
+            path = os.path.join(before, name)
+            # ours are written under another name, fsynced, and then given theirs
+            temporary = [p for p in synced if p.startswith(os.path.join(before, f".{name}."))]
+            assert path in synced or temporary, path
+    assert log[at + 1] == ("fsync", str(root))
+    for parent in (tmp_path, tmp_path / "new"):
+        assert str(parent) in synced, "a new root's own name must last too"

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 
 from datarax_dist import config, telemetry
+from datarax_dist import format as fmt
 from datarax_dist.clock import SystemClock
-from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
+from datarax_dist.errors import (
+    CheckpointError,
+    PeerError,
+    PeerLostError,
+    StorageError,
+    StructureMismatchError,
+)
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run, union_of_records, verify_files
+from datarax_dist.restore import Restorer
 from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryArrays, MemoryStore, SimulatedHosts, fail_at
@@ -169,3 +177,119 @@ def test_a_crash_and_power_cut_after_any_write_loses_no_committed_step_and_is_ti
 def content_of(store: MemoryStore, step: int) -> bytes:
     name = next(c.name for c in inspect_run(store).candidates if c.step == step and c.marker)
     return store.get(f"{name}/state/ocdbt.process_0/a")
+
+
+def restore(store: MemoryStore, group: HostGroup, load: Any = None, level: str = "full") -> Any:
+    options = config.Options(
+        exchange_timeout_seconds=20, save_timeout_seconds=20, verify_on_restore=level
+    )
+    restorer = Restorer(store, group, options)
+    default = lambda candidate: lambda: candidate.step  # noqa: E731 - a name for what it does
+    found = restorer.restore(None, load or default, Phases("restore", group.index))
+    return None if found is None else (found[0], dict(found[1].refused))
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_damage_that_one_host_sees_makes_all_take_the_older_step(victim: int) -> None:
+    store = MemoryStore()
+    hosts = SimulatedHosts(3)
+    for step in (1, 2):
+        hosts.run(lambda group, step=step: save(store, group, step))  # type: ignore[misc]
+    key = f"2/state/ocdbt.process_{victim}/a"
+    store.files[key] = b"y" * len(store.files[key])
+    results = hosts.run(lambda group: restore(store, group))
+    assert [step for step, _ in results] == [1, 1, 1]
+    for _, refused in results:
+        assert key[2:] in refused["step 2"]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_damage_that_one_host_meets_while_loading_makes_all_take_the_older_step(
+    victim: int,
+) -> None:
+    store = MemoryStore()
+    hosts = SimulatedHosts(3)
+    applied = []
+    for step in (1, 2):
+        hosts.run(lambda group, step=step: save(store, group, step))  # type: ignore[misc]
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any) -> Any:
+            if candidate.step == 2 and group.index == victim:
+                raise StorageError("the array is damaged", errno=None)
+            return lambda: applied.append(candidate.step) or candidate.step
+
+        return restore(store, group, load)
+
+    results = hosts.run(on)
+    assert [step for step, _ in results] == [1, 1, 1]
+    assert applied == [1, 1, 1], "nothing of step 2 was applied on any host"
+    assert all("the array is damaged" in refused["step 2"] for _, refused in results)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_target_that_does_not_fit_on_one_host_changes_nothing_on_any(victim: int) -> None:
+    store = MemoryStore()
+    hosts = SimulatedHosts(3)
+    hosts.run(lambda group: save(store, group, 1))
+    applied = []
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any) -> Any:
+            if group.index == victim:
+                raise StructureMismatchError("no", missing=["a"], unexpected=[], changed={})
+            return lambda: applied.append(group.index)
+
+        return restore(store, group, load)
+
+    results = hosts.run(on)
+    kinds = {type(result) for result in results}
+    assert kinds <= {StructureMismatchError, PeerError} and len(results) == 3
+    assert applied == []
+
+
+def test_what_another_run_or_anybody_else_has_left_is_never_removed() -> None:
+    store = MemoryStore()
+    claim = fmt.StepClaim("f" * 32, 9, "0" * 16, 1, {}, 0.0)
+    theirs = {
+        "9.staging-0123456789abcdef/STEP.json": fmt.dump_claim(claim),
+        "9.staging-0123456789abcdef/state/x": b"x",
+        "8/STEP.json": fmt.dump_claim(claim),
+        "7/notes.txt": b"mine",
+        "6.deleting-0123456789abcdef/keep": b"no claim",
+        "5.orbax-checkpoint-tmp-1/x": b"x",
+        "tensorboard/events": b"x",
+    }
+    store.files.update(theirs)
+    hosts = SimulatedHosts(2)
+    for step in (1, 2):
+        results = hosts.run(lambda group, step=step: save(store, group, step, config.latest(1)))  # type: ignore[misc]
+        assert [result.step for result in results] == [step, step]
+    hosts.run(lambda group: restore(store, group))
+    assert {key: data for key, data in store.files.items() if key in theirs} == theirs
+    assert inspect_run(store).committed == [2]
+
+
+def test_a_file_that_no_host_wrote_or_that_has_changed_its_size_stops_the_commit() -> None:
+    for change in ("extra", "missing", "grown"):
+        store = MemoryStore()
+        hosts = SimulatedHosts(2)
+
+        def meddle(phase: str, host: int, store: MemoryStore = store, change: str = change) -> None:
+            if phase != "save:verify":
+                return
+            [key] = [key for key in store.files if key.endswith("process_1/a")]
+            if change == "extra":
+                store.files[f"{key}-more"] = b"x"
+            elif change == "missing":
+                del store.files[key]
+            else:
+                store.files[key] += b"x"
+
+        remove = telemetry.observe(meddle)
+        try:
+            results = hosts.run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+        finally:
+            remove()
+        assert all("process_1/a" in str(result) for result in results), change
+        assert inspect_run(store).committed == []
