@@ -157,7 +157,7 @@ def _inspect_step(store: Store, step: int, name: str) -> Candidate:
             step,
             name,
             "staged",
-            f"no {fmt.COMMIT_NAME}: it was never committed",
+            f"no {fmt.COMMIT_NAME}: never committed, or the marker is lost",
         )
     if "_CHECKPOINT_METADATA" in inside or "_METADATA" in inside:
         return Candidate(

@@ -26,6 +26,7 @@ __all__ = [
     "delete_step",
     "find_leftovers",
     "plan_retention",
+    "read_claim",
     "remove_leftovers",
     "retire",
 ]
@@ -108,18 +109,23 @@ def _leftover(store: Store, run: str | None, name: str, step: int, role: str) ->
     names = store.children(name)
     if role == "replaced" and fmt.COMMIT_NAME not in store.children(fmt.step_name(step)):
         return None  # it is still the step
-    if role == "" and fmt.COMMIT_NAME in names:
-        return None
+    if role == "" and (isinstance(store, SupportsRename) or fmt.COMMIT_NAME in names):
+        return None  # a step; or one that has lost its marker, which no crash of ours leaves behind
     if not names and role:
         return Leftover(name, step, True)  # made, and nothing written in it yet; or all deleted
-    try:
-        claim = fmt.parse_claim(store.get(f"{name}/{fmt.STEP_NAME}"))
-    except (fmt.InvalidRecordError, FormatVersionError, KeyError):
-        return None
-    if run is None or claim.run != run:
+    claim = read_claim(store, name)
+    if claim is None or run is None or claim.run != run:
         return None
     abandoned = role in ("replaced", "deleting") or is_certainly_dead(claim.writer)
     return Leftover(name, step, abandoned)
+
+
+def read_claim(store: Store, name: str) -> fmt.StepClaim | None:
+    """Returns whose a directory is; None when it does not say so."""
+    try:
+        return fmt.parse_claim(store.get(f"{name}/{fmt.STEP_NAME}"))
+    except (fmt.InvalidRecordError, FormatVersionError, KeyError):
+        return None
 
 
 def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> list[str]:

@@ -233,14 +233,16 @@ class Saver:
                     f"Step {step} is committed in {store.root} already; nothing was changed.",
                     step=step,
                 )
-        elif name in (child.rstrip("/") for child in there) and name not in {
-            left.name for left in retention.find_leftovers(store, run)
-        }:
+        elif name in (child.rstrip("/") for child in there) and not self._is_ours(run, name):
             raise StepExistsError(
                 f"{store.root}/{name} is there already and was not written by datarax_dist;"
                 " nothing was changed. Move it away, or save another step.",
                 step=step,
             )
+
+    def _is_ours(self, run: str, name: str) -> bool:
+        claim = retention.read_claim(self._store, name)
+        return claim is not None and claim.run == run
 
     def _claim_run(self) -> str:
         """Returns the run of the root; makes one in a new root."""
@@ -341,6 +343,7 @@ class StartedSave:
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
         self._abandoned = threading.Event()
+        self._aside = False
 
     def start(self) -> None:
         """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
@@ -390,11 +393,11 @@ class StartedSave:
 
     def _retire(self) -> Sequence[int]:
         """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
-        if self._keep is None and not self._replace:
+        if self._keep is None and not self._aside:
             return []
         with self.phases.span("retention"):
             try:
-                if self._replace:
+                if self._aside:
                     retention.delete_replaced(self._store, self.step)
                 steps = retention.plan_retention(inspect_run(self._store).committed, self._keep)
             except Exception as error:
@@ -500,7 +503,6 @@ class StartedSave:
                     f" what the hosts wrote differ in {', '.join(names[:10])}. Is this one file"
                     " system, shared by all hosts?"
                 )
-            store.sync(staging, [])
         marker = fmt.CommitMarker(
             run=self.run,
             step=self.step,
@@ -538,10 +540,12 @@ class StartedSave:
         """
         store = self._store
         assert isinstance(store, SupportsRename)
-        if fmt.COMMIT_NAME in store.children(name):
-            if not self._replace:
-                raise self._other_writer()
+        committed = fmt.COMMIT_NAME in store.children(name)
+        if committed and not self._replace:
+            raise self._other_writer()
+        if committed or self._saver._is_ours(self.run, name):  # what has lost its marker, too
             store.rename(name, fmt.aside_name(self.step, "replaced", self._nonce))
+            self._aside = True
         try:
             store.rename(self._staging, name)
         except KeyError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import targets
 
+from datarax_dist.errors import StorageError
 from datarax_dist.storage import LocalStore, Store
 from datarax_dist.testing import (
     HOST_GROUP_CHECKS,
@@ -27,6 +28,15 @@ Check = Callable[[Callable[[], Store]], None]
 def test_local_store(check: Check, tmp_path: Path) -> None:
     numbers = itertools.count()
     check(lambda: LocalStore(str(tmp_path / str(next(numbers)))))
+
+
+def test_local_store_never_renames_onto_an_empty_directory(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    store.put("7.staging-x/a", b"content")
+    (tmp_path / "7").mkdir()
+    with pytest.raises(StorageError, match="there already"):
+        store.rename("7.staging-x", "7")
+    assert store.get("7.staging-x/a") == b"content"
 
 
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)

@@ -145,6 +145,45 @@ def test_a_valid_block_of_another_step_in_its_place_is_noticed() -> None:
     assert fmt.digest(ours) != fmt.digest(theirs)
 
 
+def test_a_host_record_that_is_whole_and_not_the_committed_one_is_noticed(copy: Path) -> None:
+    [record] = (copy / "2" / "hosts").iterdir()
+    files = json.loads(record.read_bytes())["files"]
+    kept = [entry for entry in files if not entry["path"].endswith("TREE.json")]
+    assert len(kept) == len(files) - 1
+    reseal(record, files=kept)
+    step, refused = restore_and_check(copy)
+    assert step == 1
+    assert record.name in refused["step 2"]
+
+
+@pytest.mark.parametrize("level", ["marker", "sizes"])
+def test_positions_structure_and_metadata_are_checked_at_every_level(
+    copy: Path, level: Any
+) -> None:
+    small = ["metadata/metadata", "TREE.json", "data/data/shard_00000-of-00001.json"]
+    for name in small:
+        path = copy / "2" / name
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"2", b"3", 1))
+        with dd.Checkpointer(copy, options=dd.Options(verify_on_restore=level)) as ckpt:
+            restored = ckpt.restore(state=make_state(0), data=targets.Counter(0, 1))
+        assert restored.step == 1, name
+        assert restored.report.verified == level
+        path.write_bytes(before)
+
+
+def test_a_step_that_has_lost_its_marker_is_kept_until_it_is_saved_again(copy: Path) -> None:
+    (copy / "2" / "COMMIT.json").unlink()
+    assert restore_and_check(copy)[0] == 1
+    with dd.Checkpointer(copy) as ckpt:
+        ckpt.save(3, state=make_state(3)).result()
+        assert (copy / "2" / "TREE.json").exists()
+        ckpt.save(2, state=make_state(2)).result()
+        ckpt.wait_until_finished()
+        assert ckpt.all_steps() == [1, 2, 3]
+    assert {path.name for path in copy.iterdir()} == {"1", "2", "3", "RUN.json"}
+
+
 def test_an_explicit_damaged_step_raises_and_names_the_file(copy: Path) -> None:
     file = next((copy / "2" / "state" / "ocdbt.process_0" / "d").iterdir())
     damage(file, "flip", random.Random(1))

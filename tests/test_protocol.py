@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from datarax_dist import config, telemetry
+from datarax_dist import config, retention, telemetry
 from datarax_dist import format as fmt
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import (
@@ -293,3 +293,56 @@ def test_a_file_that_no_host_wrote_or_that_has_changed_its_size_stops_the_commit
             remove()
         assert all("process_1/a" in str(result) for result in results), change
         assert inspect_run(store).committed == []
+
+
+def test_a_writer_whose_staging_is_being_removed_does_not_commit_what_is_left_of_it() -> None:
+    """Another job takes it for a leftover, and gets no further than its first write."""
+    store = MemoryStore()
+    hosts = SimulatedHosts(1)
+    hosts.run(lambda group: save(store, group, 1))
+
+    def meddle(phase: str, host: int) -> None:
+        if phase == "save:publish":
+            run = inspect_run(store).run
+            store.crash_after(1)
+            retention.remove_leftovers(store, retention.find_leftovers(store, run))
+            store.crash_after(None)
+
+    remove = telemetry.observe(meddle)
+    try:
+        [result] = hosts.run(lambda group: save(store, group, 2))
+    finally:
+        remove()
+    assert "Only one job at a time" in str(result)
+    assert inspect_run(store).committed == [1]
+
+
+def test_a_deletion_that_is_cut_never_brings_back_what_the_step_was_before() -> None:
+    for number in range(1000):
+        store = MemoryStore()
+        hosts = SimulatedHosts(1)
+        hosts.run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+
+        def cut(phase: str, host: int, store: MemoryStore = store) -> None:
+            if phase == "save:committed":
+                store.crash_after(0)  # the new step is there, and the old one still beside it
+
+        remove = telemetry.observe(cut)
+        hosts.run(lambda group, store=store: save(store, group, 1, content=b"y", replace=True))  # type: ignore[misc]
+        remove()
+        store.crash_after(None)
+        assert any(".replaced-" in key for key in store.files)
+        store.crash_after(number)
+        store.crashed = False
+        try:
+            retention.delete_step(store, 1)
+        except StorageError:
+            assert store.crashed
+        store.crash_after(None)
+        if inspect_run(store).committed:
+            assert content_of(store, 1) == b"y", f"after a crash at write {number}"
+        if not store.crashed:
+            assert number > 5
+            assert inspect_run(store).committed == []
+            return
+    raise AssertionError("the deletion never got through")
