@@ -31,7 +31,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -342,7 +341,6 @@ class StartedSave:
         self._write: ArrayWrite | None = None
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
-        self._abandoned = threading.Event()
         self._aside = False
 
     def start(self) -> None:
@@ -365,10 +363,7 @@ class StartedSave:
 
     def outcome(self) -> Any:
         """Step 9: waits for the decision, wherever this host's own work is. Any thread."""
-        try:
-            return self.operation.result("written", self._deadline, own=self._failure)
-        finally:
-            self._abandoned.set()
+        return self.operation.result("written", self._deadline, own=self._failure)
 
     def finish(self) -> SaveReport:
         """Steps 4 to 10. Returns when this host has nothing more to do for the save; raises what
