@@ -276,6 +276,8 @@ def _wrapped(action: str) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number is None and (found := _OS_ERROR.search(str(error))):
             number = int(found[1])
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            number = errno.ENOMEM  # of the host or the device: nothing is damaged
         raise StorageError(
             f"Could not {action} the arrays: {describe(error, 1000)}. {storage_hint(number)}",
             errno=number,

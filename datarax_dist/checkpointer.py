@@ -28,7 +28,7 @@ from datarax_dist.errors import (
     StepNotFoundError,
 )
 from datarax_dist.hosts import HostGroup, current_group
-from datarax_dist.inspection import Candidate, Inspection
+from datarax_dist.inspection import Candidate, Inspection, read_marker
 from datarax_dist.restore import Restorer, RestoreReport
 from datarax_dist.retention import delete_step
 from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
@@ -355,6 +355,7 @@ class Checkpointer:
         if found is None:
             return None
         (value, metadata), report = found
+        self._saver.suspects.update(report.damaged)
         return Restored(report.step, value, metadata, report)
 
     def _load(
@@ -440,12 +441,8 @@ class Checkpointer:
             StepNotFoundError: it is not there.
         """
         for candidate in self.inspect().candidates:
-            if (
-                candidate.step == step
-                and candidate.marker is not None
-                and candidate.state == "committed"
-            ):
-                marker = candidate.marker
+            if candidate.step == step and candidate.state == "committed":
+                marker = read_marker(self._store, candidate)
                 return StepInfo(
                     step, marker.hosts, marker.bytes, tuple(marker.items), marker.committed_at
                 )

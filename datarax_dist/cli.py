@@ -33,7 +33,7 @@ from datarax_dist.inspection import (
     Candidate,
     Inspection,
     inspect_run,
-    union_of_records,
+    read_records,
     verify_files,
 )
 from datarax_dist.storage import LocalStore
@@ -291,7 +291,7 @@ def _show(arguments: argparse.Namespace) -> int:
             "versions": dict(marker.versions),
         }
         try:
-            files = union_of_records(store, candidate.name, marker.records, marker.run, marker.step)
+            files = read_records(store, candidate.name, marker.records, marker.run, marker.step)
             body["files"] = [{"path": f.path, "size": f.size, "digest": f.digest} for f in files]
         except (CorruptStepError, FormatVersionError) as error:
             if isinstance(error, FormatVersionError):
@@ -451,7 +451,7 @@ def _verify_step(store: LocalStore, candidate: Candidate, level: str) -> dict[st
     files: Sequence[fmt.FileEntry] = ()
     show = _Meter(candidate.step) if level == "full" and sys.stderr.isatty() else None
     try:
-        files = union_of_records(store, candidate.name, marker.records, marker.run, marker.step)
+        files = read_records(store, candidate.name, marker.records, marker.run, marker.step)
         advance = _nothing if show is None else show.start(sum(file.size for file in files))
         wrong = verify_files(store, candidate.name, files, level, progress=advance)
     except CorruptStepError as error:

@@ -223,12 +223,33 @@ def storage_hint(number: int | None) -> str:
     return _HINTS.get(number or 0, "Check the file system.")
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether an error says that something cannot be read now and here, rather than that it is
+    damaged. Going back to an older step would be the wrong answer.
+    """
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+_PASSING = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 _HINTS = {
     errno.ENOENT: "Something has removed its directory meanwhile.",
     errno.ENOTDIR: "A part of this path is a file, not a directory: choose another root.",
     errno.ENOSPC: "Free some space, or choose another root.",
     errno.EDQUOT: "The quota is used up: free some space, or raise it.",
     errno.EFBIG: "A file is larger than this process or file system allows (ulimit -f).",
+    errno.ENOMEM: "There is not enough memory for it, on this host or its devices.",
     errno.EROFS: "The file system is read-only.",
     errno.EACCES: "This user may not do that here: check the owner and the mode.",
     errno.EPERM: "This user may not do that here: check the owner and the mode.",

@@ -5,10 +5,11 @@ step are whole. Reads only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datarax_dist import errors
 from datarax_dist import format as fmt
 from datarax_dist.errors import CorruptStepError, FormatVersionError, StorageError
 from datarax_dist.storage import Store
@@ -16,11 +17,13 @@ from datarax_dist.storage import Store
 __all__ = [
     "Candidate",
     "Inspection",
+    "files_to_verify",
     "find_run",
     "inspect_run",
     "inspection_from_json",
     "inspection_to_json",
-    "union_of_records",
+    "read_marker",
+    "read_records",
     "verify_files",
 ]
 
@@ -36,6 +39,9 @@ class Candidate:
             "damaged" (its marker does not check), "refused" (of another run, a newer format, or
             nothing of ours at all).
         reason: why it is not committed; empty when it is.
+        marker: as read; not known on a host that was only told of the candidate.
+        files: what is missing or damaged.
+        digest: of the marker of a committed one.
     """
 
     step: int
@@ -44,6 +50,7 @@ class Candidate:
     reason: str = ""
     marker: fmt.CommitMarker | None = None
     files: Sequence[str] = ()
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +138,16 @@ def _inspect_step(store: Store, step: int, name: str) -> Candidate:
     inside = store.children(name)
     if fmt.COMMIT_NAME in inside:
         try:
-            marker = fmt.parse_marker(store.get(f"{name}/{fmt.COMMIT_NAME}"))
+            data = store.get(f"{name}/{fmt.COMMIT_NAME}")
+            marker = fmt.parse_marker(data)
         except FormatVersionError as error:
             return Candidate(step, name, "refused", str(error))
         except (fmt.InvalidRecordError, KeyError) as error:
             return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
         if marker.step != step:
             return Candidate(step, name, "refused", f"its marker is that of step {marker.step}")
-        missing = [
-            entry.path
-            for entry in marker.records
-            if entry.path.rsplit("/", 1)[1] not in store.children(f"{name}/hosts")
-        ]
+        there = set(store.children(f"{name}/hosts"))
+        missing = [e.path for e in marker.records if e.path.rsplit("/", 1)[1] not in there]
         if missing:
             return Candidate(
                 step,
@@ -151,7 +156,7 @@ def _inspect_step(store: Store, step: int, name: str) -> Candidate:
                 f"host records are missing: {', '.join(missing[:5])}",
                 files=tuple(missing),
             )
-        return Candidate(step, name, "committed", marker=marker)
+        return Candidate(step, name, "committed", marker=marker, digest=fmt.digest(data))
     if fmt.STEP_NAME in inside:
         return Candidate(
             step,
@@ -197,6 +202,8 @@ def verify_files(
             try:
                 size, digest = store.digest(f"{directory}/{entry.path}", entry.size)
             except (KeyError, StorageError) as error:
+                if errors.is_passing(error):
+                    raise
                 wrong[entry.path] = f"cannot be read: {error}"
                 continue
             if (size, digest) != (entry.size, entry.digest):
@@ -205,11 +212,16 @@ def verify_files(
     return wrong
 
 
-def union_of_records(
-    store: Store, directory: str, records: Sequence[fmt.FileEntry], run: str, step: int
+def read_records(
+    store: Store,
+    directory: str,
+    records: Sequence[fmt.FileEntry],
+    run: str,
+    step: int,
+    hosts: Iterable[int] | None = None,
 ) -> list[fmt.FileEntry]:
     """Returns every file that the host records name, after checking the records against their
-    digests.
+    digests. `hosts` limits it to the records of some.
 
     Raises:
         CorruptStepError: a record is missing, damaged, of another step, or two records name one
@@ -217,18 +229,15 @@ def union_of_records(
     """
     files: dict[str, fmt.FileEntry] = {}
     bad: list[str] = []
-    for host, row in enumerate(records):
+    for host in range(len(records)) if hosts is None else hosts:
+        row = records[host]
         try:
             data = store.get(f"{directory}/{row.path}")
             if len(data) != row.size or fmt.digest(data) != row.digest:
                 raise fmt.InvalidRecordError(f"{row.path} is not the record that was committed")
             record = fmt.parse_record(data, row.path)
-            if (record.run, record.step, record.host, record.hosts) != (
-                run,
-                step,
-                host,
-                len(records),
-            ):
+            found = (record.run, record.step, record.host, record.hosts)
+            if found != (run, step, host, len(records)):
                 raise fmt.InvalidRecordError(f"{row.path} is the record of another step or host")
         except (KeyError, fmt.InvalidRecordError):
             bad.append(row.path)
@@ -239,7 +248,7 @@ def union_of_records(
             files[entry.path] = entry
     if bad:
         raise CorruptStepError(
-            f"Step {step}: missing or damaged host records: {', '.join(bad)}.",
+            f"Step {step}: missing or damaged host records: {', '.join(bad[:10])}.",
             step=step,
             files=sorted(set(bad)),
         )
@@ -247,6 +256,9 @@ def union_of_records(
 
 
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
+    """Returns what the other hosts are told. Markers name every host, so they are not sent: who
+    needs one reads it, and checks it against the digest (`read_marker`).
+    """
     return {
         "run": inspection.run,
         "candidates": [
@@ -256,7 +268,7 @@ def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
                 "state": c.state,
                 "reason": c.reason,
                 "files": list(c.files),
-                "marker": fmt.dump_marker(c.marker).decode() if c.marker else None,
+                "digest": c.digest,
             }
             for c in inspection.candidates
         ],
@@ -264,17 +276,51 @@ def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
 
 
 def inspection_from_json(body: Mapping[str, Any]) -> Inspection:
-    return Inspection(
-        body["run"],
-        tuple(
-            Candidate(
-                row["step"],
-                row["name"],
-                row["state"],
-                row["reason"],
-                fmt.parse_marker(row["marker"].encode()) if row["marker"] else None,
-                tuple(row["files"]),
-            )
-            for row in body["candidates"]
-        ),
+    return Inspection(body["run"], tuple(Candidate(**row) for row in body["candidates"]))
+
+
+def read_marker(store: Store, candidate: Candidate) -> fmt.CommitMarker:
+    """Returns the marker of a committed candidate, the very one that the primary has read.
+
+    Raises:
+        CorruptStepError: it is another one here, or gone.
+    """
+    try:
+        data = store.get(f"{candidate.name}/{fmt.COMMIT_NAME}")
+        if fmt.digest(data) == candidate.digest:
+            return fmt.parse_marker(data)
+        reason = "not the one that the primary has read"
+    except KeyError:
+        reason = "missing, though the primary has read it"
+    raise CorruptStepError(
+        f"{fmt.COMMIT_NAME} of step {candidate.step} is {reason}: is the root one file system for"
+        " all hosts?",
+        step=candidate.step,
+        files=[fmt.COMMIT_NAME],
     )
+
+
+def files_to_verify(
+    store: Store, directory: str, marker: fmt.CommitMarker, host: int, hosts: int
+) -> list[fmt.FileEntry]:
+    """Returns the files that `host` of `hosts` verifies: the whole step once, over all hosts.
+
+    Each host reads a part of the records only: of n hosts that read n records each, the file system
+    would see n squared. Where there are more hosts than records, those of one record divide it.
+
+    Raises:
+        CorruptStepError: a record is missing, damaged or not the committed one.
+    """
+    count = len(marker.records)
+    numbers = range(host, count, hosts) if hosts <= count else [host % count]
+    part, parts = (0, 1) if hosts <= count else (host // count, -(-(hosts - host % count) // count))
+    mine: list[fmt.FileEntry] = []
+    for number in numbers:
+        files = read_records(store, directory, marker.records, marker.run, marker.step, [number])
+        loads = [0] * parts
+        for entry in sorted(files, key=lambda e: (-e.size, e.path)):
+            chosen = loads.index(min(loads))
+            loads[chosen] += entry.size + 4096
+            if chosen == part:
+                mine.append(entry)
+    return mine

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +32,11 @@ from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import (
     Candidate,
     Inspection,
+    files_to_verify,
     inspect_run,
     inspection_from_json,
     inspection_to_json,
-    union_of_records,
+    read_marker,
     verify_files,
 )
 from datarax_dist.storage import Store
@@ -43,6 +45,8 @@ from datarax_dist.telemetry import Phases
 __all__ = ["RestoreReport", "Restorer"]
 
 logger = logging.getLogger("datarax_dist")
+
+_MOST_TOLD = 100  # damaged files that one host tells the others of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,8 @@ class RestoreReport:
             Orbax.
         hosts_before, hosts_now: numbers of hosts.
         seconds: for each phase, on this host.
-        removed: leftovers that were removed.
+        removed: leftovers that were removed (known on the primary).
+        damaged: steps that were found damaged. They stay as they are; they may be saved again.
     """
 
     step: int
@@ -67,6 +72,7 @@ class RestoreReport:
     hosts_now: int
     seconds: Mapping[str, float] = field(default_factory=dict)
     removed: Sequence[str] = ()
+    damaged: Sequence[int] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -75,18 +81,6 @@ class RestoreReport:
         ]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
-
-
-def share(files: Sequence[fmt.FileEntry], host: int, hosts: int) -> list[fmt.FileEntry]:
-    """Returns the files that `host` verifies: one split for all hosts, about equal in bytes."""
-    loads = [0] * hosts
-    mine = []
-    for entry in sorted(files, key=lambda e: (-e.size, e.path)):
-        chosen = loads.index(min(loads))
-        loads[chosen] += entry.size + 4096
-        if chosen == host:
-            mine.append(entry)
-    return mine
 
 
 class Restorer:
@@ -141,8 +135,8 @@ class Restorer:
         damage: dict[int, Sequence[str]] = {
             c.step: c.files for c in inspection.candidates if c.state == "damaged"
         }
-        for candidate in candidates:
-            bad = self._verify(candidate, phases)
+        for told in candidates:
+            candidate, bad = self._verify(told, phases)
             applied: Any = None
             if not bad:
                 bad, applied = self._load(candidate, load, phases)
@@ -160,6 +154,7 @@ class Restorer:
                     hosts_now=self._group.count,
                     seconds=dict(phases.seconds),
                     removed=tuple(removed),
+                    damaged=tuple(sorted(damage)),
                 )
                 log = logger.warning if refused or candidate.state == "foreign" else logger.info
                 log("%s: %s", self._store.root, report)
@@ -211,30 +206,33 @@ class Restorer:
             return foreign, refused
         return chosen, refused
 
-    def _verify(self, candidate: Candidate, phases: Phases) -> dict[str, str]:
+    def _verify(self, candidate: Candidate, phases: Phases) -> tuple[Candidate, dict[str, str]]:
+        """Returns the candidate with its marker, and what is wrong with it on any host."""
         with phases.span("verify"):
             wrong: dict[str, str] = {}
             failure: BaseException | None = None
-            if candidate.marker is not None:
+            if candidate.state == "committed":
                 try:
-                    wrong = self._verify_share(candidate)
+                    marker = read_marker(self._store, candidate)
+                    candidate = dataclasses.replace(candidate, marker=marker)
+                    wrong = dict(list(self._verify_share(candidate).items())[:_MOST_TOLD])
+                except CorruptStepError as error:
+                    wrong = dict.fromkeys(error.files, str(error))
                 except BaseException as error:
                     failure = error
             votes = self._group.exchange(
                 "verify", wrong, error=failure, timeout_seconds=self._options.save_timeout_seconds
             )
-        return {path: reason for vote in votes for path, reason in vote.items()}
+        return candidate, {path: reason for vote in votes for path, reason in vote.items()}
 
     def _verify_share(self, candidate: Candidate) -> dict[str, str]:
         assert candidate.marker is not None
         marker = candidate.marker
+        group = self._group
         try:
-            files = union_of_records(
-                self._store, candidate.name, marker.records, marker.run, marker.step
-            )
+            mine = files_to_verify(self._store, candidate.name, marker, group.index, group.count)
         except CorruptStepError as error:
             return dict.fromkeys(error.files, "missing, or not what was committed")
-        mine = share(files, self._group.index, self._group.count)
         level = self._options.verify_on_restore
         wrong = verify_files(self._store, candidate.name, mine, level)
         if level != "full":
@@ -255,7 +253,10 @@ class Restorer:
             except CorruptStepError as error:
                 wrong = {path: str(error) for path in error.files}
             except (StorageError, fmt.InvalidRecordError, json.JSONDecodeError) as error:
-                wrong = {"state": errors.describe(error, 500)}
+                if errors.is_passing(error):
+                    failure = error
+                else:
+                    wrong = {"state": errors.describe(error, 500)}
             except BaseException as error:
                 failure = error
             votes = self._group.exchange(

@@ -47,7 +47,7 @@ from datarax_dist.errors import (
     StorageError,
 )
 from datarax_dist.hosts import HostGroup, Operation
-from datarax_dist.inspection import find_run, inspect_run, union_of_records
+from datarax_dist.inspection import find_run, inspect_run, read_records
 from datarax_dist.lease import writer_identity
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
@@ -69,7 +69,7 @@ class ArrayWrite(Protocol):
 
 
 class ArrayWriter(Protocol):
-    """What writes the `state` and `metadata` items of one step."""
+    """What writes the arrays of one step."""
 
     def start(self, prefix: str, all_written: Callable[[], None]) -> ArrayWrite | None:
         """Copies what it needs and goes on in the background; None when there are no arrays.
@@ -96,6 +96,8 @@ class SaveRequest:
         shared: key -> content, for what the primary writes for all (structure, indexes).
         agreement: JSON that must be equal on all hosts, named part by part.
         local_digests: leaf name -> digest, for leaves that must be equal on all hosts.
+        items: the names of the step's items, for its marker.
+        versions: of the libraries that write it.
     """
 
     step: int
@@ -135,14 +137,15 @@ class Saver:
         clock: Clock,
         options: Options,
         keep: KeepPolicy | None,
-        epoch: int = 0,
     ) -> None:
         self._store = store
         self._group = group
         self._clock = clock
         self._options = options
         self.keep = keep
-        self._epoch = epoch
+        # Steps that a restore here has found damaged: they may be saved again, and they do not
+        # count where retention decides how many good ones are left.
+        self.suspects: set[int] = set()
 
     def begin(
         self,
@@ -195,7 +198,7 @@ class Saver:
             decided["nonce"],
             operation,
             phases,
-            replace,
+            replace or step in self.suspects,
         )
         started.start()
         return started
@@ -206,6 +209,7 @@ class Saver:
         _compare(payloads)
         phases.reach("stage")
         step = int(payloads[0]["step"])
+        replace = replace or step in self.suspects
         store = self._store
         run = self._claim_run()
         self._check_free(run, step, replace)
@@ -229,7 +233,8 @@ class Saver:
         if any(fmt.COMMIT_NAME in store.children(holder) for holder in holders):
             if not replace:
                 raise StepExistsError(
-                    f"Step {step} is committed in {store.root} already; nothing was changed.",
+                    f"Step {step} is committed in {store.root} already; nothing was changed."
+                    " Delete it first, or save to another root.",
                     step=step,
                 )
         elif name in (child.rstrip("/") for child in there) and not self._is_ours(run, name):
@@ -381,6 +386,7 @@ class StartedSave:
         finally:
             self._end_write()
         decided = self.outcome()
+        self._saver.suspects.discard(self.step)
         deleted = self._retire() if self._group.is_primary else []
         return SaveReport(
             self.step, int(decided["bytes"]), dict(self.phases.seconds), tuple(deleted)
@@ -394,7 +400,8 @@ class StartedSave:
             try:
                 if self._aside:
                     retention.delete_replaced(self._store, self.step)
-                steps = retention.plan_retention(inspect_run(self._store).committed, self._keep)
+                good = set(inspect_run(self._store).committed) - self._saver.suspects
+                steps = retention.plan_retention(sorted(good), self._keep)
             except Exception as error:
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
                 return []
@@ -486,7 +493,7 @@ class StartedSave:
         """Step 8, on the primary."""
         store, staging = self._store, self._staging
         with self.phases.span("verify"):
-            files = union_of_records(store, staging, records, self.run, self.step)
+            files = read_records(store, staging, records, self.run, self.step)
             listed = {
                 entry.key.removeprefix(f"{staging}/"): entry.size for entry in store.list(staging)
             }
@@ -501,7 +508,7 @@ class StartedSave:
         marker = fmt.CommitMarker(
             run=self.run,
             step=self.step,
-            epoch=self._saver._epoch,
+            epoch=0,  # of a lease, when there are leases
             nonce=self._nonce,
             hosts=self._group.count,
             records=tuple(records),

@@ -17,7 +17,14 @@ import targets
 
 import datarax_dist as dd
 from datarax_dist import format as fmt
-from datarax_dist.errors import CheckpointError, CorruptStepError, StepNotFoundError
+from datarax_dist.errors import (
+    CheckpointError,
+    CorruptStepError,
+    StepExistsError,
+    StepNotFoundError,
+    StorageError,
+)
+from datarax_dist.storage import LocalStore
 
 
 def make_state(step: int) -> Any:
@@ -182,6 +189,46 @@ def test_a_step_that_has_lost_its_marker_is_kept_until_it_is_saved_again(copy: P
         ckpt.wait_until_finished()
         assert ckpt.all_steps() == [1, 2, 3]
     assert {path.name for path in copy.iterdir()} == {"1", "2", "3", "RUN.json"}
+
+
+def test_after_falling_back_the_damaged_step_can_be_saved_again_and_is_not_counted_as_good(
+    copy: Path,
+) -> None:
+    damage(copy / "2" / "TREE.json", "flip", random.Random(1))
+    with dd.Checkpointer(copy, keep=dd.latest(2)) as ckpt:
+        restored = ckpt.restore(state=make_state(0))
+        assert (restored.step, restored.report.damaged) == (1, (2,))
+        ckpt.save(3, state=make_state(3)).result()
+        ckpt.wait_until_finished()
+        assert ckpt.all_steps() == [1, 2, 3]  # of the good ones the newest two are kept
+        ckpt.save(2, state=make_state(2)).result()
+        assert ckpt.restore(step=2, state=make_state(0)).report.verified == "full"
+        with pytest.raises(StepExistsError):
+            ckpt.save(2, state=make_state(2))
+
+
+def test_what_cannot_be_read_just_now_is_an_error_and_not_a_reason_to_go_back(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, key: str, expected_size: int | None = None) -> Any:
+        raise StorageError("Too many open files", errno=24)
+
+    monkeypatch.setattr(LocalStore, "digest", refuse)
+    with dd.Checkpointer(copy) as ckpt, pytest.raises(StorageError, match="open files"):
+        ckpt.restore(state=make_state(0))
+
+
+def test_too_little_memory_is_an_error_and_not_damage(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import orbax.checkpoint as ocp
+
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", refuse)
+    with dd.Checkpointer(copy) as ckpt, pytest.raises(StorageError, match="enough memory"):
+        ckpt.restore(state=make_state(0))
 
 
 def test_an_explicit_damaged_step_raises_and_names_the_file(copy: Path) -> None:

@@ -19,7 +19,12 @@ from datarax_dist.errors import (
     StructureMismatchError,
 )
 from datarax_dist.hosts import HostGroup
-from datarax_dist.inspection import inspect_run, union_of_records, verify_files
+from datarax_dist.inspection import (
+    files_to_verify,
+    inspect_run,
+    read_records,
+    verify_files,
+)
 from datarax_dist.restore import Restorer
 from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
@@ -52,7 +57,7 @@ def whole(store: MemoryStore, step: int) -> bool:
     marker = next(c.marker for c in inspect_run(store).candidates if c.step == step and c.marker)
     assert marker is not None
     name = next(c.name for c in inspect_run(store).candidates if c.step == step and c.marker)
-    files = union_of_records(store, name, marker.records, marker.run, step)
+    files = read_records(store, name, marker.records, marker.run, step)
     return not verify_files(store, name, files, "full")
 
 
@@ -346,3 +351,17 @@ def test_a_deletion_that_is_cut_never_brings_back_what_the_step_was_before() -> 
             assert inspect_run(store).committed == []
             return
     raise AssertionError("the deletion never got through")
+
+
+@pytest.mark.parametrize(("saved", "now"), [(1, 4), (2, 5), (3, 3), (5, 2), (4, 1), (3, 7)])
+def test_every_file_is_verified_by_one_host_whatever_their_number(saved: int, now: int) -> None:
+    store = MemoryStore()
+    SimulatedHosts(saved).run(lambda group: save(store, group, 1))
+    [candidate] = inspect_run(store).candidates
+    assert candidate.marker is not None
+    shares = [files_to_verify(store, "1", candidate.marker, host, now) for host in range(now)]
+    paths = [entry.path for share in shares for entry in share]
+    assert len(set(paths)) == len(paths)
+    records = {entry.path for entry in candidate.marker.records}
+    everything = {entry.key[2:] for entry in store.list("1")} - records - {"COMMIT.json"}
+    assert set(paths) == everything
