@@ -17,7 +17,7 @@ from typing import Any
 
 import google_crc32c
 
-from datarax_dist.errors import FormatVersionError
+from datarax_dist.errors import FormatVersionError, InvalidArgumentError
 
 __all__ = [
     "COMMIT_NAME",
@@ -179,9 +179,20 @@ def dumps(value: Any) -> bytes:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Returns a record as bytes: canonical JSON with `format_version` and its own crc32c."""
+    """Returns a record as bytes: canonical JSON with `format_version` and its own crc32c.
+
+    Raises:
+        InvalidArgumentError: it would be larger than a reader accepts.
+    """
     full = {**body, "format_version": FORMAT_VERSION}
-    return dumps({**full, "crc32c": crc_text(crc32c(dumps(full)))})
+    data = dumps({**full, "crc32c": crc_text(crc32c(dumps(full)))})
+    if len(data) > MAX_RECORD_BYTES:
+        raise InvalidArgumentError(
+            f"A position, or the part of the state that is not arrays, takes {len(data)} bytes as"
+            f" JSON; at most {MAX_RECORD_BYTES} are possible. Keep large values as arrays in"
+            " `state`. Nothing was saved."
+        )
+    return data
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:

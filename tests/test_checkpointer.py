@@ -352,3 +352,14 @@ def test_every_file_and_directory_is_fsynced_before_the_step_has_its_name(
     assert log[at + 1] == ("fsync", str(root))
     for parent in (tmp_path, tmp_path / "new"):
         assert str(parent) in synced, "a new root's own name must last too"
+
+
+def test_what_a_reader_would_refuse_as_too_large_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datarax_dist.format.MAX_RECORD_BYTES", 10_000)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.InvalidArgumentError, match="arrays in `state`"):
+            ckpt.save(1, state={"bytes": b"x" * 20_000})
+        ckpt.save(1, state={"bytes": b"x" * 1_000}).result()
+        assert ckpt.all_steps() == [1]
