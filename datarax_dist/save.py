@@ -493,7 +493,14 @@ class StartedSave:
         """Step 8, on the primary."""
         store, staging = self._store, self._staging
         with self.phases.span("verify"):
-            files = read_records(store, staging, records, self.run, self.step)
+            try:
+                files = read_records(store, staging, records, self.run, self.step)
+            except CorruptStepError as error:
+                raise StorageError(
+                    f"Step {self.step} is not committed: of what the hosts say they have written to"
+                    f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
+                    " Is this one file system, shared by all hosts?"
+                ) from error
             listed = {
                 entry.key.removeprefix(f"{staging}/"): entry.size for entry in store.list(staging)
             }

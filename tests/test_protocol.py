@@ -13,6 +13,7 @@ from datarax_dist import format as fmt
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import (
     CheckpointError,
+    CorruptStepError,
     PeerError,
     PeerLostError,
     StorageError,
@@ -365,3 +366,16 @@ def test_every_file_is_verified_by_one_host_whatever_their_number(saved: int, no
     records = {entry.path for entry in candidate.marker.records}
     everything = {entry.key[2:] for entry in store.list("1")} - records - {"COMMIT.json"}
     assert set(paths) == everything
+
+
+def test_a_root_that_is_another_directory_on_each_host_is_noticed() -> None:
+    stores = [MemoryStore(), MemoryStore()]
+    for store in stores:
+        SimulatedHosts(1).run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+    results = SimulatedHosts(2).run(lambda group: restore(stores[group.index], group))
+    for result in results:
+        assert isinstance(result, CorruptStepError)
+        assert "one file system for all hosts" in str(result)
+    results = SimulatedHosts(2).run(lambda group: save(stores[group.index], group, 2))
+    assert all("shared by all hosts" in str(result) for result in results)
+    assert [inspect_run(store).committed for store in stores] == [[1], [1]]
