@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import operator
 import os
 import platform
 import sys
@@ -237,15 +238,16 @@ class Checkpointer:
         self, step: int, *, state: Any, data: Any, metadata: Any, force: bool, replace: bool
     ) -> SaveHandle | None:
         self._check_open()
-        if type(step) is int and step >= 0 and not force and not self.should_save(step):
+        number = _whole_number(step)
+        if number is not None and not force and not self.should_save(number):
             return None
         self._drain()
         previous, self._handle = self._handle, None
         unseen = previous._unseen_error() if previous is not None else None
         phases = Phases("save", self._group.index)
         started = self._saver.begin(
-            step,
-            lambda: self._capture(step, state, data, metadata),
+            step if number is None else number,
+            lambda: self._capture(step if number is None else number, state, data, metadata),
             phases,
             replace=replace,
             previous_error=unseen,
@@ -257,7 +259,7 @@ class Checkpointer:
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
         """Steps 1 of the protocol: everything that later changes by the caller must not reach."""
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
+        if _whole_number(step) is None:
             raise InvalidArgumentError(
                 f"A step is a whole number of 0 or more, not {step!r}. Nothing was saved."
             )
@@ -345,12 +347,14 @@ class Checkpointer:
         """
         self._check_open()
         self._drain()
-        wanted: Any = step
-        if wanted is not None and (type(wanted) is not int or wanted < 0):
+        number = None if step is None else _whole_number(step)
+        if step is not None and number is None:
             raise InvalidArgumentError(f"A step is a whole number of 0 or more, not {step!r}.")
         phases = Phases("restore", self._group.index)
         found = self._restorer.restore(
-            step, lambda candidate: self._load(candidate, state, data), phases
+            None if step is None else number,
+            lambda candidate: self._load(candidate, state, data),
+            phases,
         )
         if found is None:
             return None
@@ -505,6 +509,17 @@ def _watch(started: StartedSave, handle: SaveHandle) -> None:
         started.outcome()
     except BaseException as error:
         handle._settle(error=error)
+
+
+def _whole_number(step: Any) -> int | None:
+    """Returns a step as an int, of numpy's and JAX's integers too; None when it cannot be one."""
+    if isinstance(step, bool):
+        return None
+    try:
+        number = operator.index(step)
+    except TypeError:
+        return None
+    return number if 0 <= number < 10**18 else None
 
 
 def _check_metadata(metadata: Any) -> dict[str, Any]:

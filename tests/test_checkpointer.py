@@ -363,3 +363,17 @@ def test_what_a_reader_would_refuse_as_too_large_is_not_saved(
             ckpt.save(1, state={"bytes": b"x" * 20_000})
         ckpt.save(1, state={"bytes": b"x" * 1_000}).result()
         assert ckpt.all_steps() == [1]
+
+
+def test_a_step_may_be_any_whole_number(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path, save_when=dd.every_steps(2)) as ckpt:
+        assert ckpt.save(np.int64(4), state={"a": 1}).step == 4
+        assert ckpt.save(jnp.int32(6), state={"a": 1}).step == 6
+        assert ckpt.save(np.int64(7), state={"a": 1}) is None
+        assert ckpt.restore(step=np.int32(4)).step == 4
+        for bad in (True, 1.0, "3", -2, np.float32(2), 10**18):
+            with pytest.raises(errors.InvalidArgumentError, match="whole number"):
+                ckpt.save(bad, state={"a": 1}, force=True)
+            with pytest.raises(errors.InvalidArgumentError, match="whole number"):
+                ckpt.restore(step=bad)
+        assert ckpt.all_steps() == [4, 6]
