@@ -85,46 +85,57 @@ class _InPlace(atomicity.CommitFileTemporaryPath):
         return self._tmp_path
 
 
-class OrbaxArrays:
-    """Orbax for one `Checkpointer`: writes and reads the `state` item of steps below `root`."""
+def _handler(
+    processes: Any,
+    options: Options,
+    *,
+    save_bytes: int | None = None,
+    restore_bytes: int | None = None,
+) -> ocp.PyTreeCheckpointHandler:
+    # The outer class counts limits in whole GB and has one by default, which keeps Orbax from
+    # writing all arrays in a single OCDBT transaction; the inner one takes bytes, and None.
+    inner = BasePyTreeCheckpointHandler(
+        use_ocdbt=True,
+        use_zarr3=True,
+        use_compression=options.compression == "zstd",
+        save_concurrent_bytes=save_bytes,
+        restore_concurrent_bytes=restore_bytes,
+        multiprocessing_options=processes,
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, multiprocessing_options=processes, handler_impl=inner
+    )
 
-    def __init__(self, root: str, host: int, options: Options) -> None:
-        self._root = root
-        self._host = host
-        self._options = options
+
+def _at_least(limit: int | None, leaves: Sequence[Any]) -> int | None:
+    """Orbax fails when one array is not smaller than its limit of bytes at a time."""
+    if limit is None:
+        return None
+    return max([limit, *(int(getattr(leaf, "nbytes", 0)) + 1 for leaf in leaves)])
+
+
+class _Engine:
+    """An Orbax checkpointer, with what it is to call when this host's arrays are written. Each has
+    its own: one that hangs and is given up must never speak for a later save.
+    """
+
+    def __init__(self, host: int, options: Options, limit: int | None) -> None:
+        self.limit = limit
         self._all_written: Callable[[], None] = lambda: None
-        self._checkpointer: ocp.AsyncCheckpointer | None = None
-
-    def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
         processes = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={self._host}, barrier_sync_key_prefix="datarax_dist"
+            primary_host=0, active_processes={host}, barrier_sync_key_prefix="datarax_dist"
         )
         asynchronous = ocp.options.AsyncOptions(
-            timeout_secs=int(self._options.save_timeout_seconds) + 1,
+            timeout_secs=int(min(options.save_timeout_seconds, 10**9)) + 1,
             barrier_sync_fn=self._barrier,
             create_directories_asynchronously=False,
         )
-        return ocp.AsyncCheckpointer(
-            self._pytree_handler(processes),
+        self._orbax = ocp.AsyncCheckpointer(
+            _handler(processes, options, save_bytes=limit),
             multiprocessing_options=processes,
             async_options=asynchronous,
             temporary_path_class=_InPlace,
             file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
-        )
-
-    def _pytree_handler(self, processes: Any) -> ocp.PyTreeCheckpointHandler:
-        # The outer class counts limits in whole GB and has one by default, which keeps Orbax from
-        # writing all arrays in a single OCDBT transaction; the inner one takes bytes, and None.
-        inner = BasePyTreeCheckpointHandler(
-            use_ocdbt=True,
-            use_zarr3=True,
-            use_compression=self._options.compression == "zstd",
-            save_concurrent_bytes=self._options.save_concurrent_bytes,
-            restore_concurrent_bytes=self._options.restore_concurrent_bytes,
-            multiprocessing_options=processes,
-        )
-        return ocp.PyTreeCheckpointHandler(
-            use_ocdbt=True, use_zarr3=True, multiprocessing_options=processes, handler_impl=inner
         )
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
@@ -132,21 +143,43 @@ class OrbaxArrays:
         if "async_write_complete" in key:
             self._all_written()
 
+    def save(self, path: str, arrays: Any, all_written: Callable[[], None]) -> None:
+        self._all_written = all_written
+        self._orbax.save(epath.Path(path), args=ocp.args.PyTreeSave(arrays))
+
+    def wait(self) -> None:
+        self._orbax.wait_until_finished()
+
+    def close(self) -> None:
+        self._orbax.close()
+
+
+class OrbaxArrays:
+    """Orbax for one `Checkpointer`: writes and reads the `state` item of steps below `root`."""
+
+    def __init__(self, root: str, host: int, options: Options) -> None:
+        self._root = root
+        self._host = host
+        self._options = options
+        self._checkpointer: _Engine | None = None
+
     def writer(self, arrays: Any) -> OrbaxWriter:
         """Returns what writes these arrays, a tree of what Orbax can store; None for no state."""
         return OrbaxWriter(self, arrays)
 
     def start(self, prefix: str, all_written: Callable[[], None], arrays: Any) -> _OrbaxWrite:
-        if self._checkpointer is None:
-            self._checkpointer = self._make_checkpointer()
-        self._all_written = all_written
+        limit = _at_least(self._options.save_concurrent_bytes, jax.tree.leaves(arrays))
+        if self._checkpointer is None or self._checkpointer.limit != limit:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+            self._checkpointer = _Engine(self._host, self._options, limit)
         path = os.path.join(self._root, prefix, "state")
         if self._host == 0:
             os.makedirs(path, exist_ok=True)
         _checksummed[path] = started = threading.Event()
         try:
             with _wrapped("write"):
-                self._checkpointer.save(epath.Path(path), args=ocp.args.PyTreeSave(arrays))
+                self._checkpointer.save(path, arrays, all_written)
         finally:
             started.set()
         return _OrbaxWrite(self, self._checkpointer, path)
@@ -171,8 +204,10 @@ class OrbaxArrays:
         chosen = [leaf for leaf, _ in wanted if not leaf.inline]
         if not chosen:
             return {}
-        handler = self._pytree_handler(
-            ocp.options.MultiprocessingOptions(primary_host=0, active_processes={self._host})
+        handler = _handler(
+            ocp.options.MultiprocessingOptions(primary_host=0, active_processes={self._host}),
+            self._options,
+            restore_bytes=_at_least(self._options.restore_concurrent_bytes, chosen),
         )
         with _wrapped("read"):
             tree = handler.restore(
@@ -231,7 +266,7 @@ class OrbaxWriter:
 
 
 class _OrbaxWrite:
-    def __init__(self, engine: OrbaxArrays, checkpointer: ocp.AsyncCheckpointer, path: str) -> None:
+    def __init__(self, engine: OrbaxArrays, checkpointer: _Engine, path: str) -> None:
         self._engine = engine
         self._checkpointer = checkpointer
         self._path = path
@@ -239,7 +274,7 @@ class _OrbaxWrite:
 
     def _wait(self, ended: Future[None]) -> None:
         try:
-            self._checkpointer.wait_until_finished()
+            self._checkpointer.wait()
         except BaseException as error:
             ended.set_exception(error)
         else:

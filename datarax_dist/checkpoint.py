@@ -14,8 +14,9 @@ of hosts only.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ __all__ = [
     "OrbaxCheckpointHandler",
     "PipelineCheckpoint",
 ]
+
+logger = logging.getLogger("datarax_dist")
 
 _LOCAL = "local"
 _UNVERSIONED = "checkpoint"
@@ -111,6 +114,8 @@ class Run(Checkpointer):
             return super()._load(candidate, target.value, None)
         spec = trees.TreeSpec.from_json(stored["spec"])
         tree = None if target.value is None else state_tree(target.value)
+        if is_checkpointable(target.value) and not trees.fits_exactly(spec, tree):
+            tree = None  # a fresh object may have less in its state than the saved one had
         wanted = [(leaf, None) for leaf in spec.leaves] if tree is None else trees.match(spec, tree)
         leaves = stored["leaves"]
         arrays: Any = {}
@@ -246,8 +251,6 @@ class OrbaxCheckpointHandler:
         """
         root = os.fspath(directory)
         run = self._run(root)
-        if not os.path.isdir(run.root):
-            raise CheckpointNotFoundError(f"Checkpoint directory not found: {run.root}", step=step)
         wish = Target(target, metadata_only)
         try:
             restored = run.try_restore(step=step, state=wish)
@@ -255,6 +258,8 @@ class OrbaxCheckpointHandler:
                 restored = self._run(os.path.join(run.root, _UNVERSIONED)).try_restore(state=wish)
         except StepNotFoundError as error:
             raise CheckpointNotFoundError(str(error), step=step) from error
+        if restored is None and not os.path.isdir(run.root):  # asked after the hosts have agreed
+            raise CheckpointNotFoundError(f"Checkpoint directory not found: {run.root}", step=step)
         if restored is None:
             raise CheckpointNotFoundError(f"No checkpoints found in {run.root}", step=step)
         return restored.metadata if metadata_only else restored.state
@@ -274,14 +279,12 @@ class OrbaxCheckpointHandler:
 
     def wait_until_finished(self) -> None:
         """Waits for the saves that are under way, and raises what failed."""
-        for run in self._runs.values():
-            run.wait_until_finished()
+        _each([run.wait_until_finished for run in self._runs.values()])
 
     def close(self) -> None:
         """Waits and ends. Can be called more than once."""
         runs, self._runs = self._runs, {}
-        for run in runs.values():
-            run.close()
+        _each([run.close for run in runs.values()])
 
     def __enter__(self) -> OrbaxCheckpointHandler:
         return self
@@ -289,7 +292,31 @@ class OrbaxCheckpointHandler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
     ) -> None:
-        self.close()
+        _close(self, error)
+
+
+def _each(calls: Sequence[Callable[[], None]]) -> None:
+    """Makes every call, and then raises the first error."""
+    first: Exception | None = None
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _close(
+    opened: OrbaxCheckpointHandler | IteratorCheckpoint, error: BaseException | None
+) -> None:
+    """Closes at the end of a `with`, and never hides an exception of its body."""
+    try:
+        opened.close()
+    except Exception as late:
+        if error is None:
+            raise
+        logger.error("closing after %s: %s", type(error).__name__, late)
 
 
 class IteratorCheckpoint:
@@ -344,7 +371,7 @@ class IteratorCheckpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
     ) -> None:
-        self.close()
+        _close(self, error)
 
 
 class PipelineCheckpoint(IteratorCheckpoint):

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -101,11 +102,12 @@ class SaveHandle:
             TimeoutError: it is not known yet; the save goes on.
         """
         try:
-            report = self._future.result(timeout)
-        except BaseException:
-            self._seen = self._future.done()
+            return self._future.result(timeout)
+        except BaseException as error:
+            # Not for a timeout of the caller's own, even if the save has failed in the same moment.
+            if self._future.done() and error is self._future.exception():
+                self._seen = True
             raise
-        return report
 
     def progress(self) -> Progress:
         """Says where the save is on this host."""
@@ -173,6 +175,7 @@ class Checkpointer:
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
         self._running: Future[None] | None = None
+        _drain_at_exit(self)
         self._handle: SaveHandle | None = None
         self._closed = False
 
@@ -239,15 +242,25 @@ class Checkpointer:
     ) -> SaveHandle | None:
         self._check_open()
         number = _whole_number(step)
-        if number is not None and not force and not self.should_save(number):
-            return None
+        refused: Exception | None = None
+        try:
+            if number is not None and not force and not self.should_save(number):
+                return None
+        except Exception as error:  # the others must hear of it, if they save
+            refused = error
         self._drain()
         previous, self._handle = self._handle, None
         unseen = previous._unseen_error() if previous is not None else None
         phases = Phases("save", self._group.index)
+
+        def capture() -> SaveRequest:
+            if refused is not None:
+                raise refused
+            return self._capture(step if number is None else number, state, data, metadata)
+
         started = self._saver.begin(
             step if number is None else number,
-            lambda: self._capture(step if number is None else number, state, data, metadata),
+            capture,
             phases,
             replace=replace,
             previous_error=unseen,
@@ -258,7 +271,7 @@ class Checkpointer:
         return handle
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
-        """Steps 1 of the protocol: everything that later changes by the caller must not reach."""
+        """Step 1 of the protocol: what the caller changes later must not reach the step."""
         if _whole_number(step) is None:
             raise InvalidArgumentError(
                 f"A step is a whole number of 0 or more, not {step!r}. Nothing was saved."
@@ -310,6 +323,7 @@ class Checkpointer:
         try:
             report = started.finish()
         except BaseException as error:
+            logger.error("%s: the save of step %d failed: %s", self._root, started.step, error)
             handle._settle(error=error)
             started.clean_up()
         else:
@@ -392,7 +406,14 @@ class Checkpointer:
         plan = data_io.plan_restore(data, items, read, self._group.index, self._group.count)
         positions = data_io.decode_positions(plan, read)
         if spec is not None:
-            tree = self._load_state(where, spec, None if target is None else state_tree(target))
+            goal = None if target is None else state_tree(target)
+            if (
+                target is not None
+                and is_checkpointable(target)
+                and not trees.fits_exactly(spec, goal)
+            ):
+                goal = None  # a fresh object may have less in its state than the saved one had
+            tree = self._load_state(where, spec, goal)
 
         def apply() -> tuple[Any, Any]:
             data_io.apply_positions(plan, positions)
@@ -522,6 +543,21 @@ def _whole_number(step: Any) -> int | None:
     return number if 0 <= number < 10**18 else None
 
 
+def _drain_at_exit(checkpointer: Checkpointer) -> None:
+    """Lets a save end that a script has begun, and left behind without `close()`. It must happen
+    before Python stops the executors, Orbax's too; only this hook runs that early.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    reference = weakref.ref(checkpointer)
+
+    def drain() -> None:
+        if (left := reference()) is not None:
+            left._drain()
+
+    if register is not None:
+        register(drain)
+
+
 def _check_metadata(metadata: Any) -> dict[str, Any]:
     """Returns metadata as a JSON object; numbers of numpy and JAX become Python's."""
     if metadata is None:
@@ -566,15 +602,31 @@ def _nnx() -> Any:
     return sys.modules.get("flax.nnx")
 
 
-def state_tree(state: Any) -> Any:
+def _is_nnx(value: Any) -> bool:
+    """Whether a value is an NNX module, or anything else of NNX that has a state."""
     nnx = _nnx()
-    if nnx is not None and isinstance(state, nnx.Module):
-        return nnx.to_pure_dict(nnx.state(state))
-    if nnx is not None and isinstance(state, nnx.State):
-        return nnx.to_pure_dict(state)
-    if is_checkpointable(state):
+    if nnx is None:
+        return False
+    kinds = (nnx.Module, nnx.State, getattr(nnx, "Pytree", nnx.Module))
+    return isinstance(value, kinds)
+
+
+def state_tree(state: Any) -> Any:
+    """Returns the tree of a state; NNX modules, anywhere in it, become dicts of arrays."""
+    if not _is_nnx(state) and is_checkpointable(state):
         return state.get_state()
-    return state
+    if _nnx() is None:
+        return state
+    try:
+        nodes, treedef = jax.tree.flatten(state, is_leaf=_is_nnx)
+    except ValueError:  # keys that cannot be sorted; the plan of the save says so better
+        return state
+    return jax.tree.unflatten(treedef, [_pure(n) if _is_nnx(n) else n for n in nodes])
+
+
+def _pure(node: Any) -> Any:
+    nnx = _nnx()
+    return nnx.to_pure_dict(node if isinstance(node, nnx.State) else nnx.state(node))
 
 
 def is_checkpointable(state: Any) -> bool:
@@ -583,18 +635,29 @@ def is_checkpointable(state: Any) -> bool:
 
 
 def apply_state(target: Any, tree: Any) -> Any:
-    """Returns what `Restored.state` is: the tree, or the object it was put into."""
-    nnx = _nnx()
-    if nnx is not None and isinstance(target, nnx.Module):
-        nnx.update(target, tree)
-        return target
-    if nnx is not None and isinstance(target, nnx.State):
-        nnx.replace_by_pure_dict(target, tree)
-        return target
-    if target is not None and is_checkpointable(target):
+    """Returns what `Restored.state` is: the tree, with the NNX modules of the target updated in
+    place; or the object that it was put into.
+    """
+    if target is None or (_nnx() is None and not is_checkpointable(target)):
+        return tree
+    if not _is_nnx(target) and is_checkpointable(target):
         target.set_state(tree)
         return target
-    return tree
+    return jax.tree.map(
+        lambda node, part: _update(node, part) if _is_nnx(node) else part,
+        target,
+        tree,
+        is_leaf=_is_nnx,
+    )
+
+
+def _update(node: Any, part: Any) -> Any:
+    nnx = _nnx()
+    if isinstance(node, nnx.State):
+        nnx.replace_by_pure_dict(node, part)
+    else:
+        nnx.update(node, part)
+    return node
 
 
 def _versions() -> dict[str, str]:

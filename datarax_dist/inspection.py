@@ -19,6 +19,7 @@ __all__ = [
     "Inspection",
     "files_to_verify",
     "find_run",
+    "has_moved",
     "inspect_run",
     "inspection_from_json",
     "inspection_to_json",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("datarax_dist")
+
+_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Candidate:
         marker: as read; not known on a host that was only told of the candidate.
         files: what is missing or damaged.
         digest: of the marker of a committed one.
+        version: the format version, where it is newer than ours.
     """
 
     step: int
@@ -51,6 +55,7 @@ class Candidate:
     marker: fmt.CommitMarker | None = None
     files: Sequence[str] = ()
     digest: str = ""
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,15 @@ def inspect_run(store: Store) -> Inspection:
     """Returns every directory of a root that looks like a step, newest first, with what it is and
     why. Reads markers only.
     """
-    names = store.children("")
+    for _ in range(_TRIES):
+        names = store.children("")
+        inspection = _inspect(store, names)
+        if store.children("") == names:
+            break  # nothing was renamed or removed meanwhile, by a job that is saving
+    return inspection
+
+
+def _inspect(store: Store, names: Sequence[str]) -> Inspection:
     run: str | None = None
     if fmt.RUN_NAME in names:
         try:
@@ -141,7 +154,7 @@ def _inspect_step(store: Store, step: int, name: str) -> Candidate:
             data = store.get(f"{name}/{fmt.COMMIT_NAME}")
             marker = fmt.parse_marker(data)
         except FormatVersionError as error:
-            return Candidate(step, name, "refused", str(error))
+            return Candidate(step, name, "refused", str(error), version=error.found)
         except (fmt.InvalidRecordError, KeyError) as error:
             return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
         if marker.step != step:
@@ -269,6 +282,7 @@ def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
                 "reason": c.reason,
                 "files": list(c.files),
                 "digest": c.digest,
+                "version": c.version,
             }
             for c in inspection.candidates
         ],
@@ -277,6 +291,16 @@ def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
 
 def inspection_from_json(body: Mapping[str, Any]) -> Inspection:
     return Inspection(body["run"], tuple(Candidate(**row) for row in body["candidates"]))
+
+
+def has_moved(store: Store, candidate: Candidate) -> bool:
+    """Whether a committed candidate is not what it was: a job that is saving has deleted it, or has
+    saved it again.
+    """
+    try:
+        return fmt.digest(store.get(f"{candidate.name}/{fmt.COMMIT_NAME}")) != candidate.digest
+    except KeyError:
+        return True
 
 
 def read_marker(store: Store, candidate: Candidate) -> fmt.CommitMarker:

@@ -25,6 +25,8 @@ from datarax_dist.config import Options
 from datarax_dist.errors import (
     CheckpointError,
     CorruptStepError,
+    FormatVersionError,
+    InvalidArgumentError,
     StepNotFoundError,
     StorageError,
 )
@@ -33,6 +35,7 @@ from datarax_dist.inspection import (
     Candidate,
     Inspection,
     files_to_verify,
+    has_moved,
     inspect_run,
     inspection_from_json,
     inspection_to_json,
@@ -46,6 +49,7 @@ __all__ = ["RestoreReport", "Restorer"]
 
 logger = logging.getLogger("datarax_dist")
 
+_TRIES = 20
 _MOST_TOLD = 100  # damaged files that one host tells the others of
 
 
@@ -91,22 +95,27 @@ class Restorer:
         self._group = group
         self._options = options
 
-    def inspect(self) -> Inspection:
-        """Returns the primary's view of the root, on every host."""
+    def inspect(self, step: int | None = None) -> Inspection:
+        """Returns the primary's view of the root, on every host. `step` is what is asked for."""
         body = self._group.exchange(
             "list",
-            self._store.root,
-            leader=lambda roots: self._list(roots),
+            [self._store.root, step],
+            leader=self._list,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
         return inspection_from_json(body)
 
-    def _list(self, roots: Sequence[str]) -> dict[str, Any]:
-        for host, root in enumerate(roots):
-            if root != roots[0]:
-                raise errors.InvalidArgumentError(
-                    f"Host {host} opened {root!r}, host 0 {roots[0]!r}: the root must be the same"
-                    " on all."
+    def _list(self, asked: Sequence[Any]) -> dict[str, Any]:
+        for host, (root, step) in enumerate(asked):
+            if root != asked[0][0]:
+                raise InvalidArgumentError(
+                    f"Host {host} opened {root!r}, host 0 {asked[0][0]!r}: the root must be the"
+                    " same on all."
+                )
+            if step != asked[0][1]:
+                raise InvalidArgumentError(
+                    f"Host {host} asks for step {step}, host 0 for {asked[0][1]}: every host must"
+                    " restore the same one. Nothing was changed."
                 )
         return inspection_to_json(inspect_run(self._store))
 
@@ -129,27 +138,44 @@ class Restorer:
             StepNotFoundError: `step` was asked for and is not there.
             CorruptStepError: it is damaged, or every committed step is.
         """
-        with phases.span("list"):
-            inspection = self.inspect()
+        for _ in range(_TRIES):
+            with phases.span("list"):
+                inspection = self.inspect(step)
+            try:
+                return self._restore(inspection, step, load, phases)
+            except _MovedError:
+                logger.info("%s changes while it is read; reading it again", self._store.root)
+        raise StorageError(
+            f"{self._store.root} changed {_TRIES} times while it was read. Is a job saving and"
+            " deleting steps faster than they can be read?",
+            errno=None,
+        )
+
+    def _restore(
+        self,
+        inspection: Inspection,
+        step: int | None,
+        load: Callable[[Candidate], Callable[[], Any]],
+        phases: Phases,
+    ) -> tuple[Any, RestoreReport] | None:
         candidates, refused = self._choose(inspection, step)
         damage: dict[int, Sequence[str]] = {
             c.step: c.files for c in inspection.candidates if c.state == "damaged"
         }
         for told in candidates:
-            candidate, bad = self._verify(told, phases)
+            level = self._options.verify_on_restore
+            candidate, bad = self._verify(told, phases, level)
             applied: Any = None
             if not bad:
                 bad, applied = self._load(candidate, load, phases)
+            if bad and candidate.state == "committed":
+                self._stop_if_moved(told)
             if not bad:
                 removed = self._tidy(inspection)
                 report = RestoreReport(
                     step=candidate.step,
                     refused=refused,
-                    verified=(
-                        "nothing"
-                        if candidate.state == "foreign"
-                        else self._options.verify_on_restore
-                    ),
+                    verified=("nothing" if candidate.state == "foreign" else level),
                     hosts_before=candidate.marker.hosts if candidate.marker else 0,
                     hosts_now=self._group.count,
                     seconds=dict(phases.seconds),
@@ -171,6 +197,13 @@ class Restorer:
                 " step, or a copy.",
                 step=newest,
                 files=list(damage[newest]),
+            )
+        newer = [c for c in inspection.candidates if c.version and step in (None, c.step)]
+        if newer:
+            raise FormatVersionError(
+                f"{self._store.root} has steps of a newer format only: {newer[0].reason}",
+                found=newer[0].version,
+                supported=fmt.FORMAT_VERSION,
             )
         if step is not None:
             raise StepNotFoundError(
@@ -198,7 +231,9 @@ class Restorer:
         foreign = [
             c for c in inspection.candidates if c.state == "foreign" and step in (None, c.step)
         ]
-        damaged = any(c.state == "damaged" for c in inspection.candidates)
+        damaged = any(
+            c.state == "damaged" and step in (None, c.step) for c in inspection.candidates
+        )
         if not chosen and foreign and not damaged:
             # A directory that plain Orbax wrote: a user who moves here expects to go on from it.
             for candidate in foreign:
@@ -206,7 +241,22 @@ class Restorer:
             return foreign, refused
         return chosen, refused
 
-    def _verify(self, candidate: Candidate, phases: Phases) -> tuple[Candidate, dict[str, str]]:
+    def _stop_if_moved(self, candidate: Candidate) -> None:
+        """Raises on every host when a job that is saving has deleted or replaced a candidate: then
+        it is not damaged.
+        """
+        moved = self._group.exchange(
+            "moved",
+            None,
+            leader=lambda _: has_moved(self._store, candidate),
+            timeout_seconds=self._options.exchange_timeout_seconds,
+        )
+        if moved:
+            raise _MovedError
+
+    def _verify(
+        self, candidate: Candidate, phases: Phases, level: str
+    ) -> tuple[Candidate, dict[str, str]]:
         """Returns the candidate with its marker, and what is wrong with it on any host."""
         with phases.span("verify"):
             wrong: dict[str, str] = {}
@@ -215,7 +265,7 @@ class Restorer:
                 try:
                     marker = read_marker(self._store, candidate)
                     candidate = dataclasses.replace(candidate, marker=marker)
-                    wrong = dict(list(self._verify_share(candidate).items())[:_MOST_TOLD])
+                    wrong = dict(list(self._verify_share(candidate, level).items())[:_MOST_TOLD])
                 except CorruptStepError as error:
                     wrong = dict.fromkeys(error.files, str(error))
                 except BaseException as error:
@@ -225,7 +275,7 @@ class Restorer:
             )
         return candidate, {path: reason for vote in votes for path, reason in vote.items()}
 
-    def _verify_share(self, candidate: Candidate) -> dict[str, str]:
+    def _verify_share(self, candidate: Candidate, level: str) -> dict[str, str]:
         assert candidate.marker is not None
         marker = candidate.marker
         group = self._group
@@ -233,7 +283,6 @@ class Restorer:
             mine = files_to_verify(self._store, candidate.name, marker, group.index, group.count)
         except CorruptStepError as error:
             return dict.fromkeys(error.files, "missing, or not what was committed")
-        level = self._options.verify_on_restore
         wrong = verify_files(self._store, candidate.name, mine, level)
         if level != "full":
             # Positions, structure and metadata are small, and nothing else would notice.
@@ -246,6 +295,7 @@ class Restorer:
     ) -> tuple[dict[str, str], Any]:
         wrong: dict[str, str] = {}
         failure: BaseException | None = None
+        unread: BaseException | None = None
         apply: Callable[[], Any] | None = None
         with phases.span("load"):
             try:
@@ -256,6 +306,7 @@ class Restorer:
                 if errors.is_passing(error):
                     failure = error
                 else:
+                    unread = error
                     wrong = {"state": errors.describe(error, 500)}
             except BaseException as error:
                 failure = error
@@ -263,6 +314,18 @@ class Restorer:
                 "load", wrong, error=failure, timeout_seconds=self._options.save_timeout_seconds
             )
         wrong = {path: reason for vote in votes for path, reason in vote.items()}
+        if wrong and candidate.state == "committed":
+            # What cannot be loaded may be damaged, or too large for a limit, say. The files tell.
+            _, found = self._verify(candidate, phases, "full")
+            if not found and not _is_checksum(wrong):
+                self._stop_if_moved(candidate)
+                self._group.exchange(
+                    "load",
+                    None,
+                    error=unread,
+                    timeout_seconds=self._options.exchange_timeout_seconds,
+                )
+            wrong = found or wrong
         if wrong:
             return wrong, None
         assert apply is not None
@@ -295,6 +358,15 @@ class Restorer:
         except CheckpointError as error:
             logger.warning("could not look for leftovers: %s", error)
             return []
+
+
+class _MovedError(Exception):
+    """The run has changed while it was read."""
+
+
+def _is_checksum(wrong: Mapping[str, str]) -> bool:
+    """Whether a checksum of the arrays' own did not match, though the files are as recorded."""
+    return any("DATA_LOSS" in reason or "checksum" in reason for reason in wrong.values())
 
 
 def _lines(refused: Mapping[str, str]) -> str:

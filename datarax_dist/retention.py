@@ -48,11 +48,15 @@ class Leftover:
     abandoned: bool
 
 
-def plan_retention(committed: Sequence[int], keep: KeepPolicy | None) -> list[int]:
-    """Returns the committed steps to delete, oldest first. The newest is always kept."""
+def plan_retention(
+    committed: Sequence[int], keep: KeepPolicy | None, *, saved: int | None = None
+) -> list[int]:
+    """Returns the committed steps to delete, oldest first. The newest is always kept, and so is the
+    one that was just `saved`, which need not be the newest.
+    """
     if keep is None or not committed:
         return []
-    kept = keep.keep(sorted(committed)) | {max(committed)}
+    kept = keep.keep(sorted(committed)) | {max(committed), saved}
     return sorted(set(committed) - kept)
 
 
@@ -65,7 +69,8 @@ def delete_step(
         reached: told "retire" when the marker is gone and the content is not.
     """
     delete_replaced(store, step)  # first: without its successor it would be the step again
-    _delete_directory(store, step, fmt.step_name(step), reached)
+    if f"{fmt.step_name(step)}/" in store.children(""):
+        _delete_directory(store, step, fmt.step_name(step), reached)
     logger.info("deleted step %d of %s", step, store.root)
 
 
@@ -112,7 +117,8 @@ def _leftover(store: Store, run: str | None, name: str, step: int, role: str) ->
     if role == "" and (isinstance(store, SupportsRename) or fmt.COMMIT_NAME in names):
         return None  # a step; or one that has lost its marker, which no crash of ours leaves behind
     if not names and role:
-        return Leftover(name, step, True)  # made, and nothing written in it yet; or all deleted
+        # Made a moment ago, maybe, by a save that goes on; or all deleted.
+        return Leftover(name, step, role == "deleting")
     claim = read_claim(store, name)
     if claim is None or run is None or claim.run != run:
         return None

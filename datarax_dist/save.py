@@ -401,7 +401,7 @@ class StartedSave:
                 if self._aside:
                     retention.delete_replaced(self._store, self.step)
                 good = set(inspect_run(self._store).committed) - self._saver.suspects
-                steps = retention.plan_retention(sorted(good), self._keep)
+                steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
                 return []

@@ -10,6 +10,7 @@ with plain Orbax.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,20 @@ from datarax_dist import codec
 from datarax_dist import format as fmt
 from datarax_dist.errors import StructureMismatchError, UnsupportedLeafError
 
-__all__ = ["LeafSpec", "StatePlan", "TreeSpec", "match", "plan_state", "tree_digest"]
+__all__ = [
+    "LeafSpec",
+    "StatePlan",
+    "TreeSpec",
+    "fits_exactly",
+    "match",
+    "plan_state",
+    "tree_digest",
+]
 
 Path = tuple[str, ...]
+_NAMELESS = (jax.tree_util.FlattenedIndexKey, jax.tree_util.SequenceKey)
 _SMALL = ("int2", "uint2", "int4", "uint4")
+_UNSTORABLE = ("uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "float128")
 _INLINE = ("int", "float", "bool", "complex", "str", "bytes", "empty")
 
 
@@ -54,6 +65,11 @@ class LeafSpec:
     @property
     def name(self) -> str:
         return "/".join(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """At most how many bytes its array takes."""
+        return math.prod(self.shape) * 16
 
     @property
     def inline(self) -> bool:
@@ -156,6 +172,11 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
     hosts, if any.
     """
     name = "/".join(path)
+    if str(getattr(leaf, "dtype", "")) in _UNSTORABLE or isinstance(leaf, np.ma.MaskedArray):
+        what = "masked array" if isinstance(leaf, np.ma.MaskedArray) else f"array of {leaf.dtype}"
+        raise UnsupportedLeafError(
+            f"{name}: a {what} cannot be saved. Convert it to another type first.", path=name
+        )
     if isinstance(leaf, jax.Array):
         local = hosts > 1 and leaf.is_fully_addressable
         if is_key(leaf):
@@ -233,7 +254,7 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
     seen: dict[str, Path] = {}
     for number, (path, leaf) in enumerate(flatten(state)):
         spec, value, common = _describe_leaf(path, leaf, hosts)
-        clash = seen.setdefault(".".join(path), path)
+        clash = seen.setdefault(".".join(path).replace("/", "."), path)
         if clash is not path:
             raise UnsupportedLeafError(
                 f"{spec.name}: another leaf, {'/'.join(clash)}, has the same name in the"
@@ -250,72 +271,38 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
 
 
 def _structure(tree: Any) -> Any:
-    counter = iter(range(1 << 62))
+    """Returns the containers of a tree as JSON, with the names that Orbax gives their children."""
+    numbers = itertools.count()
 
-    def walk(treedef: Any) -> Any:
+    def walk(node: Any) -> Any:
+        treedef: Any = jax.tree.structure(node)
         data = treedef.node_data()
         if data is None:
-            return next(counter) if treedef.num_leaves else {"none": 0}
-        children = [walk(child) for child in treedef.children()]
+            return next(numbers) if treedef.num_leaves else {"none": 0}
         kind, aux = data
         if kind is type(None):
             return {"none": 0}
+        pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
+        keys, children = [key for key, _ in pairs], [walk(child) for _, child in pairs]
         if kind is dict:
-            return {
-                "dict": [
-                    [codec.encode(key) if _plain(key) else str(key), c]
-                    for key, c in zip(aux, children, strict=True)
-                ]
-            }
+            names = [codec.encode(key) if _plain(key) else str(key) for key in aux]
+            return {"dict": [list(pair) for pair in zip(names, children, strict=True)]}
         if kind is list or kind is tuple:
             return {kind.__name__: children}
-        return {"node": f"{kind.__module__}.{kind.__qualname__}", "children": children}
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            names = list(kind._fields)
+        elif keys and all(isinstance(key, _NAMELESS) for key in keys):
+            return {"list": children}  # a class that gives its children no names
+        else:
+            names = [_part(key) for key in keys]
+        named = [list(pair) for pair in zip(names, children, strict=True)]
+        return {"node": f"{kind.__module__}.{kind.__qualname__}", "children": named}
 
-    structure = walk(jax.tree.structure(tree))
-    names = _child_names(tree)
-    return _name_children(structure, names)
+    return walk(tree)
 
 
 def _plain(key: Any) -> bool:
     return isinstance(key, str | int | float | bytes | tuple | bool)
-
-
-def _child_names(tree: Any) -> list[Path]:
-    return [path for path, _ in flatten(tree)]
-
-
-def _name_children(structure: Any, names: list[Path], depth: int = 0) -> Any:
-    """Gives the children of custom nodes their names, as JAX's key paths have them."""
-    if isinstance(structure, int):
-        return structure
-    (tag, children), *_ = structure.items()
-    if tag == "node":
-        children = structure["children"]
-        pairs = []
-        for position, child in enumerate(children):
-            first = _first_leaf(child)
-            name = names[first][depth] if first is not None else f"_{position}"
-            pairs.append([name, _name_children(child, names, depth + 1)])
-        return {"node": structure["node"], "children": pairs}
-    if tag == "dict":
-        return {"dict": [[key, _name_children(child, names, depth + 1)] for key, child in children]}
-    if tag == "none":
-        return structure
-    return {tag: [_name_children(child, names, depth + 1) for child in children]}
-
-
-def _first_leaf(structure: Any) -> int | None:
-    if isinstance(structure, int):
-        return structure
-    for tag, children in structure.items():
-        if tag in ("dict", "list", "tuple", "children"):
-            for child in children:
-                found = _first_leaf(
-                    child[1] if isinstance(child, list) and tag == "dict" else child
-                )
-                if found is not None:
-                    return found
-    return None
 
 
 def _build(structure: Any, values: Sequence[Any]) -> Any:
@@ -330,6 +317,15 @@ def _build(structure: Any, values: Sequence[Any]) -> Any:
     if "tuple" in structure:
         return tuple(_build(child, values) for child in structure["tuple"])
     return {name: _build(child, values) for name, child in structure["children"]}
+
+
+def fits_exactly(spec: TreeSpec, target: Any) -> bool:
+    """Whether a target has just the leaves that were saved, each of a kind that can take them."""
+    saved = {leaf.path: leaf for leaf in spec.leaves}
+    leaves = dict(flatten(target))
+    return saved.keys() == leaves.keys() and not any(
+        _difference(saved[path], leaf) for path, leaf in leaves.items()
+    )
 
 
 def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:
@@ -392,22 +388,22 @@ def _difference(saved: LeafSpec, leaf: Any) -> str | None:
         leaf, np.generic
     ):
         kind = type(leaf).__name__
-        if saved.kind == kind or (
-            saved.kind in ("int", "float", "bool") and kind in ("int", "float", "bool")
-        ):
+        if saved.kind == kind or (saved.kind == "int" and kind == "float" and _exact(saved, float)):
             return None
         if (
             saved.kind in ("jax", "numpy", "scalar")
             and saved.shape == ()
-            and kind in ("int", "float", "bool", "complex")
+            and kind == _PYTHON_KINDS.get(np.dtype(saved.dtype).kind, "float")
         ):
             return None
         return f"saved as {_text(saved)}, the target is a {kind}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
     shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
-    if saved.kind in ("int", "float", "bool") and shape == ():
-        return None
+    if saved.kind in ("int", "float", "bool", "complex") and shape == ():
+        if _exact(saved, np.dtype(leaf.dtype).type):
+            return None
+        return f"saved as a {saved.kind}, which a {dtype} cannot hold exactly"
     if saved.kind not in ("jax", "numpy", "scalar", "empty") or saved.dtype.startswith("key:"):
         return f"saved as {_text(saved)}, the target is an array"
     if shape != saved.shape:
@@ -417,6 +413,24 @@ def _difference(saved: LeafSpec, leaf: Any) -> str | None:
             f"saved as {saved.dtype}, the target is {dtype}; restore it as it was saved, then cast"
         )
     return None
+
+
+_PYTHON_KINDS = {"b": "bool", "i": "int", "u": "int", "f": "float", "c": "complex"}
+
+
+def _exact(saved: LeafSpec, kind: Callable[[Any], Any]) -> bool:
+    """Whether `kind` can hold the value of an inline number: as it is, or as the nearest float."""
+    value = codec.decode(saved.value)
+    try:
+        converted = kind(value)
+    except (OverflowError, TypeError, ValueError):
+        return False
+    dtype = np.asarray(converted).dtype
+    if isinstance(value, bool) != (dtype.kind == "b"):
+        return False
+    if isinstance(value, float):
+        return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+    return bool(converted == value)
 
 
 def _text(saved: LeafSpec) -> str:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import targets
+from flax import nnx
+from flax.training import train_state
 
 import datarax_dist as dd
 from datarax_dist import errors, telemetry
+from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.testing import fail_at
 
 
@@ -90,6 +97,8 @@ def test_two_leaves_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
     with dd.Checkpointer(tmp_path) as ckpt:
         with pytest.raises(errors.UnsupportedLeafError, match="same name"):
             ckpt.save(1, state={"a": {"b": np.ones(2)}, "a.b": np.zeros(2)})
+        with pytest.raises(errors.UnsupportedLeafError, match="same name"):
+            ckpt.save(1, state={"a": {"b": np.ones(2)}, "a/b": np.zeros(2)})
         with pytest.raises(errors.UnsupportedLeafError, match="several types"):
             ckpt.save(1, state={"1": np.ones(2), 1: np.zeros(2)})
 
@@ -377,3 +386,173 @@ def test_a_step_may_be_any_whole_number(tmp_path: Path) -> None:
             with pytest.raises(errors.InvalidArgumentError, match="whole number"):
                 ckpt.restore(step=bad)
         assert ckpt.all_steps() == [4, 6]
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Nameless:
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def tree_flatten(self) -> Any:
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, parts: Any) -> Nameless:
+        return cls(*parts)
+
+
+def containers() -> dict[str, Any]:
+    params = {"a": jnp.arange(4.0), "b": {"c": jnp.ones((2, 2))}}
+    adam = optax.adam(1e-3)
+    return {
+        "adam": adam.init(params),
+        "inject_hyperparams": optax.inject_hyperparams(optax.adam)(1e-3).init(params),
+        "multi_steps": optax.MultiSteps(adam, 4).init(params),
+        "multi_transform": optax.multi_transform(
+            {"x": adam, "y": optax.set_to_zero()}, {"a": "x", "b": "y"}
+        ).init(params),
+        "named tuple with None": Pair(None, jnp.ones(2)),
+        "named tuple with empty": Pair({}, Pair((), [jnp.ones(2), None])),
+        "nameless": {"n": Nameless(jnp.ones(2), Nameless(jnp.zeros(3), None), {"k": 1})},
+        "ordered": collections.OrderedDict(z=jnp.ones(2), a={}),
+        "default": collections.defaultdict(list, {"x": [], "y": [jnp.ones(1)]}),
+        "train state": train_state.TrainState.create(apply_fn=None, params=params, tx=adam),
+        "bare": jnp.arange(3),
+    }
+
+
+@pytest.mark.parametrize("name", list(containers()))
+def test_containers_of_every_kind_come_back_with_and_without_a_target(
+    tmp_path: Path, name: str
+) -> None:
+    state = containers()[name]
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=state).result()
+        back = ckpt.restore(state=state).state
+        assert jax.tree.structure(back) == jax.tree.structure(state)
+        assert same(back, state)
+        bare = jax.tree.leaves(ckpt.restore().state)
+        assert len(bare) == len(jax.tree.leaves(state))
+
+
+def test_nnx_modules_inside_a_tree_are_updated_in_place(tmp_path: Path) -> None:
+    def make(seed: int) -> dict[str, Any]:
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(seed))
+        return {
+            "model": model,
+            "opt": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param),
+            "n": seed,
+        }
+
+    first, other = make(1), make(2)
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=first).result()
+        back = ckpt.restore(state=other).state
+    assert back["model"] is other["model"] and back["n"] == 1
+    assert same(other["model"].kernel[...], first["model"].kernel[...])
+
+
+def test_an_object_that_is_fresh_gets_all_of_its_saved_state(tmp_path: Path) -> None:
+    class Grows:
+        def __init__(self) -> None:
+            self.state: dict[str, Any] = {"seen": [], "best": None, "n": 0}
+
+        def get_state(self) -> dict[str, Any]:
+            return self.state
+
+        def set_state(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    grown = Grows()
+    grown.state = {"seen": [1, 2, 3], "best": 0.5, "n": 3}
+    fresh, other = Grows(), Grows()
+    with dd.Checkpointer(tmp_path / "a") as ckpt, OrbaxCheckpointHandler() as handler:
+        ckpt.save(1, state=grown).result()
+        assert ckpt.restore(state=fresh).state is fresh
+        handler.save(tmp_path / "b", grown, step=1)
+        handler.restore(tmp_path / "b", other)
+    assert fresh.state == other.state == grown.state
+
+
+@pytest.mark.parametrize(
+    ("saved", "target", "want"),
+    [
+        (5, 0.0, 5.0),
+        (5, np.float32(0), 5.0),
+        (7, jnp.int32(0), 7),
+        (0.7, np.float64(0), 0.7),
+        (np.int64(3), 0, 3),
+        (True, False, True),
+        (0.7, 0, None),
+        (5, True, None),
+        (2.7, jnp.int32(0), None),
+        (jnp.float32(2.7), 0, None),
+        (jnp.complex64(2 + 3j), 0.0, None),
+        (300, np.int8(0), None),
+        (True, 0, None),
+    ],
+)
+def test_a_number_is_restored_exactly_or_not_at_all(
+    tmp_path: Path, saved: Any, target: Any, want: Any
+) -> None:
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state={"x": saved}).result()
+        if want is None:
+            with pytest.raises(errors.StructureMismatchError, match="x"):
+                ckpt.restore(state={"x": target})
+        else:
+            back = ckpt.restore(state={"x": target}).state["x"]
+            assert back == want
+            assert type(back) is type(target) or isinstance(back, type(target))
+
+
+def test_a_script_that_ends_without_close_keeps_its_last_save(tmp_path: Path) -> None:
+    script = """
+import sys, numpy as np, datarax_dist as dd
+ckpt = dd.Checkpointer(sys.argv[1])
+ckpt.save(1, state=[np.full((1024, 1024), n, np.float32) for n in range(8)])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    with dd.Checkpointer(tmp_path) as ckpt:
+        assert ckpt.all_steps() == [1], done.stderr
+
+
+def test_an_engine_that_was_given_up_does_not_speak_for_a_later_save(tmp_path: Path) -> None:
+    from datarax_dist import arrays
+
+    engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())
+    said: list[str] = []
+    engine.start("1", lambda: said.append("first"), {"a": np.ones(3)}).wait(30)
+    given_up = engine._checkpointer
+    assert given_up is not None
+    engine.abandon()
+    engine.start("2", lambda: said.append("second"), {"a": np.ones(3)}).wait(30)
+    assert engine._checkpointer is not None
+    engine._checkpointer._barrier(key="async_write_complete", timeout_ms=0)
+    given_up._barrier(key="async_write_complete", timeout_ms=0)
+    assert said == ["second", "first"]
+    given_up.close()
+    engine.close()
+
+
+def test_a_timeout_of_the_callers_own_does_not_count_as_having_seen_the_error(
+    tmp_path: Path,
+) -> None:
+    ckpt = dd.Checkpointer(tmp_path)
+    handle = ckpt.save(1, state={"a": 1})
+    handle.result()
+    again = type(handle)(2, handle._phases)
+    again._future.set_exception(OSError("full"))
+    again._future.result = lambda timeout=None: (_ for _ in ()).throw(TimeoutError())  # type: ignore[method-assign]
+    with pytest.raises(TimeoutError):
+        again.result(0.1)
+    assert again._unseen_error() is not None
+    ckpt.close()

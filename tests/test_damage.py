@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from datarax_dist import format as fmt
 from datarax_dist.errors import (
     CheckpointError,
     CorruptStepError,
+    FormatVersionError,
     StepExistsError,
     StepNotFoundError,
     StorageError,
@@ -84,8 +86,11 @@ def test_a_directory_that_is_no_step_is_never_taken_for_one_and_the_report_says_
     reseal(copy / "12" / "COMMIT.json", step=12, format_version=2)
     with dd.Checkpointer(copy) as ckpt:
         assert ckpt.all_steps() == [1, 2]
-        with pytest.raises(StepNotFoundError, match="12"):
+        with pytest.raises(FormatVersionError, match="Upgrade") as caught:
             ckpt.restore(step=12)
+        assert (caught.value.found, caught.value.supported) == (2, 1)
+        with pytest.raises(StepNotFoundError, match="another run"):
+            ckpt.restore(step=11)
     step, refused = restore_and_check(copy)
     assert step == 2
     assert "not a step of ours" in refused["step 7"]
@@ -342,3 +347,60 @@ def test_no_step_is_none_for_try_restore_and_an_error_for_restore(tmp_path: Path
         assert ckpt.latest_step() is None
         with pytest.raises(FileNotFoundError):
             ckpt.restore()
+
+
+def test_steps_of_a_newer_format_alone_are_not_a_run_without_steps(copy: Path) -> None:
+    shutil.rmtree(copy / "1")
+    reseal(copy / "2" / "COMMIT.json", format_version=2)
+    with dd.Checkpointer(copy) as ckpt, pytest.raises(FormatVersionError, match="Upgrade"):
+        ckpt.try_restore(state=make_state(0))
+
+
+def test_a_limit_of_bytes_below_the_largest_array_is_no_damage_and_no_failure(
+    tmp_path: Path,
+) -> None:
+    state = {"big": jnp.arange(10_000.0), "small": jnp.ones(3)}
+    options = dd.Options(restore_concurrent_bytes=1_000, save_concurrent_bytes=1_000)
+    with dd.Checkpointer(tmp_path, options=options) as ckpt:
+        ckpt.save(1, state=state).result()
+        ckpt.save(2, state=state).result()
+        restored = ckpt.restore()
+    assert restored.step == 2
+    assert dd.tree_digest(restored.state) == dd.tree_digest(state)
+
+
+def test_a_plain_orbax_step_restores_by_number_beside_a_damaged_one_of_ours(copy: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(copy / "100", {"w": jnp.arange(3.0)})
+    (copy / "2" / "COMMIT.json").write_text("{")
+    with dd.Checkpointer(copy) as ckpt:
+        assert ckpt.restore(step=100).state["w"].tolist() == [0, 1, 2]
+
+
+def test_reading_while_another_job_saves_and_deletes_finds_a_good_step_every_time(
+    tmp_path: Path,
+) -> None:
+    state = {"w": np.arange(4.0)}
+    stop = threading.Event()
+    with dd.Checkpointer(tmp_path, keep=dd.latest(1)) as writer:
+        writer.save(0, state=state).result()
+
+        def save() -> None:
+            step = 0
+            while not stop.is_set():
+                step += 1
+                writer.save(step, state=state).result()
+                writer.wait_until_finished()
+
+        thread = threading.Thread(target=save)
+        thread.start()
+        try:
+            with dd.Checkpointer(tmp_path) as reader:
+                steps = [reader.restore(state=state).step for _ in range(300)]
+        finally:
+            stop.set()
+            thread.join()
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 3

@@ -210,9 +210,11 @@ def test_damage_that_one_host_sees_makes_all_take_the_older_step(victim: int) ->
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_damage_that_one_host_meets_while_loading_makes_all_take_the_older_step(
-    victim: int,
-) -> None:
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "not damaged"])
+def test_what_one_host_cannot_load_is_judged_by_all(victim: int, damaged: bool) -> None:
+    """A checksum of the arrays' own makes all take the older step. Anything else, with files that
+    are as recorded, is an error on all: going back would be the wrong answer.
+    """
     store = MemoryStore()
     hosts = SimulatedHosts(3)
     applied = []
@@ -222,15 +224,20 @@ def test_damage_that_one_host_meets_while_loading_makes_all_take_the_older_step(
     def on(group: HostGroup) -> Any:
         def load(candidate: Any) -> Any:
             if candidate.step == 2 and group.index == victim:
-                raise StorageError("the array is damaged", errno=None)
+                text = "DATA_LOSS: Digest mismatch" if damaged else "more than the limit"
+                raise StorageError(text, errno=None)
             return lambda: applied.append(candidate.step) or candidate.step
 
         return restore(store, group, load)
 
     results = hosts.run(on)
-    assert [step for step, _ in results] == [1, 1, 1]
-    assert applied == [1, 1, 1], "nothing of step 2 was applied on any host"
-    assert all("the array is damaged" in refused["step 2"] for _, refused in results)
+    if damaged:
+        assert [step for step, _ in results] == [1, 1, 1]
+        assert applied == [1, 1, 1], "nothing of step 2 was applied on any host"
+        assert all("DATA_LOSS" in refused["step 2"] for _, refused in results)
+    else:
+        assert all("more than the limit" in str(result) for result in results)
+        assert applied == []
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -379,3 +386,33 @@ def test_a_root_that_is_another_directory_on_each_host_is_noticed() -> None:
     results = SimulatedHosts(2).run(lambda group: save(stores[group.index], group, 2))
     assert all("shared by all hosts" in str(result) for result in results)
     assert [inspect_run(store).committed for store in stores] == [[1], [1]]
+
+
+def test_hosts_that_ask_for_different_steps_are_refused() -> None:
+    store = MemoryStore()
+    hosts = SimulatedHosts(2)
+    for step in (1, 2):
+        hosts.run(lambda group, step=step: save(store, group, step))  # type: ignore[misc]
+
+    def on(group: HostGroup) -> Any:
+        restorer = Restorer(store, group, OPTIONS)
+        phases = Phases("restore", group.index)
+        return restorer.restore(1 + group.index, lambda candidate: lambda: None, phases)
+
+    for result in hosts.run(on):
+        assert "every host must restore the same one" in str(result)
+
+
+def test_retention_never_takes_the_step_that_was_just_saved() -> None:
+    assert retention.plan_retention([5, 10, 20], config.latest(2), saved=5) == []
+    assert retention.plan_retention([5, 10, 20], config.latest(1), saved=5) == [10]
+
+
+def test_a_step_that_has_only_its_old_name_can_be_deleted() -> None:
+    store = MemoryStore()
+    SimulatedHosts(1).run(lambda group: save(store, group, 7))
+    store.rename("7", "7.replaced-0123456789abcdef")
+    assert inspect_run(store).committed == [7]
+    retention.delete_step(store, 7)
+    assert inspect_run(store).committed == []
+    assert list(store.files) == ["RUN.json"]
