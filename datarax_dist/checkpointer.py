@@ -583,7 +583,9 @@ def _plain_json(value: Any, path: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain_json(item, f"{path}/{i}") for i, item in enumerate(value)]
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
+        plain = value.item()
+        if type(plain) in (bool, int, float, str):
+            return plain
     raise InvalidArgumentError(
         f"{path}: a {type(value).__name__} is not JSON; convert it, or save it in the state."
     )

@@ -18,6 +18,7 @@ import numpy as np
 __all__ = ["DecodeError", "EncodeError", "decode", "encode"]
 
 MAX_DEPTH = 100
+_MOST_BITS = 12_000  # of an int: Python reads texts of up to 4300 digits
 _EXACT = 1 << 53
 _EXTENDED = (
     "bfloat16",
@@ -48,11 +49,18 @@ def encode(value: Any, path: str = "", depth: int = 0) -> Any:
     """
     if depth > MAX_DEPTH:
         raise EncodeError(path, f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise EncodeError(path, f"a text that is no Unicode ({error.reason})") from None
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, np.generic) and not isinstance(value, float | complex | str | bytes):
         return {"$scalar": _array(np.asarray(value), path)}
     if type(value) is int:
+        if value.bit_length() > _MOST_BITS:
+            raise EncodeError(path, f"an int of more than {_MOST_BITS} bits")
         return value if -_EXACT < value < _EXACT else {"$int": str(value)}
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
@@ -144,7 +152,7 @@ def _decode_array(body: Any) -> np.ndarray[Any, Any]:
 
 
 def _decode_int(body: Any) -> int:
-    if not isinstance(body, str) or len(body) > 4000:
+    if not isinstance(body, str) or len(body) > _MOST_BITS // 3:
         raise DecodeError("an int that is no short text")
     return int(body)
 

@@ -5,6 +5,7 @@ acts.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,9 +51,16 @@ class Options:
         _one_of("verify_on_restore", self.verify_on_restore, ("marker", "sizes", "full"))
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name.endswith(("_seconds", "_bytes")) and value is not None and not value > 0:
+            if item.name.endswith("_seconds") and not (
+                isinstance(value, int | float) and 0 < value < math.inf
+            ):
                 raise InvalidArgumentError(
-                    f"Options.{item.name} must be greater than 0, not {value!r}."
+                    f"Options.{item.name} must be a number of seconds greater than 0, not"
+                    f" {value!r}: nothing may wait for ever."
+                )
+            if item.name.endswith("_bytes") and value is not None and not value > 0:
+                raise InvalidArgumentError(
+                    f"Options.{item.name} must be greater than 0, or None, not {value!r}."
                 )
 
 

@@ -219,7 +219,10 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             )
         return LeafSpec(path, kind, array.shape, str(array.dtype)), array, array.tobytes()
     if type(leaf) in (bool, int, float, complex, str, bytes):
-        value = codec.encode(leaf)
+        try:
+            value = codec.encode(leaf)
+        except codec.EncodeError as error:
+            raise UnsupportedLeafError(f"{name}: {error}", path=name) from None
         given: Any = leaf
         if type(leaf) is bytes:
             given = np.frombuffer(leaf, np.uint8).copy() if leaf else ""
@@ -442,8 +445,10 @@ def _text(saved: LeafSpec) -> str:
 def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
     """Returns a leaf as it was saved, or as the target wants it. `value` is what Orbax restored."""
     if spec.kind == "empty":
-        return _empty(spec)
-    if spec.inline:
+        value = _empty(spec)
+        if is_key(value):
+            return value
+    elif spec.inline:
         value = codec.decode(spec.value)
     elif spec.kind == "scalar":
         value = np.asarray(value)[()]

@@ -78,8 +78,24 @@ def test_a_64_bit_jax_array_is_refused_by_its_path_when_jax_would_cut_it(tmp_pat
         (np.array(["a", None], object), "object"),
         (lambda: 0, "function"),
         (threading.Lock(), "lock"),
+        (10**4100, "bits"),
+        ("\ud800", "Unicode"),
+        (jnp.ones(4, jnp.uint4), "uint4"),
+        (np.ones(2, np.longdouble), "float128"),
+        (np.ma.array([1, 2], mask=[True, False]), "masked"),
     ],
-    ids=["object", "set", "object array", "function", "lock"],
+    ids=[
+        "object",
+        "set",
+        "object array",
+        "function",
+        "lock",
+        "huge int",
+        "lone surrogate",
+        "uint4",
+        "longdouble",
+        "masked array",
+    ],
 )
 def test_an_unsupported_leaf_is_named_and_nothing_is_written(
     tmp_path: Path, leaf: Any, says: str
@@ -556,3 +572,25 @@ def test_a_timeout_of_the_callers_own_does_not_count_as_having_seen_the_error(
         again.result(0.1)
     assert again._unseen_error() is not None
     ckpt.close()
+
+
+@pytest.mark.parametrize("value", [np.complex64(1), np.datetime64("2020-01-01"), object(), {1: 2}])
+def test_metadata_that_is_not_json_is_refused(tmp_path: Path, value: Any) -> None:
+    with dd.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(errors.InvalidArgumentError, match="metadata/x"):
+            ckpt.save(1, state={"a": 1}, metadata={"x": value})
+
+
+@pytest.mark.parametrize("name", ["exchange_timeout_seconds", "save_timeout_seconds"])
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), None, "60"])
+def test_every_wait_has_a_deadline(name: str, value: Any) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match=name):
+        dd.Options(**{name: value})
+
+
+def test_a_zero_size_array_takes_the_kind_of_its_target(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state={"n": np.zeros((0, 3), np.float32), "j": jnp.zeros((2, 0))}).result()
+        back = ckpt.restore(state={"n": jnp.zeros((0, 3)), "j": np.zeros((2, 0), np.float32)}).state
+    assert isinstance(back["n"], jax.Array) and back["n"].shape == (0, 3)
+    assert isinstance(back["j"], np.ndarray) and back["j"].shape == (2, 0)
