@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import operator
@@ -175,7 +176,8 @@ class Checkpointer:
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
         self._running: Future[None] | None = None
-        _drain_at_exit(self)
+        _left_open.add(self)
+        _drain_at_exit()
         self._handle: SaveHandle | None = None
         self._closed = False
 
@@ -543,19 +545,21 @@ def _whole_number(step: Any) -> int | None:
     return number if 0 <= number < 10**18 else None
 
 
-def _drain_at_exit(checkpointer: Checkpointer) -> None:
-    """Lets a save end that a script has begun, and left behind without `close()`. It must happen
+_left_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+@functools.cache
+def _drain_at_exit() -> None:
+    """Lets saves end that a script has begun, and left behind without `close()`. It must happen
     before Python stops the executors, Orbax's too; only this hook runs that early.
     """
-    register = getattr(threading, "_register_atexit", None)
-    reference = weakref.ref(checkpointer)
 
     def drain() -> None:
-        if (left := reference()) is not None:
-            left._drain()
+        for checkpointer in tuple(_left_open):
+            checkpointer._drain()
 
-    if register is not None:
-        register(drain)
+    with contextlib.suppress(AttributeError, RuntimeError):  # not there, or ending already
+        threading._register_atexit(drain)  # type: ignore[attr-defined]
 
 
 def _check_metadata(metadata: Any) -> dict[str, Any]:
