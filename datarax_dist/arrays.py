@@ -284,10 +284,11 @@ class _OrbaxWrite:
 
     def wait(self, timeout_seconds: float) -> None:
         if self._ended is None:  # on a thread of its own, because Orbax's waiting has no deadline
-            self._ended = Future()
+            ended: Future[None] = Future()
             threading.Thread(
-                target=self._wait, args=(self._ended,), name="datarax_dist-arrays", daemon=True
+                target=self._wait, args=(ended,), name="datarax_dist-arrays", daemon=True
             ).start()
+            self._ended = ended
         with _wrapped("write"):
             done, _ = concurrent.futures.wait([self._ended], timeout_seconds)
             if not done:

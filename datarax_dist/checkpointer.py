@@ -551,7 +551,8 @@ _left_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 @functools.cache
 def _drain_at_exit() -> None:
     """Lets saves end that a script has begun, and left behind without `close()`. It must happen
-    before Python stops the executors, Orbax's too; only this hook runs that early.
+    before Python stops the executors, Orbax's too; only this hook runs that early. (Python 3.12
+    starts no threads even there: then the save fails, and says so in the log.)
     """
 
     def drain() -> None:

@@ -527,18 +527,25 @@ def test_a_number_is_restored_exactly_or_not_at_all(
             assert type(back) is type(target) or isinstance(back, type(target))
 
 
-def test_a_script_that_ends_without_close_keeps_its_last_save(tmp_path: Path) -> None:
+def test_a_script_that_ends_without_close_keeps_its_last_save_or_says_that_it_is_lost(
+    tmp_path: Path,
+) -> None:
+    """Python 3.12 starts no threads at its end, which Orbax needs."""
     script = """
 import sys, numpy as np, datarax_dist as dd
 ckpt = dd.Checkpointer(sys.argv[1])
 ckpt.save(1, state=[np.full((1024, 1024), n, np.float32) for n in range(8)])
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     with dd.Checkpointer(tmp_path) as ckpt:
-        assert ckpt.all_steps() == [1], done.stderr
+        steps = ckpt.all_steps()
+    said = "the save of step 1 failed" in done.stderr
+    assert (steps, said) in (([1], False), ([], True)), done.stderr
+    if sys.version_info < (3, 12):
+        assert steps == [1]
 
 
 def test_an_engine_that_was_given_up_does_not_speak_for_a_later_save(tmp_path: Path) -> None:
