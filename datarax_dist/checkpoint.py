@@ -23,8 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from datarax_dist import config, trees
-from datarax_dist import data as data_io
+from datarax_dist import codec, config, trees
 from datarax_dist.checkpointer import (
     Checkpointer,
     SaveHandle,
@@ -32,6 +31,7 @@ from datarax_dist.checkpointer import (
     is_checkpointable,
     state_tree,
 )
+from datarax_dist.data import positions as data_io
 from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError
 from datarax_dist.inspection import Candidate
 from datarax_dist.save import SaveRequest
@@ -96,7 +96,13 @@ class Run(Checkpointer):
         return super()._capture(step, (rest or None) if local else tree, {_LOCAL: part}, metadata)
 
     def _load(
-        self, candidate: Candidate, target: Any, data: Any, *, metadata_only: bool = False
+        self,
+        candidate: Candidate,
+        target: Any,
+        data: Any,
+        *,
+        metadata_only: bool = False,
+        allow: Sequence[str] = (),
     ) -> Callable[[], Any]:
         assert isinstance(target, Target)
         if target.metadata_only:
@@ -109,7 +115,8 @@ class Run(Checkpointer):
         plan = data_io.plan_restore(
             {_LOCAL: part}, items, read, self._group.index, self._group.count
         )
-        stored = data_io.decode_positions(plan, read)[_LOCAL][self._group.index]
+        position = data_io.decode_positions(plan, read)[_LOCAL][self._group.index]
+        stored = codec.unpack(position.state)
         if not stored["flat"]:
             return super()._load(candidate, target.value, None)
         spec = trees.TreeSpec.from_json(stored["spec"])
@@ -125,7 +132,7 @@ class Run(Checkpointer):
                 if tree is None
                 else {leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves}
             )
-            arrays, _ = super()._load(candidate, shared, None)()
+            arrays = super()._load(candidate, shared, None)()[0]
         values = [
             _unpack(leaves[leaf.name], leaf, goal) if leaf.name in leaves else arrays[leaf.name]
             for leaf, goal in wanted
@@ -136,7 +143,7 @@ class Run(Checkpointer):
             if tree is None
             else jax.tree.unflatten(jax.tree.structure(tree), values)
         )
-        return lambda: (apply_state(target.value, whole), metadata)
+        return lambda: (apply_state(target.value, whole), metadata, {})
 
 
 def _is_global(leaf: Any) -> bool:

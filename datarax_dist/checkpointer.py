@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -12,7 +13,7 @@ import platform
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,11 @@ import jax
 
 from datarax_dist import arrays as arrays_io
 from datarax_dist import config, trees
-from datarax_dist import data as data_io
 from datarax_dist import format as fmt
 from datarax_dist.clock import SystemClock
 from datarax_dist.config import KeepPolicy, Options, SavePolicy
+from datarax_dist.data import Checkpointable
+from datarax_dist.data import positions as data_io
 from datarax_dist.errors import (
     CorruptStepError,
     InvalidArgumentError,
@@ -283,7 +285,13 @@ class Checkpointer:
                 "save() needs a state, or data, or both; it was given neither."
             )
         metadata = _check_metadata(metadata)
-        captured = data_io.capture(data, self._group.index, self._group.count)
+        captured = data_io.capture(
+            data,
+            self._group.index,
+            self._group.count,
+            step,
+            self._options.batches_per_step,
+        )
         shared = dict(captured.indexes)
         agreement = dict(captured.agreement)
         items = [f"data/{name}" for name in data_io.named_loaders(data)]
@@ -305,7 +313,10 @@ class Checkpointer:
         return SaveRequest(
             step=step,
             writer=writer,
-            positions=captured.positions,
+            positions=captured.files,
+            written=captured.written,
+            held=captured.held,
+            counts=captured.counts,
             shared=shared,
             agreement=agreement,
             local_digests=local,
@@ -334,7 +345,14 @@ class Checkpointer:
             watcher.join()  # it has the same outcome
         started.operation.close()
 
-    def restore(self, *, step: int | None = None, state: Any = None, data: Any = None) -> Restored:
+    def restore(
+        self,
+        *,
+        step: int | None = None,
+        state: Any = None,
+        data: Any = None,
+        allow_data_changes: Sequence[str] = (),
+    ) -> Restored:
         """Restores the newest good step, or `step`. Call it on every host.
 
         Args:
@@ -342,7 +360,10 @@ class Checkpointer:
             state: a live tree, a tree of `jax.ShapeDtypeStruct`s with shardings, an NNX module
                 (updated in place) or an object with set_state. It may be a part of what was saved.
                 None returns what was saved, placed over today's devices.
-            data: the loaders to set back, as they were given to `save`.
+            data: the loaders to set back, as they were given to `save`: new ones, from which
+                nothing was taken.
+            allow_data_changes: what may differ between the pipelines then and now, by the names
+                that the error gives, `["data.seed"]`. The report lists what did.
 
         Raises:
             StepNotFoundError: there is no committed step, or not this one.
@@ -350,13 +371,20 @@ class Checkpointer:
             StructureMismatchError: the target does not fit; nothing was changed.
             PositionError: the data positions do not fit; nothing was changed.
         """
-        restored = self.try_restore(step=step, state=state, data=data)
+        restored = self.try_restore(
+            step=step, state=state, data=data, allow_data_changes=allow_data_changes
+        )
         if restored is None:
             raise StepNotFoundError(f"{self._root} has no committed step.", step=step)
         return restored
 
     def try_restore(
-        self, *, step: int | None = None, state: Any = None, data: Any = None
+        self,
+        *,
+        step: int | None = None,
+        state: Any = None,
+        data: Any = None,
+        allow_data_changes: Sequence[str] = (),
     ) -> Restored | None:
         """The same, but returns None for a run that has no step yet. Damage still raises, or falls
         back.
@@ -369,17 +397,26 @@ class Checkpointer:
         phases = Phases("restore", self._group.index)
         found = self._restorer.restore(
             None if step is None else number,
-            lambda candidate: self._load(candidate, state, data),
+            lambda candidate: self._load(candidate, state, data, allow=allow_data_changes),
             phases,
         )
         if found is None:
             return None
-        (value, metadata), report = found
+        (value, metadata, changes), report = found
+        report = dataclasses.replace(report, data_changes=changes)
+        for name, (then, now) in changes.items():
+            logger.warning("%s: %s was %r, and is %r now, as allowed", self._root, name, then, now)
         self._saver.suspects.update(report.damaged)
         return Restored(report.step, value, metadata, report)
 
     def _load(
-        self, candidate: Candidate, target: Any, data: Any, *, metadata_only: bool = False
+        self,
+        candidate: Candidate,
+        target: Any,
+        data: Any,
+        *,
+        metadata_only: bool = False,
+        allow: Sequence[str] = (),
     ) -> Callable[[], Any]:
         """Reads this host's part of a step; changes nothing. Returns what applies it."""
         name = candidate.name
@@ -397,7 +434,7 @@ class Checkpointer:
         else:
             metadata = json.loads(read("metadata/metadata"))
             if metadata_only:
-                return lambda: (None, metadata)
+                return lambda: (None, metadata, {})
             if has_state:
                 spec = trees.TreeSpec.from_json(fmt.unseal(read(fmt.TREE_NAME), fmt.TREE_NAME))
         if target is not None and not has_state:
@@ -405,7 +442,7 @@ class Checkpointer:
                 f"Step {candidate.step} of {self._root} has no state; restore with state=None.",
                 step=candidate.step,
             )
-        plan = data_io.plan_restore(data, items, read, self._group.index, self._group.count)
+        plan = data_io.plan_restore(data, items, read, self._group.index, self._group.count, allow)
         positions = data_io.decode_positions(plan, read)
         if spec is not None:
             goal = None if target is None else state_tree(target)
@@ -417,9 +454,10 @@ class Checkpointer:
                 goal = None  # a fresh object may have less in its state than the saved one had
             tree = self._load_state(where, spec, goal)
 
-        def apply() -> tuple[Any, Any]:
-            data_io.apply_positions(plan, positions)
-            return apply_state(target, tree), metadata
+        def apply() -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+            rate = self._options.batches_per_step
+            data_io.apply_positions(plan, positions, candidate.step, rate)
+            return apply_state(target, tree), metadata, plan.changes
 
         return apply
 
@@ -638,7 +676,7 @@ def _pure(node: Any) -> Any:
 
 def is_checkpointable(state: Any) -> bool:
     """Whether an object is to be asked for its state, rather than being one."""
-    return isinstance(state, data_io.Checkpointable) and not isinstance(state, dict | list | tuple)
+    return isinstance(state, Checkpointable) and not isinstance(state, dict | list | tuple)
 
 
 def apply_state(target: Any, tree: Any) -> Any:

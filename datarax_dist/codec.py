@@ -3,23 +3,35 @@ pickle.
 
 JSON itself carries None, bool, str, finite floats, lists, dicts with string keys, and ints of up to
 53 bits. Everything else is an object with the single key `$` + tag: tuples, bytes, dicts with other
-keys, big ints, non-finite floats and numpy arrays. A dict that has a key beginning with `$` is
-tagged too, so that nothing can be mistaken for a tag.
+keys, big ints, non-finite floats, numpy arrays, torch tensors and typed PRNG keys. A dict that has
+a key beginning with `$` is tagged too, so that nothing can be mistaken for a tag.
+
+The bytes of arrays stand in the JSON as base64, or, when they are many and the caller takes them,
+beside it as a blob: `{"blob": n}`.
+
+What is decoded is not trusted. A tag names one of the kinds here, never a class or a module; depth,
+sizes and types are checked before anything is made of them.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["DecodeError", "EncodeError", "decode", "encode"]
+__all__ = ["DecodeError", "EncodeError", "Encoded", "decode", "encode", "pack", "unpack"]
 
 MAX_DEPTH = 100
 _MOST_BITS = 12_000  # of an int: Python reads texts of up to 4300 digits
 _EXACT = 1 << 53
+_BLOB_BYTES = 512  # fewer are shorter in the JSON than beside it
 _EXTENDED = (
     "bfloat16",
     "float8_e4m3fn",
@@ -27,6 +39,11 @@ _EXTENDED = (
     "int4",
     "uint4",
 )  # ml_dtypes, which comes with JAX
+_NUMPY_DTYPE = re.compile(r"[<|][biufcSU][0-9]{1,9}")
+_TORCH_DTYPES = (
+    *("bool", "uint8", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+)
 
 
 class EncodeError(TypeError):
@@ -41,8 +58,35 @@ class DecodeError(ValueError):
     """What was read is not a value written by `encode`."""
 
 
-def encode(value: Any, path: str = "", depth: int = 0) -> Any:
-    """Returns `value` as JSON.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A value as JSON, and the blobs that it refers to. It shares nothing with the value."""
+
+    value: Any
+    blobs: Sequence[bytes] = ()
+
+
+def pack(value: Any) -> Encoded:
+    """Returns `value` with the bytes of its arrays beside the JSON.
+
+    Raises:
+        EncodeError: for a value of another type, naming its path.
+    """
+    blobs: list[bytes] = []
+    return Encoded(encode(value, blobs=blobs), tuple(blobs))
+
+
+def unpack(encoded: Encoded) -> Any:
+    """Returns the value that `pack` was given.
+
+    Raises:
+        DecodeError: for anything else.
+    """
+    return decode(encoded.value, blobs=encoded.blobs)
+
+
+def encode(value: Any, path: str = "", depth: int = 0, *, blobs: list[bytes] | None = None) -> Any:
+    """Returns `value` as JSON. Large bytes are appended to `blobs`, when there is such a list.
 
     Raises:
         EncodeError: for a value of another type, naming its path.
@@ -57,7 +101,7 @@ def encode(value: Any, path: str = "", depth: int = 0) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, np.generic) and not isinstance(value, float | complex | str | bytes):
-        return {"$scalar": _array(np.asarray(value), path)}
+        return {"$scalar": _array(np.asarray(value), path, blobs)}
     if type(value) is int:
         if value.bit_length() > _MOST_BITS:
             raise EncodeError(path, f"an int of more than {_MOST_BITS} bits")
@@ -67,103 +111,209 @@ def encode(value: Any, path: str = "", depth: int = 0) -> Any:
     if type(value) is complex:
         return {"$complex": [encode(value.real), encode(value.imag)]}
     if isinstance(value, bytes | bytearray):
-        return {"$bytes": base64.b64encode(bytes(value)).decode()}
+        return {"$bytes": _bytes(bytes(value), blobs)}
     if isinstance(value, np.generic):
-        return {"$scalar": _array(np.asarray(value), path)}
+        return {"$scalar": _array(np.asarray(value), path, blobs)}
     if isinstance(value, np.ndarray):
-        return {"$array": _array(value, path)}
-    if isinstance(value, dict):
-        if all(type(key) is str and not key.startswith("$") for key in value):
-            return {
-                key: encode(item, f"{path}/{key}".lstrip("/"), depth + 1)
-                for key, item in value.items()
-            }
-        pairs = []
-        for key, item in value.items():
-            inner = f"{path}/{key}".lstrip("/")
-            if not isinstance(key, str | int | float | bytes | tuple | type(None)):
-                raise EncodeError(inner, f"a key of type {type(key).__name__}")
-            pairs.append([encode(key, inner, depth + 1), encode(item, inner, depth + 1)])
-        return {"$dict": pairs}
+        return {"$array": _array(value, path, blobs)}
+    if isinstance(value, Mapping):
+        return _mapping(value, path, depth, blobs)
     if type(value) is list or type(value) is tuple:
-        items = [encode(item, f"{path}/{i}".lstrip("/"), depth + 1) for i, item in enumerate(value)]
+        items = [
+            encode(item, f"{path}/{i}".lstrip("/"), depth + 1, blobs=blobs)
+            for i, item in enumerate(value)
+        ]
         return items if type(value) is list else {"$tuple": items}
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+        return {"$torch": _tensor(value, path, blobs, torch)}
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(value, getattr(jax, "Array", ())):
+        return _jax_array(value, path, blobs)
     raise EncodeError(
         path,
         f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot be written",
     )
 
 
-def _array(value: np.ndarray[Any, Any], path: str) -> dict[str, Any]:
+def _mapping(value: Mapping[Any, Any], path: str, depth: int, blobs: list[bytes] | None) -> Any:
+    if all(type(key) is str and not key.startswith("$") for key in value):
+        return {
+            key: encode(item, f"{path}/{key}".lstrip("/"), depth + 1, blobs=blobs)
+            for key, item in sorted(value.items())  # as JSON has them, so that blobs are in order
+        }
+    pairs = []
+    for key, item in value.items():
+        inner = f"{path}/{key}".lstrip("/")
+        if not isinstance(key, str | int | float | bytes | tuple | type(None)):
+            raise EncodeError(inner, f"a key of type {type(key).__name__}")
+        pairs.append(
+            [encode(key, inner, depth + 1), encode(item, inner, depth + 1, blobs=blobs)],
+        )
+    return {"$dict": pairs}
+
+
+def _bytes(data: bytes, blobs: list[bytes] | None) -> Any:
+    if blobs is None or len(data) < _BLOB_BYTES:
+        return base64.b64encode(data).decode()
+    blobs.append(data)
+    return {"blob": len(blobs) - 1}
+
+
+def _array(value: np.ndarray[Any, Any], path: str, blobs: list[bytes] | None) -> dict[str, Any]:
     if value.dtype.kind == "V" and value.dtype.names is None and value.dtype.name in _EXTENDED:
-        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        return {"dtype": value.dtype.name, "shape": list(value.shape), "data": data}
-    if value.dtype.kind not in "biufcSU" or value.dtype.hasobject:
+        data, name = np.ascontiguousarray(value).tobytes(), value.dtype.name
+    elif value.dtype.kind not in "biufcSU" or value.dtype.hasobject or not value.dtype.itemsize:
         raise EncodeError(path, f"a numpy array of dtype {value.dtype} cannot be written")
-    return {
-        "dtype": value.dtype.newbyteorder("<").str,
-        "shape": list(value.shape),
-        "data": (
-            base64.b64encode(
-                np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
-            ).decode()
-        ),
-    }
+    else:
+        little = value.dtype.newbyteorder("<")
+        data, name = np.ascontiguousarray(value, little).tobytes(), little.str
+    return {"dtype": name, "shape": list(value.shape), "data": _bytes(data, blobs)}
 
 
-def decode(value: Any, depth: int = 0) -> Any:
+def _tensor(value: Any, path: str, blobs: list[bytes] | None, torch: Any) -> dict[str, Any]:
+    name = str(value.dtype).removeprefix("torch.")
+    if value.layout is not torch.strided or name not in _TORCH_DTYPES:
+        raise EncodeError(path, f"a {value.layout} tensor of dtype {name} cannot be written")
+    plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return {"dtype": name, "shape": list(value.shape), "data": _bytes(data, blobs)}
+
+
+def _jax_array(value: Any, path: str, blobs: list[bytes] | None) -> dict[str, Any]:
+    """A `jax.Array` becomes a numpy array, a typed PRNG key stays one."""
+    if not getattr(value, "is_fully_addressable", True):
+        raise EncodeError(
+            path, "an array that is spread over several hosts; keep it in `state`, not in `data`"
+        )
+    if str(value.dtype).startswith("key<"):
+        import jax
+
+        data = np.asarray(jax.random.key_data(value))
+        return {"$key": {"impl": str(jax.random.key_impl(value)), "data": _array(data, path, None)}}
+    return {"$array": _array(np.asarray(value), path, blobs)}
+
+
+def decode(value: Any, depth: int = 0, *, blobs: Sequence[bytes] = ()) -> Any:
     """Returns the value that `encode` wrote.
 
     Raises:
         DecodeError: for anything else.
     """
-    if depth > 2 * MAX_DEPTH:
-        raise DecodeError("nested too deep")
-    if isinstance(value, list):
-        return [decode(item, depth + 1) for item in value]
-    if not isinstance(value, dict):
-        return value
-    tags = [key for key in value if key.startswith("$")]
-    if not tags:
-        return {key: decode(item, depth + 1) for key, item in value.items()}
-    if len(value) != 1:
-        raise DecodeError(f"an object with the tag {tags[0]} and other keys")
-    tag, body = next(iter(value.items()))
-    try:
-        return _DECODERS[tag](body, depth + 1)
-    except DecodeError:
-        raise
-    except Exception as error:  # whatever a damaged body makes of it, it is one kind of error
-        raise DecodeError(f"{tag}: {error}") from error
+    return _Decoder(blobs).value(value, depth)
 
 
-def _extended(name: str) -> np.dtype[Any]:
-    import ml_dtypes
+class _Decoder:
+    def __init__(self, blobs: Sequence[bytes]) -> None:
+        self._blobs = blobs
 
-    return np.dtype(getattr(ml_dtypes, name))
+    def value(self, value: Any, depth: int) -> Any:
+        if depth > 2 * MAX_DEPTH:
+            raise DecodeError("nested too deep")
+        if isinstance(value, list):
+            return [self.value(item, depth + 1) for item in value]
+        if not isinstance(value, dict):
+            return value
+        tags = [key for key in value if key.startswith("$")]
+        if not tags:
+            return {key: self.value(item, depth + 1) for key, item in value.items()}
+        if len(value) != 1:
+            raise DecodeError(f"an object with the tag {tags[0][:20]} and other keys")
+        [(tag, body)] = value.items()
+        try:
+            return self._tagged(tag, body, depth + 1)
+        except DecodeError:
+            raise
+        except Exception as error:  # whatever a damaged body makes of it, it is one kind of error
+            raise DecodeError(f"{tag[:20]}: {error}") from error
+
+    def _tagged(self, tag: str, body: Any, depth: int) -> Any:
+        match tag:
+            case "$int":
+                return _decode_int(body)
+            case "$float":
+                return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[body]
+            case "$complex":
+                real, imaginary = (self.value(part, depth) for part in body)
+                return complex(real, imaginary)
+            case "$bytes":
+                return self._bytes(body)
+            case "$tuple" if isinstance(body, list):
+                return tuple(self.value(item, depth) for item in body)
+            case "$dict" if isinstance(body, list):
+                return {self.value(key, depth): self.value(item, depth) for key, item in body}
+            case "$array":
+                return self._array(body)
+            case "$scalar":
+                return self._array(body)[()]
+            case "$torch":
+                return self._tensor(body)
+            case "$key":
+                return self._key(body)
+        raise DecodeError(f"an unknown tag, {tag[:20]!r}, or not its body")
+
+    def _bytes(self, body: Any) -> bytes:
+        if isinstance(body, dict):
+            number = body["blob"]
+            if type(number) is not int or not 0 <= number < len(self._blobs):
+                raise DecodeError("a blob that is not there")
+            return self._blobs[number]
+        try:
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise DecodeError(f"no base64: {error}") from None
+
+    def _array(self, body: Any) -> np.ndarray[Any, Any]:
+        name = body["dtype"]
+        if name in _EXTENDED:
+            import ml_dtypes
+
+            dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        elif isinstance(name, str) and _NUMPY_DTYPE.fullmatch(name):
+            dtype = np.dtype(name)
+        else:
+            raise DecodeError(f"the dtype {str(name)[:20]!r}")
+        data = self._bytes(body["data"])
+        shape = _decode_shape(body["shape"], len(data), dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(shape).copy()
+
+    def _tensor(self, body: Any) -> Any:
+        if body["dtype"] not in _TORCH_DTYPES:
+            raise DecodeError(f"the torch dtype {str(body['dtype'])[:20]!r}")
+        try:
+            import torch  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise DecodeError(
+                f"it holds a torch tensor, and torch cannot be imported: {error}"
+            ) from None
+        dtype = getattr(torch, body["dtype"])
+        data = self._bytes(body["data"])
+        shape = _decode_shape(body["shape"], len(data), torch.empty((), dtype=dtype).element_size())
+        if not data:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape).clone()
+
+    def _key(self, body: Any) -> Any:
+        import jax
+
+        if not isinstance(body["impl"], str):
+            raise DecodeError("a PRNG key of no kind")
+        return jax.random.wrap_key_data(self._array(body["data"]), impl=body["impl"])
 
 
-def _decode_array(body: Any) -> np.ndarray[Any, Any]:
-    dtype = _extended(body["dtype"]) if body["dtype"] in _EXTENDED else np.dtype(body["dtype"])
-    if dtype.hasobject or (dtype.kind not in "biufcSU" and body["dtype"] not in _EXTENDED):
-        raise DecodeError(f"dtype {dtype}")
-    data = base64.b64decode(body["data"], validate=True)
-    return np.frombuffer(data, dtype).reshape(tuple(int(n) for n in body["shape"])).copy()
+def _decode_shape(shape: Any, size: int, itemsize: int) -> tuple[int, ...]:
+    """Returns a shape when it is one of `size` bytes; never a guess, never a huge number."""
+    if not isinstance(shape, list) or len(shape) > 64:
+        raise DecodeError("no shape")
+    for length in shape:
+        if type(length) is not int or not 0 <= length <= 1 << 40:
+            raise DecodeError(f"the length {str(length)[:20]} in a shape")
+    if math.prod(shape) * itemsize != size:
+        raise DecodeError(f"{size} bytes for the shape {shape}")
+    return tuple(shape)
 
 
 def _decode_int(body: Any) -> int:
-    if not isinstance(body, str) or len(body) > _MOST_BITS // 3:
+    if not isinstance(body, str) or not re.fullmatch(r"-?[0-9]{1,3999}", body):
         raise DecodeError("an int that is no short text")
     return int(body)
-
-
-_DECODERS: dict[str, Any] = {
-    "$int": lambda body, depth: _decode_int(body),
-    "$float": lambda body, depth: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[body],
-    "$complex": lambda body, depth: complex(decode(body[0], depth), decode(body[1], depth)),
-    "$bytes": lambda body, depth: base64.b64decode(body, validate=True),
-    "$tuple": lambda body, depth: tuple(decode(item, depth) for item in body),
-    "$dict": lambda body, depth: {decode(key, depth): decode(item, depth) for key, item in body},
-    "$array": lambda body, depth: _decode_array(body),
-    "$scalar": lambda body, depth: _decode_array(body)[()],
-}

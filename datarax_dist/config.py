@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -37,6 +37,10 @@ class Options:
             to Orbax.
         save_concurrent_bytes: bytes of arrays written at the same time on one host; None does not
             limit.
+        batches_per_step: how many batches one step takes (default 1), for all data items or {name:
+            number}. `save` checks that batches handed out keep pace with the steps, where they are
+            counted (`shards`, `tracked`): a loader that was read ahead would lose records at the
+            next restore. None, for all or for a name, leaves it unchecked.
     """
 
     compression: Compression = "auto"
@@ -45,6 +49,7 @@ class Options:
     save_timeout_seconds: float = 1800.0
     restore_concurrent_bytes: int | None = None
     save_concurrent_bytes: int | None = None
+    batches_per_step: int | Mapping[str, int | None] | None = 1
 
     def __post_init__(self) -> None:
         _one_of("compression", self.compression, ("auto", "none", "zstd"))
@@ -62,6 +67,10 @@ class Options:
                 raise InvalidArgumentError(
                     f"Options.{item.name} must be greater than 0, or None, not {value!r}."
                 )
+        rates: Any = self.batches_per_step
+        for rate in rates.values() if isinstance(rates, Mapping) else [rates]:
+            if rate is not None:
+                _positive("Options.batches_per_step", rate)
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

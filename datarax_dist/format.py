@@ -29,6 +29,8 @@ __all__ = [
     "FileEntry",
     "HostRecord",
     "InvalidRecordError",
+    "PositionIndex",
+    "PositionRecord",
     "StepClaim",
 ]
 
@@ -38,6 +40,8 @@ STEP_NAME = "STEP.json"  # the first file of a step directory: whose it is
 TREE_NAME = "TREE.json"  # the structure of the state and its leaves that are not arrays
 COMMIT_NAME = "COMMIT.json"  # the last file: the step counts
 MAX_RECORD_BYTES = 256 << 20
+MAX_BLOB_BYTES = 2 << 30  # of one position
+MAX_SHARDS = 1 << 20
 _ASIDE = re.compile(r"([0-9]+)\.(staging|replaced|deleting)-([0-9a-f]{16})")
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
@@ -101,6 +105,33 @@ class CommitMarker:
     versions: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class PositionIndex:
+    """`data/<item>/index.json`: what the positions of an item are. `fingerprint` is tagged JSON;
+    `batches` is how many were handed out, None when nobody counted.
+    """
+
+    kind: str
+    count: int
+    fingerprint: Any
+    batches: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PositionRecord:
+    """`shard_<s>-of-<V>.json`: the position of one data shard, and the fingerprint of its loader,
+    both as tagged JSON. `blobs` are sizes and digests of what stands in the `.bin` beside it.
+    """
+
+    item: str
+    shard: int
+    count: int
+    state: Any
+    ended: bool
+    loader: Any
+    blobs: Sequence[tuple[int, str]]
+
+
 def step_name(step: int) -> str:
     """Returns the directory of a step, below the root."""
     return str(step)
@@ -133,6 +164,10 @@ def host_record_name(host: int, hosts: int) -> str:
 
 def position_name(item: str, shard: int, count: int) -> str:
     return f"data/{item}/shard_{shard:05d}-of-{count:05d}.json"
+
+
+def position_blobs_name(item: str, shard: int, count: int) -> str:
+    return f"data/{item}/shard_{shard:05d}-of-{count:05d}.bin"
 
 
 def position_index_name(item: str) -> str:
@@ -256,17 +291,20 @@ def _get(body: Mapping[str, Any], key: str, kind: type | tuple[type, ...], name:
     return value
 
 
+def _digest(row: Mapping[str, Any], name: str) -> str:
+    found = str(_get(row, "digest", str, name))
+    if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", found):
+        raise InvalidRecordError(f"{name}: {found[:40]!r} is no digest")
+    return found
+
+
 def _entries(body: Mapping[str, Any], key: str, name: str) -> tuple[FileEntry, ...]:
     entries = []
     for row in _get(body, key, list, name):
         if not isinstance(row, dict):
             raise InvalidRecordError(f"{name}: an entry of {key!r} is not an object")
-        crc = _get(row, "digest", str, name)
-        if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", crc):
-            raise InvalidRecordError(f"{name}: {crc!r} is no digest")
-        entries.append(
-            FileEntry(safe_key(row.get("path"), name), _get(row, "size", int, name), crc)
-        )
+        path = safe_key(row.get("path"), name)
+        entries.append(FileEntry(path, _get(row, "size", int, name), _digest(row, name)))
     if len({entry.path for entry in entries}) != len(entries):
         raise InvalidRecordError(f"{name} names a file twice")
     return tuple(entries)
@@ -373,3 +411,32 @@ def dump_run(run: str, created_at: float) -> bytes:
 
 def parse_run(data: bytes) -> str:
     return str(_get(unseal(data, RUN_NAME), "run", str, RUN_NAME))
+
+
+def parse_position_index(data: bytes, name: str) -> PositionIndex:
+    """Raises `InvalidRecordError` for anything that is no index."""
+    body = unseal(data, name)
+    kind, count = _get(body, "kind", str, name), _get(body, "count", int, name)
+    if kind not in ("global", "shards", "host") or not 1 <= count <= MAX_SHARDS:
+        raise InvalidRecordError(f"{name}: {count} positions of the kind {kind[:20]!r}")
+    batches = None if body.get("batches") is None else _get(body, "batches", int, name)
+    return PositionIndex(kind, count, body.get("fingerprint"), batches)
+
+
+def parse_position(data: bytes, name: str) -> PositionRecord:
+    """Raises `InvalidRecordError` for anything that is no position."""
+    body = unseal(data, name)
+    blobs = []
+    for row in _get({"blobs": body.get("blobs", [])}, "blobs", list, name):
+        if not isinstance(row, dict):
+            raise InvalidRecordError(f"{name}: a blob that is no object")
+        blobs.append((int(_get(row, "size", int, name)), _digest(row, name)))
+    return PositionRecord(
+        item=_get(body, "item", str, name),
+        shard=_get(body, "shard", int, name),
+        count=_get(body, "count", int, name),
+        state=body.get("state"),
+        ended=body.get("ended") is True,
+        loader=body.get("loader"),
+        blobs=tuple(blobs),
+    )

@@ -67,6 +67,8 @@ class RestoreReport:
         seconds: for each phase, on this host.
         removed: leftovers that were removed (known on the primary).
         damaged: steps that were found damaged. They stay as they are; they may be saved again.
+        data_changes: what differs between the data pipelines then and now, and was allowed: name ->
+            (saved, now).
     """
 
     step: int
@@ -77,6 +79,7 @@ class RestoreReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     removed: Sequence[str] = ()
     damaged: Sequence[int] = ()
+    data_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -84,6 +87,10 @@ class RestoreReport:
             f" hosts, {self.hosts_now} now)"
         ]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [
+            f"  changed, as allowed: {name} was {then!r}, is {now!r}"
+            for name, (then, now) in self.data_changes.items()
+        ]
         return "\n".join(lines)
 
 
@@ -339,7 +346,7 @@ class Restorer:
                 "positions",
                 None,
                 error=failure,
-                timeout_seconds=self._options.exchange_timeout_seconds,
+                timeout_seconds=self._options.save_timeout_seconds,  # replay() may read for long
             )
         return {}, result
 

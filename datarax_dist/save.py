@@ -43,6 +43,7 @@ from datarax_dist.errors import (
     CorruptStepError,
     InvalidArgumentError,
     PeerError,
+    PositionError,
     StepExistsError,
     StorageError,
 )
@@ -92,7 +93,11 @@ class SaveRequest:
     """What this host wants to save, already captured.
 
     Attributes:
-        positions: key below the step -> content, for the position shards of this host.
+        positions: key below the step -> content, for the position shards that this host writes.
+        written: data item -> the data shards whose position this host writes.
+        held: data item -> data shard -> digest, for the positions that this host reads; several
+            hosts may read the same.
+        counts: data item -> how many positions make it whole.
         shared: key -> content, for what the primary writes for all (structure, indexes).
         agreement: JSON that must be equal on all hosts, named part by part.
         local_digests: leaf name -> digest, for leaves that must be equal on all hosts.
@@ -103,6 +108,9 @@ class SaveRequest:
     step: int
     writer: ArrayWriter
     positions: Mapping[str, bytes] = field(default_factory=dict)
+    written: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    held: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, bytes] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     local_digests: Mapping[str, str] = field(default_factory=dict)
@@ -171,6 +179,7 @@ class Saver:
                 "hosts": self._group.count,
                 "agreement": dict(request.agreement),
                 "digests": _digests(request.local_digests),
+                "positions": _positions(request),
                 "unseen": previous_error is not None,
             }
         except BaseException as error:
@@ -207,6 +216,7 @@ class Saver:
         if all(payload["unseen"] for payload in payloads):
             return {"unseen": True}
         _compare(payloads)
+        _check_positions(payloads)
         phases.reach("stage")
         step = int(payloads[0]["step"])
         replace = replace or step in self.suspects
@@ -314,6 +324,50 @@ def _compare(payloads: Sequence[Mapping[str, Any]]) -> None:
                 f" values than host 0: {shown}. Make them global arrays"
                 " (jax.make_array_from_process_local_data), or give them as `data`. Nothing was"
                 " written."
+            )
+
+
+def _positions(request: SaveRequest) -> dict[str, Any]:
+    """Returns what the primary needs to know of this host's positions."""
+    return {
+        item: {
+            "count": count,
+            "written": list(request.written[item]),
+            "held": {str(shard): digest for shard, digest in request.held[item].items()},
+        }
+        for item, count in request.counts.items()
+    }
+
+
+def _check_positions(payloads: Sequence[Mapping[str, Any]]) -> None:
+    """Raises when hosts that read the same data shard are not at the same place, or when a position
+    would be written by no host, or by two.
+    """
+    for item, first in payloads[0]["positions"].items():
+        held: dict[str, tuple[int, str]] = {}
+        writers: dict[int, int] = {}
+        for host, payload in enumerate(payloads):
+            mine = payload["positions"][item]
+            for shard, digest in mine["held"].items():
+                other, theirs = held.setdefault(shard, (host, digest))
+                if digest != theirs:
+                    raise PositionError(
+                        f"prepare: host {host} is at another place of data item {item!r}, position"
+                        f" {shard}, than host {other}, which reads the same records. Hosts that read"
+                        " the same must take the same number of batches. Nothing was written."
+                    )
+            for shard in mine["written"]:
+                if shard in writers:
+                    raise PositionError(
+                        f"prepare: hosts {writers[shard]} and {host} both own data shard {shard} of"
+                        f" {item!r}. Nothing was written."
+                    )
+                writers[shard] = host
+        if missing := sorted(set(range(first["count"])).difference(writers)):
+            raise PositionError(
+                f"prepare: no host owns data shard {missing[0]} of {item!r} ({len(missing)} of"
+                f" {first['count']} are missing). Do all hosts give shards() the same count and"
+                " sharding? Nothing was written."
             )
 
 

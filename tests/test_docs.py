@@ -26,7 +26,9 @@ def test_the_code_in_the_readme_runs() -> None:
     subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["checkpointer", "config", "data", "trees"])
+@pytest.mark.parametrize(
+    "name", ["checkpointer", "config", "data.adapters", "data.streams", "trees"]
+)
 def test_the_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(f"datarax_dist.{name}")
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
@@ -42,7 +44,10 @@ PUBLIC = {
         CheckpointExistsError CheckpointNotFoundError IteratorCheckpoint OrbaxCheckpointHandler
         PipelineCheckpoint
     """,
-    "datarax_dist.data": "Checkpointable CheckpointableIterator Shards adapt shards",
+    "datarax_dist.data": """
+        Checkpointable CheckpointableIterator DataAdapter Replay Shards Tracked adapt
+        register_adapter replay shards tracked
+    """,
     "datarax_dist.errors": """
         CheckpointError CorruptStepError FormatVersionError InvalidArgumentError LeaseError
         PeerError PeerLostError PositionError Preempted StepExistsError StepNotFoundError

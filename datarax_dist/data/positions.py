@@ -1,0 +1,420 @@
+"""Positions as files of a step: captured and encoded when `save` is called, checked against
+today's loaders and hosts when they are restored.
+
+`data/<item>/index.json` says what kind of positions these are, how many, and the fingerprint of the
+item; `shard_<s>-of-<V>.json` is the position of one data shard, with the fingerprint of its loader; `.bin`
+beside it holds its large bytes. docs/format.md is the specification.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datarax_dist import codec
+from datarax_dist import format as fmt
+from datarax_dist.data.adapters import adapt
+from datarax_dist.data.ownership import Ownership
+from datarax_dist.data.streams import Loader, Memory, Position, Source
+from datarax_dist.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    PositionError,
+    UnsupportedLeafError,
+)
+
+__all__ = ["Captured", "Plan", "apply_positions", "capture", "named_loaders", "plan_restore"]
+
+_memories: dict[int, Memory] = {}
+BatchesPerStep = int | None | Mapping[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The positions of one host.
+
+    Attributes:
+        files: key below the step -> content, for the positions that this host writes.
+        indexes: the same, for what the primary writes.
+        agreement: what hosts must agree on.
+        held: item -> data shard -> digest, for the positions that this host reads.
+        written: item -> the data shards whose position this host writes.
+        counts: item -> how many positions make it whole.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    indexes: Mapping[str, bytes] = field(default_factory=dict)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
+    held: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    written: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def named_loaders(data: Any) -> dict[str, Any]:
+    """Returns `{name: loader}` for what `save` and `restore` are given as `data`."""
+    if data is None:
+        return {}
+    if isinstance(data, Mapping):
+        if not data:
+            raise InvalidArgumentError(
+                "`data` is an empty dict; give a loader, {name: loader}, or leave it out."
+            )
+        for name in data:
+            if not isinstance(name, str):
+                raise InvalidArgumentError(f"The names of data items are texts, not {name!r}.")
+            try:
+                fmt.check_item_name(name)
+            except ValueError as error:
+                raise InvalidArgumentError(str(error)) from None
+        return dict(data)
+    return {"data": data}
+
+
+def _source(loader: Any) -> Source:
+    """Returns what the positions of a loader are read from, as the user gave it."""
+    if isinstance(loader, Source):
+        return loader
+    adapter = adapt(loader)
+    if adapter.counts:
+        name = type(loader).__qualname__
+        raise PositionError(
+            f"A {name} does not know how far it was used. Take the batches from `it ="
+            f" datarax_dist.data.tracked({name.lower()}, 0)`, and give that as `data`."
+        )
+    return Loader(adapter, _memory(loader))
+
+
+def _memory(loader: Any) -> Memory:
+    """Returns what is known of a loader that the user iterates, for as long as it lives."""
+    if id(loader) not in _memories:
+        try:
+            weakref.finalize(loader, _memories.pop, id(loader), None).atexit = False
+        except TypeError:  # it cannot be told when it goes
+            return Memory()
+        _memories[id(loader)] = Memory()
+    return _memories[id(loader)]
+
+
+def _placed(source: Source, host: int, hosts: int) -> tuple[int, Ownership]:
+    """Returns how many positions the item has, and which of them this host reads and writes."""
+    if source.kind == "host":
+        return hosts, Ownership((host,), frozenset((host,)))
+    if source.kind == "global":
+        return 1, Ownership((0,), frozenset((0,) if host == 0 else ()))
+    return source.count, source.ownership()
+
+
+def capture(
+    data: Any, host: int, hosts: int, step: int = 0, batches_per_step: BatchesPerStep = None
+) -> Captured:
+    """Reads and encodes the position of every loader, now.
+
+    Args:
+        batches_per_step: how many batches one step takes, of all items or by name; None for what is
+            not checked.
+
+    Raises:
+        PositionError: a loader has no position, or has handed out another number of batches than
+            the steps say.
+        UnsupportedLeafError: a position has something that cannot be written; it is named.
+    """
+    captured = Captured({}, {}, {}, {}, {}, {})
+    for name, loader in named_loaders(data).items():
+        source = _source(loader)
+        try:
+            _capture_item(captured, name, source, host, hosts)
+        except UnsupportedLeafError as error:
+            raise UnsupportedLeafError(f"Data item {name!r}: {error}", path=error.path) from None
+        rate = batches_per_step
+        if isinstance(rate, Mapping):
+            rate = rate.get(name, 1)
+        if rate is not None:
+            _check_offset(name, source, step, rate)
+    return captured
+
+
+def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> None:
+    positions, described = source.capture(), source.loader_fingerprints()
+    count, owned = _placed(source, host, hosts)
+    if source.kind == "host":  # one position, whatever it is called on this host
+        positions = dict(zip(owned.reads, positions.values(), strict=True))
+        described = dict(zip(owned.reads, described.values(), strict=True))
+    fingerprint = source.fingerprint()
+    index = {
+        "kind": source.kind,
+        "count": count,
+        "fingerprint": _encode(fingerprint, f"{name}'s fingerprint"),
+        "batches": source.batches(),
+    }
+    to.indexes[fmt.position_index_name(name)] = fmt.seal(index)
+    to.agreement[f"the number of batches that {name!r} has handed out"] = index.pop("batches")
+    to.agreement[f"data item {name!r}"] = index
+    held = to.held[name] = {}
+    for shard, position in positions.items():
+        blobs = position.state.blobs
+        body = {
+            "item": name,
+            "shard": shard,
+            "count": count,
+            "state": position.state.value,
+            "loader": _encode(described[shard], f"{name}'s fingerprint"),
+            **({"ended": True} if position.ended else {}),
+            **({"blobs": [_blob_entry(blob) for blob in blobs]} if blobs else {}),
+        }
+        data = fmt.seal(body)
+        held[shard] = fmt.crc_text(fmt.crc32c(data))
+        if shard in owned.writes:
+            to.files[fmt.position_name(name, shard, count)] = data
+            if blobs:
+                to.files[fmt.position_blobs_name(name, shard, count)] = _joined(blobs)
+    to.written[name] = sorted(owned.writes)
+    to.counts[name] = count
+
+
+def _encode(value: Any, what: str) -> Any:
+    try:
+        return codec.encode(value)
+    except codec.EncodeError as error:
+        raise UnsupportedLeafError(f"{what} cannot be written: {error}", path=error.path) from None
+
+
+def _blob_entry(blob: bytes) -> dict[str, Any]:
+    return {"size": len(blob), "digest": fmt.digest(blob)}
+
+
+def _joined(blobs: Sequence[bytes]) -> bytes:
+    size = sum(map(len, blobs))
+    if size > fmt.MAX_BLOB_BYTES:
+        raise PositionError(
+            f"The position of one data shard has {size} bytes of arrays; at most"
+            f" {fmt.MAX_BLOB_BYTES} are possible. Keep large values in `state`."
+        )
+    return b"".join(blobs)
+
+
+def _check_offset(name: str, source: Source, step: int, rate: int) -> None:
+    """Batches handed out, minus what the steps took, stays what it was: nothing was read ahead."""
+    batches = source.batches()
+    if batches is None:
+        return
+    offset = batches - rate * step
+    if source.offset is not None and offset != source.offset:
+        raise PositionError(
+            f"Data item {name!r} has handed out {batches} batches at step {step}; after the save or"
+            f" restore before, {source.offset + rate * step} were expected, {rate} for each step."
+            " Were batches read ahead or skipped? Read ahead with"
+            " datarax_dist.data.tracked(loader, depth), which keeps the position right. If a step"
+            " takes another number of batches, say so with Options(batches_per_step=...); None leaves"
+            " it unchecked."
+        )
+    source.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which positions this host needs, and what is to be done with them.
+
+    Attributes:
+        sources: item -> what its positions are set on.
+        wanted: item -> data shard -> the number of positions that the item has.
+        batches: item -> how many batches were handed out before, where that is known.
+        changes: what differs from the fingerprint, and is allowed: name -> (saved, now).
+    """
+
+    sources: Mapping[str, Source]
+    wanted: Mapping[str, Mapping[int, int]]
+    batches: Mapping[str, int | None]
+    allowed: frozenset[str]
+    changes: dict[str, tuple[Any, Any]]
+
+
+def plan_restore(
+    data: Any,
+    items: Sequence[str],
+    read: Callable[[str], bytes],
+    host: int,
+    hosts: int,
+    allow: Sequence[str] = (),
+) -> Plan:
+    """Checks that the positions of a step fit today's loaders and hosts; reads the indexes only.
+
+    Args:
+        allow: differences of fingerprints that are no error, `item.key`.
+
+    Raises:
+        PositionError: they do not fit; the message names both sides and the ways out.
+    """
+    if isinstance(allow, str) or not all(isinstance(name, str) for name in allow):
+        raise InvalidArgumentError(
+            f"allow_data_changes is a list of names, ['data.seed'], say, not {allow!r}."
+        )
+    plan = Plan({}, {}, {}, frozenset(allow), {})
+    loaders = named_loaders(data)
+    saved = [item.removeprefix("data/") for item in items if item.startswith("data/")]
+    for name, loader in loaders.items():
+        if name not in saved:
+            raise PositionError(
+                f"The step has no position of {name!r}; it has"
+                f" {', '.join(map(repr, saved)) or 'none at all'}. Restore with data=None to take"
+                " the state alone."
+            )
+        source = _source(loader)
+        key = fmt.position_index_name(name)
+        index = fmt.parse_position_index(read(key), key)
+        _check_kind(name, index, source, hosts)
+        if reason := source.refusal():
+            raise PositionError(
+                f"{name!r} cannot be set to a position any more: {reason}. Make a new loader, and"
+                " restore into that before anything is taken from it."
+            )
+        _, owned = _placed(source, host, hosts)
+        then = codec.decode(index.fingerprint)
+        if then is None or isinstance(then, dict):
+            then, now = then or {}, source.fingerprint()
+            unlike = {
+                key: (then.get(key), now.get(key))
+                for key in sorted({*then, *now})
+                if then.get(key) != now.get(key)
+            }
+            _check_changes(plan, name, unlike)
+        plan.sources[name] = source  # type: ignore[index]
+        plan.wanted[name] = dict.fromkeys(owned.reads, index.count)  # type: ignore[index]
+        plan.batches[name] = index.batches  # type: ignore[index]
+    return plan
+
+
+def _check_kind(name: str, index: fmt.PositionIndex, source: Source, hosts: int) -> None:
+    kind, count = index.kind, index.count
+    if source.kind != kind:
+        was = {
+            "host": f"a loader whose position is opaque, by {count} hosts",
+            "global": "a loader whose position means the same on every host",
+            "shards": f"{count} data shards",
+        }[kind]
+        out = {
+            "host": "Restore into the same kind of loader",
+            "global": "Restore into the same kind of loader",
+            "shards": f"Restore into datarax_dist.data.shards(factory, {count})",
+        }[kind]
+        raise PositionError(
+            f"{name!r} was saved as {was}; what it is to be restored into has positions of the kind"
+            f" {source.kind!r}. {out}, or with data=None, which starts the data anew."
+        )
+    if kind == "shards" and count != source.count:
+        raise PositionError(
+            f"{name!r} was saved with {count} data shards, the loader has {source.count}. V is fixed"
+            f" for a run: restore into shards(factory, {count}), or with data=None, which starts the"
+            " data anew."
+        )
+    if kind == "host" and count != hosts:
+        raise PositionError(
+            f"{name!r} was saved by {count} hosts, this job has {hosts}, and its loader's position is"
+            f" opaque: nobody knows how to divide it. Restore on {count} hosts; or, for the next time,"
+            " save datarax_dist.data.shards(factory, V), which goes on with other numbers of hosts; or"
+            " restore with data=None, which starts the data anew."
+        )
+
+
+def _check_changes(plan: Plan, item: str, unlike: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuses what differs and is not allowed; keeps what is."""
+    named = {f"{item}.{key}": pair for key, pair in unlike.items()}
+    refused = {key: pair for key, pair in named.items() if key not in plan.allowed}
+    if refused:
+        lines = "".join(
+            f"\n  {key}: saved {_short(then)}, now {_short(now)}"
+            for key, (then, now) in refused.items()
+        )
+        raise PositionError(
+            f"The pipeline of {item!r} is not the one whose position was saved:{lines}\nMake it the"
+            " same, or, if the position means the same all the same,"
+            f" restore(..., allow_data_changes={sorted(refused)!r})."
+        )
+    plan.changes.update(named)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def decode_positions(plan: Plan, read: Callable[[str], bytes]) -> dict[str, dict[int, Position]]:
+    """Reads and decodes the positions of this host.
+
+    Raises:
+        InvalidRecordError, DecodeError: a file is damaged.
+        PositionError: a loader is not the one whose position it is; each difference is named.
+    """
+    found: dict[str, dict[int, Position]] = {}
+    for name, wanted in plan.wanted.items():
+        source = plan.sources[name]
+        now = source.loader_fingerprints()
+        unlike: dict[str, tuple[Any, Any]] = {}
+        found[name] = {}
+        for number, (shard, count) in enumerate(wanted.items()):
+            position, then = _read_position(name, shard, count, read)
+            found[name][shard] = position
+            mine = now[shard] if shard in now else list(now.values())[number]
+            unlike |= {
+                key: (then[key], mine[key])
+                for key in sorted({*then} & {*mine})
+                if then[key] != mine[key]
+            }
+        _check_changes(plan, name, unlike)
+    return found
+
+
+def _read_position(
+    name: str, shard: int, count: int, read: Callable[[str], bytes]
+) -> tuple[Position, dict[str, Any]]:
+    key = fmt.position_name(name, shard, count)
+    record = fmt.parse_position(read(key), key)
+    if (record.item, record.shard, record.count) != (name, shard, count):
+        raise fmt.InvalidRecordError(f"{key} is the position of another shard")
+    blobs: list[bytes] = []
+    if record.blobs:
+        whole = fmt.position_blobs_name(name, shard, count)
+        data, at = read(whole), 0
+        if len(data) != sum(size for size, _ in record.blobs):
+            raise fmt.InvalidRecordError(f"{whole} has {len(data)} bytes, not those of its blobs")
+        for size, digest in record.blobs:
+            blobs.append(data[at : at + size])
+            at += size
+            if fmt.digest(blobs[-1]) != digest:
+                raise fmt.InvalidRecordError(f"{whole}: a blob is not as recorded")
+    state = codec.Encoded(record.state, tuple(blobs))
+    codec.unpack(state)  # a damaged one is found before any loader is changed
+    then = codec.decode(record.loader)
+    return Position(state, record.ended), then if isinstance(then, dict) else {}
+
+
+def apply_positions(
+    plan: Plan,
+    positions: Mapping[str, Mapping[int, Position]],
+    step: int = 0,
+    batches_per_step: BatchesPerStep = None,
+) -> None:
+    """Sets the loaders to their positions.
+
+    Raises:
+        PositionError: a loader refused its position; it says what.
+    """
+    for name, source in plan.sources.items():
+        try:
+            source.apply(positions[name], plan.batches[name])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise PositionError(
+                f"The loader of {name!r} refused its position with {type(error).__name__}: {error}"
+                "\nIts data or its settings are not those of the saved one. Make it the same again;"
+                " and make new loaders before the next try, this one may have been changed."
+            ) from error
+        rate = (
+            batches_per_step.get(name, 1)
+            if isinstance(batches_per_step, Mapping)
+            else (batches_per_step)
+        )
+        batches = plan.batches[name]
+        source.offset = None if rate is None or batches is None else batches - rate * step

@@ -1,0 +1,679 @@
+"""Iterators with a position: V logical shards of a loader, prefetch that keeps positions right, and
+position by counting. Beneath them `Source`, what positions are read from and set on.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import operator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datarax_dist import codec
+from datarax_dist import format as fmt
+from datarax_dist.data.adapters import (
+    DataAdapter,
+    describe_loader,
+    open_loader,
+    register_adapter,
+)
+from datarax_dist.data.ownership import Ownership, own_by_modulo, own_by_sharding
+from datarax_dist.errors import (
+    InvalidArgumentError,
+    PositionError,
+    UnsupportedLeafError,
+    describe,
+)
+
+__all__ = [
+    "Loader",
+    "Memory",
+    "Position",
+    "Replay",
+    "Shards",
+    "Source",
+    "Tracked",
+    "replay",
+    "shards",
+    "tracked",
+]
+
+logger = logging.getLogger("datarax_dist")
+
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where one data shard is: its loader's state, and whether it has given its last batch. (There
+    are loaders that begin another epoch when they are set to the end of one.)
+    """
+
+    state: codec.Encoded
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Memory:
+    """What was restored into a loader, and what it said of itself right after that."""
+
+    restored: Position | None = None
+    echo: codec.Encoded | None = None
+
+
+class Source:
+    """Something with the positions of one or more data shards; a data item of a step.
+
+    Attributes:
+        kind: "global", "shards" or "host".
+        count: the number of positions: V of shards, otherwise 1.
+        offset: batches handed out minus steps, when it was last looked at; None before that.
+    """
+
+    kind: str
+    count: int
+    offset: int | None = None
+
+    def ownership(self) -> Ownership:
+        """Returns which positions this host reads, and which it writes."""
+        raise NotImplementedError
+
+    def capture(self) -> dict[int, Position]:
+        """Returns the positions that this host reads. Later batches do not change them."""
+        raise NotImplementedError
+
+    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
+        """Sets the positions; `batches` were handed out before them, over all runs."""
+        raise NotImplementedError
+
+    def refusal(self) -> str | None:
+        """Says why no position can be set any more, or None."""
+        raise NotImplementedError
+
+    def batches(self) -> int | None:
+        """Returns how many batches were handed out over all runs; None when nobody counts."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what must be the same on restore, for the item as a whole."""
+        return {}
+
+    def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
+        """Returns what must be the same on restore, for each position that this host reads."""
+        raise NotImplementedError
+
+
+def _broken(what: str, error: BaseException) -> str:
+    return (
+        f"{what} failed with {describe(error)}, and where it stands now is not known. Go on from a"
+        " committed step: make the loader anew, and restore."
+    )
+
+
+def _encode(state: Any) -> codec.Encoded:
+    try:
+        return codec.pack(state)
+    except codec.EncodeError as error:
+        raise UnsupportedLeafError(
+            f"The position of a loader cannot be written: {error}", path=error.path
+        ) from None
+
+
+class Loader(Source):
+    """One loader as it is: its adapter, and what was restored into it."""
+
+    count = 1
+
+    def __init__(self, adapter: DataAdapter, memory: Memory | None = None) -> None:
+        self._adapter = adapter
+        self.kind = adapter.kind
+        self._memory = memory or Memory()
+        self._iterator: Iterator[Any] | None = None
+        self._handed = 0
+        self._ended = False
+        self._failure: str | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._failure is not None:
+            raise PositionError(self._failure)
+        if self._ended:
+            raise StopIteration
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._adapter.iterate())
+            batch = next(self._iterator)
+        except StopIteration:
+            self._ended = True
+            raise
+        except BaseException as error:
+            # Whether the batch is lost, nobody knows; many iterators then say that they have ended.
+            self._failure = _broken("The loader", error)
+            raise
+        self._handed += 1
+        return batch
+
+    def ownership(self) -> Ownership:
+        return Ownership((0,), frozenset((0,)))
+
+    def capture(self) -> dict[int, Position]:
+        return {0: self.position()}
+
+    def position(self) -> Position:
+        """Returns where it is. As long as nothing was taken since a restore, that is exactly what
+        was restored: some loaders forget it until their first batch.
+        """
+        if self._failure is not None:
+            raise PositionError(self._failure)
+        if self._memory.restored is not None and self._untouched():
+            return self._memory.restored
+        return Position(_encode(self._adapter.get_state()), self._ended)
+
+    def _untouched(self) -> bool:
+        if self._handed:
+            return False
+        if self._ended or self._adapter.counts:
+            return True
+        if self._adapter.starts_when_read:
+            return self._adapter.started() is None
+        return self._memory.echo == _encode(self._adapter.get_state())
+
+    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
+        [position] = positions.values()
+        self.set_position(position)
+
+    def set_position(self, position: Position) -> None:
+        self._adapter.set_state(codec.unpack(position.state))
+        self._memory.restored, self._ended = position, position.ended
+        if not (self._adapter.counts or self._adapter.starts_when_read):
+            self._memory.echo = _encode(self._adapter.get_state())
+
+    def refusal(self) -> str | None:
+        if self._handed:
+            return f"it has handed out {self._handed} batches"
+        if self._memory.restored is not None and self._untouched():
+            return None  # set, and not used since
+        return self._adapter.started()
+
+    def batches(self) -> int | None:
+        return None
+
+    def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
+        return {0: describe_loader(self._adapter)}
+
+    @property
+    def counts(self) -> bool:
+        """Whether only what is taken through this object moves the position."""
+        return self._adapter.counts
+
+
+class Shards(Source):
+    """V logical shards of a loader; see `shards`."""
+
+    kind = "shards"
+
+    def __init__(
+        self,
+        factory: Callable[[int, int], Any],
+        count: int,
+        *,
+        fingerprint: Any = None,
+        sharding: Any = None,
+        batches: int | None = None,
+        host: int | None = None,
+        hosts: int | None = None,
+    ) -> None:
+        if not callable(factory):
+            raise InvalidArgumentError(
+                "shards() needs a function of (shard, count) that makes the loader of a shard, not"
+                f" a {type(factory).__name__}."
+            )
+        self.count = _at_least("shards() needs a number of shards", count, 1)
+        if batches is not None:
+            batches = _at_least("shards(batches=...) needs a number of batches", batches, 0)
+        if (host is None) != (hosts is None):
+            raise InvalidArgumentError("shards() needs `host` and `hosts` together, or neither.")
+        if hosts is not None and not 0 <= operator.index(host) < hosts:  # type: ignore[arg-type]
+            raise InvalidArgumentError(f"There is no host {host} of {hosts}.")
+        self._factory = factory
+        self._fingerprint = fingerprint
+        self._sharding = sharding
+        self._limit = batches
+        self._place = None if host is None or hosts is None else (host, hosts)
+        self._owned: Ownership | None = None
+        self._loaders: dict[int, Loader] | None = None
+        self._handed = 0
+        self._before = 0
+        self._failure: str | None = None
+        self._ended = False
+
+    def ownership(self) -> Ownership:
+        if self._owned is None:
+            host, hosts = self._place or _this_host()
+            self._owned = (
+                own_by_modulo(self.count, host, hosts)
+                if self._sharding is None
+                else own_by_sharding(self.count, self._sharding, host)
+            )
+        return self._owned
+
+    def owned(self) -> list[int]:
+        """Returns the shards of this host, in the order of its rows.
+
+        Raises:
+            PositionError: V cannot be divided over the hosts.
+        """
+        return list(self.ownership().reads)
+
+    def _opened(self) -> dict[int, Loader]:
+        if self._loaders is None:
+            self._loaders = {
+                shard: Loader(open_loader(self._factory(shard, self.count)))
+                for shard in self.ownership().reads
+            }
+        return self._loaders
+
+    def __iter__(self) -> Shards:
+        return self
+
+    def __next__(self) -> Any:
+        if self._failure is not None:
+            raise PositionError(self._failure)
+        if self._ended or (self._limit is not None and self._before + self._handed >= self._limit):
+            raise StopIteration
+        loaders = self._opened()
+        parts, ended = [], []
+        try:
+            for shard, loader in loaders.items():
+                try:
+                    parts.append(next(loader))
+                except StopIteration:
+                    ended.append(shard)
+            batch = None if ended else _join(parts)
+        except BaseException as error:
+            # Some shards have moved on, others have not.
+            self._failure = _broken("A data shard", error)
+            raise
+        if ended:
+            self._end(ended)
+            raise StopIteration
+        self._handed += 1
+        return batch
+
+    def _end(self, ended: list[int]) -> None:
+        """Ends the epoch, when all hosts will end it here."""
+        handed = self._before + self._handed
+        others = [shard for shard in self.ownership().reads if shard not in ended]
+        if self._limit is not None:
+            self._failure = (
+                f"Data shard {ended[0]} ended after {handed} batches, of the {self._limit} that"
+                " shards(batches=...) promises. Make `batches` smaller."
+            )
+        elif others:
+            self._failure = (
+                f"Data shard {ended[0]} ended after {handed} batches, data shard {others[0]} has"
+                " more. With other hosts, some would take a step that others do not, and wait for"
+                f" ever. Give shards(..., batches={handed}), which ends all of them there, or make"
+                " the shards equally long."
+            )
+        if self._failure is not None:
+            raise PositionError(self._failure)
+        self._ended = True
+
+    def capture(self) -> dict[int, Position]:
+        if self._failure is not None:
+            raise PositionError(self._failure)
+        return {shard: loader.position() for shard, loader in self._opened().items()}
+
+    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
+        for shard, position in positions.items():
+            self._opened()[shard].set_position(position)
+        self._before, self._handed = batches or 0, 0
+
+    def refusal(self) -> str | None:
+        if self._handed:
+            return f"it has handed out {self._handed} batches"
+        for shard, loader in self._opened().items():
+            if reason := loader.refusal():
+                return f"data shard {shard}: {reason}"
+        return None
+
+    def batches(self) -> int | None:
+        return self._before + self._handed
+
+    def fingerprint(self) -> dict[str, Any]:
+        given = self._fingerprint
+        found = {"batches": self._limit} if self._limit is not None else {}
+        if isinstance(given, Mapping):
+            return {**found, **{f"user.{key}": value for key, value in given.items()}}
+        return found if given is None else {**found, "user": given}
+
+    def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for shard, loader in self._opened().items():
+            [(_, described)] = loader.loader_fingerprints().items()
+            if isinstance(size := described.pop("batch", None), int):
+                described["global_batch"] = size * self.count
+            found[shard] = described
+        return found
+
+
+def shards(
+    factory: Callable[[int, int], Any],
+    count: int,
+    *,
+    fingerprint: Any = None,
+    sharding: Any = None,
+    batches: int | None = None,
+    host: int | None = None,
+    hosts: int | None = None,
+) -> Shards:
+    """Returns `count` logical shards of a loader, as one iterator of this host's part of each
+    global batch. Any number of hosts that divides `count` can go on where another one stopped.
+
+    Host h owns the shards with `s % hosts == h`; with `sharding`, those whose rows its devices
+    hold. Its part of a batch is the rows of its shards, concatenated in the order of the shards, leaf by
+    leaf. (A list of anything but arrays is a column: the lists are joined.)
+
+    Args:
+        factory: `factory(shard, count)` returns a loader of that shard: of every `count`-th record,
+            say. It or its iterator has a position; see `adapt`. What it yields must depend on
+            `shard` and `count` alone, never on the host.
+        count: V, fixed for the run: the largest number of hosts it will ever have, or a multiple of
+            it.
+        fingerprint: JSON that must be the same on restore, the name of the data set, say. A dict is
+            compared key by key.
+        sharding: the `NamedSharding` of the global batch. Hosts whose devices hold the same rows
+            then get the same rows (tensor parallelism over hosts), and the rows of the global batch
+            have the same order on any number of hosts.
+        batches: the number of batches of an epoch. Needed when the shards are not equally long:
+            all hosts end there.
+        host, hosts: which host of how many this is; by default this process of `jax.distributed`.
+
+    >>> class Count:
+    ...     def __init__(self, shard, count): self.next = shard; self.step = count
+    ...     def __iter__(self): return self
+    ...     def __next__(self): self.next += self.step; return np.asarray([self.next - self.step])
+    ...     def get_state(self): return self.next
+    ...     def set_state(self, state): self.next = state
+    >>> whole = shards(Count, 4)
+    >>> next(whole).tolist(), next(whole).tolist()
+    ([0, 1, 2, 3], [4, 5, 6, 7])
+    >>> half = shards(Count, 4, host=1, hosts=2)
+    >>> next(half).tolist()
+    [1, 3]
+    """
+    return Shards(
+        factory,
+        count,
+        fingerprint=fingerprint,
+        sharding=sharding,
+        batches=batches,
+        host=host,
+        hosts=hosts,
+    )
+
+
+class Tracked(Source):
+    """An iterator that reads ahead; see `tracked`."""
+
+    def __init__(
+        self, loader: Any, depth: int, place: Callable[[Any], Any] | None, fingerprint: Any
+    ) -> None:
+        self._depth = _at_least("tracked() needs a depth", depth, 0)
+        if place is not None and not callable(place):
+            raise InvalidArgumentError(
+                f"tracked(place=...) is a function of a batch, not a {type(place).__name__}."
+            )
+        self._source: Any = loader if isinstance(loader, Source) else Loader(open_loader(loader))
+        self.kind = self._source.kind
+        self.count = self._source.count
+        self._place = place
+        self._fingerprint = fingerprint
+        self._waiting: collections.deque[tuple[Any, dict[int, Position]]] = collections.deque()
+        self._stopped: BaseException | None = None
+        self._at: dict[int, Position] | None = None
+        self._handed = 0
+        self._before = 0
+
+    def __iter__(self) -> Tracked:
+        return self
+
+    def __next__(self) -> Any:
+        if self._at is None:
+            self._at = self._source.capture()
+        while self._stopped is None and len(self._waiting) < max(self._depth, 1):
+            self._pull()
+        if not self._waiting:
+            assert self._stopped is not None
+            raise self._stopped
+        batch, self._at = self._waiting.popleft()
+        self._handed += 1
+        return batch
+
+    def _pull(self) -> None:
+        """Reads one batch ahead. What stops it is raised when its turn comes."""
+        try:
+            batch = next(self._source)
+            at = self._source.capture()
+            self._waiting.append((batch if self._place is None else self._place(batch), at))
+        except Exception as error:
+            self._stopped = error
+        except BaseException as error:
+            self._stopped = PositionError(_broken("Reading ahead", error))
+            raise
+
+    def ownership(self) -> Ownership:
+        owned: Ownership = self._source.ownership()
+        return owned
+
+    def capture(self) -> dict[int, Position]:
+        found: dict[int, Position] = self._source.capture() if self._at is None else self._at
+        return dict(found)
+
+    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
+        self._source.apply(positions, batches)
+        self._at = dict(positions)
+        self._before, self._handed = batches or 0, 0
+
+    def refusal(self) -> str | None:
+        if self._handed or self._waiting or self._stopped is not None:
+            ahead = f" and read {len(self._waiting)} ahead" if self._waiting else ""
+            return f"it has handed out {self._handed} batches{ahead}"
+        reason: str | None = self._source.refusal()
+        return reason
+
+    def batches(self) -> int | None:
+        return self._before + self._handed
+
+    def fingerprint(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._source.fingerprint()
+        return found if self._fingerprint is None else {**found, "user": self._fingerprint}
+
+    def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = self._source.loader_fingerprints()
+        return found
+
+
+def tracked(
+    loader: Any, depth: int, *, place: Callable[[Any], Any] | None = None, fingerprint: Any = None
+) -> Tracked:
+    """Returns an iterator that reads `depth` batches ahead, and whose position is that of the last
+    batch it handed out, never of one that it has read ahead.
+
+    It is also how a loader is given that cannot tell by itself how far it was used: Mosaic's
+    `StreamingDataset`, Keras's `PyDataset`, any sequence of batches (with a depth of 0).
+
+    Args:
+        loader: `shards(...)`, or any loader that `adapt` takes.
+        depth: how many batches are held, placed on devices; 0 or 1 reads none ahead.
+        place: called with each batch as soon as it is read, on this thread:
+            `lambda batch: jax.make_array_from_process_local_data(sharding, batch)`, say, which
+            starts the transfer and returns at once.
+        fingerprint: JSON that must be the same on restore.
+
+    Raises:
+        PositionError: the loader has no position.
+
+    >>> batches = tracked([10, 20, 30, 40], depth=2)
+    >>> next(batches), next(batches)
+    (10, 20)
+    >>> batches.batches()
+    2
+    """
+    return Tracked(loader, depth, place, fingerprint)
+
+
+class Replay:
+    """An iterator whose position is how many batches it has handed out; see `replay`."""
+
+    def __init__(self, factory: Callable[[], Iterable[Any]]) -> None:
+        if not callable(factory):
+            raise InvalidArgumentError(
+                "replay() needs a function that makes the iterator anew, replay(lambda:"
+                f" batches(...)), not the {type(factory).__name__} itself."
+            )
+        self._factory = factory
+        self._iterator: Iterator[Any] | None = None
+        self._batches = 0
+        self._last = ""
+
+    def __iter__(self) -> Replay:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self._factory())
+        batch = next(self._iterator)
+        self._last = _digest(batch)
+        self._batches += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position: how many batches, and a digest of the last one."""
+        return {"batches": self._batches, "last": self._last}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Makes a new iterator and skips to the position; that takes as long as reading it.
+
+        Raises:
+            PositionError: the iterator ends earlier, or does not give the same batches again.
+        """
+        wanted = state["batches"]
+        iterator = iter(self._factory())
+        batch: Any = None
+        told = time.monotonic()
+        for done in range(wanted):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                raise PositionError(
+                    f"replay() was to skip {wanted} batches; the factory's iterator ended after"
+                    f" {done}."
+                ) from None
+            if time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                logger.info("replay: %d of %d batches skipped", done + 1, wanted)
+        if wanted and (last := _digest(batch)) != state["last"] and state["last"] and last:
+            raise PositionError(
+                f"replay() came to another batch {wanted - 1} than the one that was handed out"
+                " before: the factory's iterator does not give the same batches again. Give it a"
+                " fixed seed, and nothing that depends on time or on the host."
+            )
+        self._iterator, self._batches, self._last = iterator, wanted, state["last"]
+
+
+class _ReplayAdapter(DataAdapter):
+    def started(self) -> str | None:
+        at = self.loader.get_state()["batches"]
+        return f"it has handed out {at} batches" if at else None
+
+
+register_adapter(f"{Replay.__module__}.{Replay.__qualname__}", _ReplayAdapter)
+
+
+def replay(factory: Callable[[], Iterable[Any]]) -> Replay:
+    """Returns an iterator over `factory()` whose position is the number of batches it has handed
+    out. A restore makes the iterator anew, reads that many batches and drops them.
+
+    For what cannot be set back, generators above all. What it yields must be the same each time;
+    that is checked, with a digest of the last batch before the position (of arrays, numbers and texts).
+
+    Args:
+        factory: makes the iterator, from its beginning.
+
+    >>> numbers = replay(lambda: (n * n for n in range(9)))
+    >>> next(numbers), next(numbers)
+    (0, 1)
+    >>> again = replay(lambda: (n * n for n in range(9)))
+    >>> again.set_state(numbers.get_state())
+    >>> next(again)
+    4
+    """
+    return Replay(factory)
+
+
+def _at_least(what: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise InvalidArgumentError(f"{what}, a whole number of {least} or more, not {value!r}.")
+    return number
+
+
+def _this_host() -> tuple[int, int]:
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a list is one value for each record, rather than a part of the batch's tree."""
+    return isinstance(value, list) and not any(
+        hasattr(item, "shape") or isinstance(item, tuple | list) for item in value
+    )
+
+
+def _join(parts: list[Any]) -> Any:
+    """Returns the rows of several batches, leaf by leaf."""
+    if len(parts) == 1:
+        return parts[0]
+    import jax
+
+    def rows(*leaves: Any) -> Any:
+        if all(isinstance(leaf, list) for leaf in leaves):
+            return [item for leaf in leaves for item in leaf]
+        arrays = [np.asarray(leaf) for leaf in leaves]
+        if any(array.ndim == 0 for array in arrays):
+            raise InvalidArgumentError(
+                f"The batches of the data shards have a {type(leaves[0]).__name__} without an axis"
+                " of records. Each loader must give batches: batch() it, with 1 if need be."
+            )
+        return np.concatenate(arrays)
+
+    return jax.tree.map(rows, *parts, is_leaf=_is_column)
+
+
+def _digest(batch: Any) -> str:
+    """Returns a digest of a batch; an empty one when it has something that is no array or number."""
+    import jax
+
+    try:
+        leaves = [codec.pack(leaf) for leaf in jax.tree.leaves(batch)]
+    except codec.EncodeError:
+        return ""
+    crc = 0
+    for leaf in leaves:
+        crc = fmt.crc32c(fmt.dumps(leaf.value), crc)
+        for blob in leaf.blobs:
+            crc = fmt.crc32c(blob, crc)
+    return fmt.crc_text(crc)
