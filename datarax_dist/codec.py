@@ -298,7 +298,8 @@ class _Decoder:
 
         if not isinstance(body["impl"], str):
             raise DecodeError("a PRNG key of no kind")
-        return jax.random.wrap_key_data(self._array(body["data"]), impl=body["impl"])
+        data: Any = self._array(body["data"])
+        return jax.random.wrap_key_data(data, impl=body["impl"])
 
 
 def _decode_shape(shape: Any, size: int, itemsize: int) -> tuple[int, ...]:

@@ -353,8 +353,8 @@ def _check_positions(payloads: Sequence[Mapping[str, Any]]) -> None:
                 if digest != theirs:
                     raise PositionError(
                         f"prepare: host {host} is at another place of data item {item!r}, position"
-                        f" {shard}, than host {other}, which reads the same records. Hosts that read"
-                        " the same must take the same number of batches. Nothing was written."
+                        f" {shard}, than host {other}, which reads the same records. Hosts that"
+                        " read the same must take the same number of batches. Nothing was written."
                     )
             for shard in mine["written"]:
                 if shard in writers:

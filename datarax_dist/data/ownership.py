@@ -62,9 +62,8 @@ def own_by_rows(
     for who, ranges in rows.items():
         held = {row for begin, end in set(ranges) for row in range(begin, end)}
         shards = {row // size for row in held}
-        partial = [
-            s for s in sorted(shards) if not held.issuperset(range(s * size, s * size + size))
-        ]
+        whole = {s for s in shards if held.issuperset(range(s * size, s * size + size))}
+        partial = sorted(shards - whole)
         if partial:
             raise PositionError(
                 f"The batch sharding gives host {who} a part of data shard {partial[0]} only:"
@@ -105,7 +104,7 @@ def own_by_sharding(count: int, sharding: Any, host: int) -> Ownership:
     spec = jax.sharding.PartitionSpec(first)
     placed = jax.sharding.NamedSharding(sharding.mesh, spec).devices_indices_map((total,))
     rows: dict[int, list[tuple[int, int]]] = {}
-    for device, (piece,) in placed.items():
+    for device, (piece,) in dict[Any, Any](placed).items():
         begin, end, _ = piece.indices(total)
         rows.setdefault(device.process_index, []).append((begin, end))
     return own_by_rows(count, rows, total, host)

@@ -2,8 +2,8 @@
 today's loaders and hosts when they are restored.
 
 `data/<item>/index.json` says what kind of positions these are, how many, and the fingerprint of the
-item; `shard_<s>-of-<V>.json` is the position of one data shard, with the fingerprint of its loader; `.bin`
-beside it holds its large bytes. docs/format.md is the specification.
+item; `shard_<s>-of-<V>.json` is the position of one data shard, with the fingerprint of its loader;
+`.bin` beside it holds its large bytes. docs/format.md is the specification.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def _check_offset(name: str, source: Source, step: int, rate: int) -> None:
             f" restore before, {source.offset + rate * step} were expected, {rate} for each step."
             " Were batches read ahead or skipped? Read ahead with"
             " datarax_dist.data.tracked(loader, depth), which keeps the position right. If a step"
-            " takes another number of batches, say so with Options(batches_per_step=...); None leaves"
-            " it unchecked."
+            " takes another number of batches, say so with Options(batches_per_step=...); None"
+            " leaves it unchecked."
         )
     source.offset = offset
 
@@ -304,16 +304,16 @@ def _check_kind(name: str, index: fmt.PositionIndex, source: Source, hosts: int)
         )
     if kind == "shards" and count != source.count:
         raise PositionError(
-            f"{name!r} was saved with {count} data shards, the loader has {source.count}. V is fixed"
-            f" for a run: restore into shards(factory, {count}), or with data=None, which starts the"
-            " data anew."
+            f"{name!r} was saved with {count} data shards, the loader has {source.count}. V is"
+            f" fixed for a run: restore into shards(factory, {count}), or with data=None, which"
+            " starts the data anew."
         )
     if kind == "host" and count != hosts:
         raise PositionError(
-            f"{name!r} was saved by {count} hosts, this job has {hosts}, and its loader's position is"
-            f" opaque: nobody knows how to divide it. Restore on {count} hosts; or, for the next time,"
-            " save datarax_dist.data.shards(factory, V), which goes on with other numbers of hosts; or"
-            " restore with data=None, which starts the data anew."
+            f"{name!r} was saved by {count} hosts, this job has {hosts}, and its loader's position"
+            f" is opaque: nobody knows how to divide it. Restore on {count} hosts; or restore with"
+            " data=None, which starts the data anew; and save datarax_dist.data.shards(factory, V)"
+            " from now on, which goes on with other numbers of hosts."
         )
 
 

@@ -379,8 +379,8 @@ def shards(
     global batch. Any number of hosts that divides `count` can go on where another one stopped.
 
     Host h owns the shards with `s % hosts == h`; with `sharding`, those whose rows its devices
-    hold. Its part of a batch is the rows of its shards, concatenated in the order of the shards, leaf by
-    leaf. (A list of anything but arrays is a column: the lists are joined.)
+    hold. Its part of a batch is the rows of its shards, concatenated in the order of the shards,
+    leaf by leaf. (A list of anything but arrays is a column: the lists are joined.)
 
     Args:
         factory: `factory(shard, count)` returns a loader of that shard: of every `count`-th record,
@@ -604,7 +604,8 @@ def replay(factory: Callable[[], Iterable[Any]]) -> Replay:
     out. A restore makes the iterator anew, reads that many batches and drops them.
 
     For what cannot be set back, generators above all. What it yields must be the same each time;
-    that is checked, with a digest of the last batch before the position (of arrays, numbers and texts).
+    that is checked, with a digest of the last batch before the position (of arrays, numbers and
+    texts).
 
     Args:
         factory: makes the iterator, from its beginning.
@@ -664,7 +665,7 @@ def _join(parts: list[Any]) -> Any:
 
 
 def _digest(batch: Any) -> str:
-    """Returns a digest of a batch; an empty one when it has something that is no array or number."""
+    """Returns a digest of a batch; an empty one when it has anything but arrays and numbers."""
     import jax
 
     try:
