@@ -179,7 +179,7 @@ class Saver:
                 "hosts": self._group.count,
                 "agreement": dict(request.agreement),
                 "digests": _digests(request.local_digests),
-                "positions": _positions(request),
+                "positions": positions_told(request.counts, request.written, request.held),
                 "unseen": previous_error is not None,
             }
         except BaseException as error:
@@ -215,8 +215,8 @@ class Saver:
     def _stage(self, payloads: list[Any], phases: Phases, replace: bool) -> dict[str, Any]:
         if all(payload["unseen"] for payload in payloads):
             return {"unseen": True}
-        _compare(payloads)
-        _check_positions(payloads)
+        check_agreement(payloads)
+        check_positions([payload["positions"] for payload in payloads])
         phases.reach("stage")
         step = int(payloads[0]["step"])
         replace = replace or step in self.suspects
@@ -291,7 +291,7 @@ def _digests(digests: Mapping[str, str]) -> dict[str, str]:
     return {f"one of {len(digests)} leaves": fmt.crc_text(fmt.crc32c(fmt.dumps(dict(digests))))}
 
 
-def _compare(payloads: Sequence[Mapping[str, Any]]) -> None:
+def check_agreement(payloads: Sequence[Mapping[str, Any]]) -> None:
     """Raises when the hosts are not about to save the same."""
     first = payloads[0]
     for host, other in enumerate(payloads):
@@ -327,27 +327,31 @@ def _compare(payloads: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _positions(request: SaveRequest) -> dict[str, Any]:
-    """Returns what the primary needs to know of this host's positions."""
+def positions_told(
+    counts: Mapping[str, int],
+    written: Mapping[str, Sequence[int]],
+    held: Mapping[str, Mapping[int, str]],
+) -> dict[str, Any]:
+    """Returns what the primary needs to know of a host's positions; see `SaveRequest`."""
     return {
         item: {
             "count": count,
-            "written": list(request.written[item]),
-            "held": {str(shard): digest for shard, digest in request.held[item].items()},
+            "written": list(written[item]),
+            "held": {str(shard): digest for shard, digest in held[item].items()},
         }
-        for item, count in request.counts.items()
+        for item, count in counts.items()
     }
 
 
-def _check_positions(payloads: Sequence[Mapping[str, Any]]) -> None:
+def check_positions(told: Sequence[Mapping[str, Any]]) -> None:
     """Raises when hosts that read the same data shard are not at the same place, or when a position
     would be written by no host, or by two.
     """
-    for item, first in payloads[0]["positions"].items():
+    for item, first in told[0].items():
         held: dict[str, tuple[int, str]] = {}
         writers: dict[int, int] = {}
-        for host, payload in enumerate(payloads):
-            mine = payload["positions"][item]
+        for host, items in enumerate(told):
+            mine = items[item]
             for shard, digest in mine["held"].items():
                 other, theirs = held.setdefault(shard, (host, digest))
                 if digest != theirs:

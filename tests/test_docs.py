@@ -27,7 +27,8 @@ def test_the_code_in_the_readme_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpointer", "config", "data.adapters", "data.streams", "trees"]
+    "name",
+    ["checkpointer", "config", "data.adapters", "data.streams", "testing.exactly_once", "trees"],
 )
 def test_the_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(f"datarax_dist.{name}")
@@ -55,8 +56,9 @@ PUBLIC = {
     """,
     "datarax_dist.substrax_store": "SubstraxStore",
     "datarax_dist.testing": """
-        HOST_GROUP_CHECKS PHASES STORE_CHECKS FakeClock HostError HostResult MemoryArrays
-        MemoryStore SimulatedHosts check_host_group fail_at free_port kill_at run_hosts
+        HOST_GROUP_CHECKS PHASES STORE_CHECKS ExactlyOnceError ExactlyOnceReport FakeClock HostError
+        HostResult MemoryArrays MemoryStore SimulatedHosts check_exactly_once check_host_group
+        fail_at free_port kill_at run_hosts
     """,
 }
 

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datarax_dist.errors import InvalidArgumentError, PositionError
 
-__all__ = ["Ownership", "own_by_modulo", "own_by_rows", "own_by_sharding"]
+__all__ = [
+    "Ownership",
+    "acting_as_host",
+    "own_by_modulo",
+    "own_by_rows",
+    "own_by_sharding",
+    "this_host",
+]
+
+_acting_as: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "datarax_dist_host", default=None
+)
+
+
+def this_host() -> tuple[int, int]:
+    """Returns which host of how many this is: the process of `jax.distributed`, or the one that
+    `acting_as_host` says.
+    """
+    if (acting := _acting_as.get()) is not None:
+        return acting
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+@contextlib.contextmanager
+def acting_as_host(host: int, hosts: int) -> Iterator[None]:
+    """Loaders that are used in this context belong to host `host` of `hosts`, whatever this process
+    is: for tests that go through several hosts in one process.
+    """
+    token = _acting_as.set((host, hosts))
+    try:
+        yield
+    finally:
+        _acting_as.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from datarax_dist.data.adapters import (
     open_loader,
     register_adapter,
 )
-from datarax_dist.data.ownership import Ownership, own_by_modulo, own_by_sharding
+from datarax_dist.data.ownership import Ownership, own_by_modulo, own_by_sharding, this_host
 from datarax_dist.errors import (
     InvalidArgumentError,
     PositionError,
@@ -227,8 +227,6 @@ class Shards(Source):
         fingerprint: Any = None,
         sharding: Any = None,
         batches: int | None = None,
-        host: int | None = None,
-        hosts: int | None = None,
     ) -> None:
         if not callable(factory):
             raise InvalidArgumentError(
@@ -238,15 +236,10 @@ class Shards(Source):
         self.count = _at_least("shards() needs a number of shards", count, 1)
         if batches is not None:
             batches = _at_least("shards(batches=...) needs a number of batches", batches, 0)
-        if (host is None) != (hosts is None):
-            raise InvalidArgumentError("shards() needs `host` and `hosts` together, or neither.")
-        if hosts is not None and not 0 <= operator.index(host) < hosts:  # type: ignore[arg-type]
-            raise InvalidArgumentError(f"There is no host {host} of {hosts}.")
         self._factory = factory
         self._fingerprint = fingerprint
         self._sharding = sharding
         self._limit = batches
-        self._place = None if host is None or hosts is None else (host, hosts)
         self._owned: Ownership | None = None
         self._loaders: dict[int, Loader] | None = None
         self._handed = 0
@@ -256,7 +249,7 @@ class Shards(Source):
 
     def ownership(self) -> Ownership:
         if self._owned is None:
-            host, hosts = self._place or _this_host()
+            host, hosts = this_host()
             self._owned = (
                 own_by_modulo(self.count, host, hosts)
                 if self._sharding is None
@@ -372,8 +365,6 @@ def shards(
     fingerprint: Any = None,
     sharding: Any = None,
     batches: int | None = None,
-    host: int | None = None,
-    hosts: int | None = None,
 ) -> Shards:
     """Returns `count` logical shards of a loader, as one iterator of this host's part of each
     global batch. Any number of hosts that divides `count` can go on where another one stopped.
@@ -395,7 +386,6 @@ def shards(
             have the same order on any number of hosts.
         batches: the number of batches of an epoch. Needed when the shards are not equally long:
             all hosts end there.
-        host, hosts: which host of how many this is; by default this process of `jax.distributed`.
 
     >>> class Count:
     ...     def __init__(self, shard, count): self.next = shard; self.step = count
@@ -406,19 +396,8 @@ def shards(
     >>> whole = shards(Count, 4)
     >>> next(whole).tolist(), next(whole).tolist()
     ([0, 1, 2, 3], [4, 5, 6, 7])
-    >>> half = shards(Count, 4, host=1, hosts=2)
-    >>> next(half).tolist()
-    [1, 3]
     """
-    return Shards(
-        factory,
-        count,
-        fingerprint=fingerprint,
-        sharding=sharding,
-        batches=batches,
-        host=host,
-        hosts=hosts,
-    )
+    return Shards(factory, count, fingerprint=fingerprint, sharding=sharding, batches=batches)
 
 
 class Tracked(Source):
@@ -629,12 +608,6 @@ def _at_least(what: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or number < least:
         raise InvalidArgumentError(f"{what}, a whole number of {least} or more, not {value!r}.")
     return number
-
-
-def _this_host() -> tuple[int, int]:
-    import jax
-
-    return jax.process_index(), jax.process_count()
 
 
 def _is_column(value: Any) -> bool:

@@ -5,6 +5,11 @@ stores in memory, and conformance suites.
 from __future__ import annotations
 
 from datarax_dist.testing.conformance import HOST_GROUP_CHECKS, STORE_CHECKS, check_host_group
+from datarax_dist.testing.exactly_once import (
+    ExactlyOnceError,
+    ExactlyOnceReport,
+    check_exactly_once,
+)
 from datarax_dist.testing.faults import PHASES, fail_at, kill_at
 from datarax_dist.testing.launcher import HostError, HostResult, free_port, run_hosts
 from datarax_dist.testing.simulated import FakeClock, MemoryArrays, MemoryStore, SimulatedHosts
@@ -12,8 +17,11 @@ from datarax_dist.testing.simulated import FakeClock, MemoryArrays, MemoryStore,
 __all__ = [
     "HOST_GROUP_CHECKS",
     "STORE_CHECKS",
+    "check_exactly_once",
     "check_host_group",
     "PHASES",
+    "ExactlyOnceError",
+    "ExactlyOnceReport",
     "FakeClock",
     "HostError",
     "HostResult",
