@@ -93,6 +93,8 @@ def encode(value: Any, path: str = "", depth: int = 0, *, blobs: list[bytes] | N
     """
     if depth > MAX_DEPTH:
         raise EncodeError(path, f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, np.generic):  # before str, float and bytes, which some of them are too
+        return {"$scalar": _array(np.asarray(value), path, blobs)}
     if isinstance(value, str):
         try:
             value.encode()
@@ -100,8 +102,6 @@ def encode(value: Any, path: str = "", depth: int = 0, *, blobs: list[bytes] | N
             raise EncodeError(path, f"a text that is no Unicode ({error.reason})") from None
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, np.generic) and not isinstance(value, float | complex | str | bytes):
-        return {"$scalar": _array(np.asarray(value), path, blobs)}
     if type(value) is int:
         if value.bit_length() > _MOST_BITS:
             raise EncodeError(path, f"an int of more than {_MOST_BITS} bits")
@@ -112,8 +112,6 @@ def encode(value: Any, path: str = "", depth: int = 0, *, blobs: list[bytes] | N
         return {"$complex": [encode(value.real), encode(value.imag)]}
     if isinstance(value, bytes | bytearray):
         return {"$bytes": _bytes(bytes(value), blobs)}
-    if isinstance(value, np.generic):
-        return {"$scalar": _array(np.asarray(value), path, blobs)}
     if isinstance(value, np.ndarray):
         return {"$array": _array(value, path, blobs)}
     if isinstance(value, Mapping):
@@ -161,7 +159,9 @@ def _bytes(data: bytes, blobs: list[bytes] | None) -> Any:
 
 
 def _array(value: np.ndarray[Any, Any], path: str, blobs: list[bytes] | None) -> dict[str, Any]:
-    if value.dtype.kind == "V" and value.dtype.names is None and value.dtype.name in _EXTENDED:
+    if not value.dtype.itemsize and value.dtype.kind in "SU":
+        value = value.astype(f"{value.dtype.kind}1")  # of empty texts only
+    if value.dtype.names is None and value.dtype.name in _EXTENDED:
         data, name = np.ascontiguousarray(value).tobytes(), value.dtype.name
     elif value.dtype.kind not in "biufcSU" or value.dtype.hasobject or not value.dtype.itemsize:
         raise EncodeError(path, f"a numpy array of dtype {value.dtype} cannot be written")

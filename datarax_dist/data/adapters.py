@@ -429,7 +429,7 @@ def describe_loader(adapter: DataAdapter) -> dict[str, Any]:
     """
     cls = type(adapter.loader)
     package = cls.__module__.partition(".")[0]
-    found = {"class": cls.__qualname__, **adapter.fingerprint()}
+    found = {"class": cls.__name__, **adapter.fingerprint()}
     if package in _KNOWN:
         found["version"] = _version(package)
     return {key: _plain(value) for key, value in found.items() if value is not None}

@@ -214,6 +214,17 @@ class Loader(Source):
         return self._adapter.counts
 
 
+def _open(loader: Any) -> Loader:
+    """Returns a loader that a factory or the user made, ready to be iterated here."""
+    if isinstance(loader, Source):
+        kind = type(loader).__name__.lower()
+        raise InvalidArgumentError(
+            f"The loader of a data shard cannot be {kind}(...) itself. Put it around the whole,"
+            " tracked(shards(factory, V), depth), and let the factory return the plain loader."
+        )
+    return Loader(open_loader(loader))
+
+
 class Shards(Source):
     """V logical shards of a loader; see `shards`."""
 
@@ -268,8 +279,7 @@ class Shards(Source):
     def _opened(self) -> dict[int, Loader]:
         if self._loaders is None:
             self._loaders = {
-                shard: Loader(open_loader(self._factory(shard, self.count)))
-                for shard in self.ownership().reads
+                shard: _open(self._factory(shard, self.count)) for shard in self.ownership().reads
             }
         return self._loaders
 
@@ -411,7 +421,7 @@ class Tracked(Source):
             raise InvalidArgumentError(
                 f"tracked(place=...) is a function of a batch, not a {type(place).__name__}."
             )
-        self._source: Any = loader if isinstance(loader, Source) else Loader(open_loader(loader))
+        self._source: Any = loader if isinstance(loader, Source) else _open(loader)
         self.kind = self._source.kind
         self.count = self._source.count
         self._place = place
