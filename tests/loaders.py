@@ -13,7 +13,7 @@ from grain.experimental import ElasticIterator
 
 from datarax_dist.data import replay, shards, tracked
 
-RECORDS = 48
+RECORDS = 96
 V = 24
 GLOBAL_BATCH = 12
 
@@ -169,7 +169,7 @@ TOYS: dict[str, Callable[[int, int], Any]] = {
     "step-indexed": lambda host, hosts: tracked(Indexed(host, hosts), 0),
     "step-indexed, ahead": lambda host, hosts: tracked(Indexed(host, hosts), 4),
     "by step": lambda host, hosts: tracked(ByStep(host, hosts), 1),
-    "limited": lambda host, hosts: shards(lambda s, n: Stream(s, n, RECORDS + 7), V, batches=2),
+    "limited": lambda host, hosts: shards(lambda s, n: Stream(s, n, RECORDS + 7), V, batches=4),
 }
 GRAIN: dict[str, Callable[[int, int], Any]] = {
     "map": lambda host, hosts: shards(grain_map, V),

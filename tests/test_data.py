@@ -248,16 +248,16 @@ def test_what_grain_says_of_itself() -> None:
     """A contract: these spots of Grain are private, and an upgrade that moves them ends here."""
     described = adapters.describe_loader(adapt(iter(loaders.grain_map(0, 4))))
     assert described["class"] == "PrefetchDatasetIterator"
-    assert (described["batch"], described["records"], described["remainder"]) == (1, 48, "keep")
+    assert (described["batch"], described["records"], described["remainder"]) == (1, 96, "keep")
     assert described["shuffle"] == ["ShuffleMapDataset"]
     assert described["seed"][-1] == 5
     described = adapters.describe_loader(adapt(iter(loaders.grain_iter(0, 4))))
-    assert (described["batch"], described["records"]) == (1, 48)
+    assert (described["batch"], described["records"]) == (1, 96)
     described = adapters.describe_loader(adapt(iter(loaders.grain_loader(0, 4))))
-    assert (described["seed"], described["records"], described["shuffle"]) == (3, 48, True)
+    assert (described["seed"], described["records"], described["shuffle"]) == (3, 96, True)
     assert (described["batch"], described["remainder"]) == (1, "keep")
     described = adapters.describe_loader(adapt(loaders.grain_elastic(0, 4)))
-    assert (described["global_batch"], described["records"]) == (loaders.GLOBAL_BATCH, 48)
+    assert (described["global_batch"], described["records"]) == (loaders.GLOBAL_BATCH, 96)
 
 
 # Batches and steps.

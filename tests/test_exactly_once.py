@@ -117,17 +117,17 @@ class BeginsAnew(loaders.Stream):
 
 BREACHES: dict[str, tuple[Callable[[int, int], Any], tuple[int, ...], str]] = {
     "read ahead": (
-        lambda host, hosts: shards(lambda s, n: ahead(loaders.Stream(s, n, 96), 2), loaders.V),
+        lambda host, hosts: shards(lambda s, n: ahead(loaders.Stream(s, n), 2), loaders.V),
         (1, 2),
         "is not the one of the uninterrupted run",
     ),
     "a lost buffer": (
-        lambda host, hosts: shards(lambda s, n: Buffered(s, n, 96), loaders.V),
+        lambda host, hosts: shards(lambda s, n: Buffered(s, n), loaders.V),
         (1, 2),
-        "The epoch ended after 2 global batches; uninterrupted it has 4",
+        "The epoch ended after",
     ),
     "other randomness": (
-        lambda host, hosts: shards(lambda s, n: ForgetsItsRandomness(s, n, 96), loaders.V),
+        lambda host, hosts: shards(lambda s, n: ForgetsItsRandomness(s, n), loaders.V),
         (2, 4),
         "not in the epoch",
     ),
@@ -139,7 +139,7 @@ BREACHES: dict[str, tuple[Callable[[int, int], Any], tuple[int, ...], str]] = {
     "another epoch after the end": (
         lambda host, hosts: BeginsAnew(host, hosts),
         (2,),
-        "the uninterrupted epoch has 24",
+        "the uninterrupted epoch has 48",
     ),
     "shards of unequal length": (
         lambda host, hosts: shards(lambda s, n: loaders.Stream(s, n, 50), loaders.V),
