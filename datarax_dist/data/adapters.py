@@ -280,6 +280,34 @@ class _MosaicDataset(_Mosaic):
             yield sample
 
 
+class _Datarax(DataAdapter):
+    """The iterator of a datarax `Pipeline`."""
+
+    def started(self) -> str | None:
+        state = self.get_state()
+        at, epoch = state.get("position", 0), state.get("epoch", 0)
+        return f"it is at record {at} of epoch {epoch}" if at or epoch else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        found = self.get_state().get("fingerprint", {})
+        return {
+            "batch": found.get("batch_size"),
+            "records": found.get("length"),
+            "epochs": found.get("num_epochs"),
+            "shuffle": found.get("shuffled"),
+            "remainder": _remainder(found.get("drop_last")),
+        }
+
+
+class _DataraxPipeline(DataAdapter):
+    """The pipeline itself: its iterators write their progress into it."""
+
+    def started(self) -> str | None:
+        state = self.get_state()
+        at, epoch = int(state.get("_position", 0)), int(state.get("_epoch", 0))
+        return f"it is at record {at} of epoch {epoch}" if at or epoch else None
+
+
 class _StepIndexed(DataAdapter):
     """Batch k is a function of k: Keras's `PyDataset`, Levanter's `DataLoader`, any sequence of
     batches.
@@ -342,7 +370,7 @@ _KNOWN: dict[str, dict[str, type[DataAdapter]]] = {
     "torchdata": {"StatefulDataLoader": _Torchdata},
     "datasets": {"IterableDataset": _HuggingFace},
     "streaming": {"StreamingDataLoader": _Mosaic, "StreamingDataset": _MosaicDataset},
-    "datarax": {"Pipeline": _Unopened},
+    "datarax": {"PipelineIterator": _Datarax, "Pipeline": _DataraxPipeline},
     "keras": {"PyDataset": _StepIndexed},
     "levanter": {"DataLoader": _StepIndexed},
 }
@@ -420,7 +448,8 @@ def open_loader(loader: Any) -> DataAdapter:
         if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
             raise
         return adapt(iter(loader))
-    return adapt(iter(loader)) if isinstance(adapter, _Unopened) else adapter
+    by_iterator = isinstance(adapter, _Unopened | _DataraxPipeline)
+    return adapt(iter(loader)) if by_iterator else adapter
 
 
 def describe_loader(adapter: DataAdapter) -> dict[str, Any]:
