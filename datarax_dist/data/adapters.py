@@ -166,6 +166,19 @@ class _Torchdata(_StateDict):
 
     starts_when_read = True
 
+    def get_state(self) -> Any:
+        loader = self.loader
+        inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        for sampler in (getattr(loader, "sampler", None), inner):
+            cls = type(sampler)
+            if cls.__module__.startswith("torch.") and "Random" in cls.__name__:
+                raise PositionError(
+                    f"torch's {cls.__name__} keeps its place from torchdata: after the first epoch"
+                    " another order would be restored, without a word. Use shuffle=True, or"
+                    " torchdata.stateful_dataloader.sampler.RandomSampler."
+                )
+        return loader.state_dict()
+
     def started(self) -> str | None:
         running = getattr(self.loader, "_iterator", None) is not None
         return "iter() was called on it, so its workers run" if running else None

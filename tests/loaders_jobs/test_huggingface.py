@@ -1,0 +1,92 @@
+"""Hugging Face's IterableDataset. Runs in the job that has `datasets`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+import datarax_dist as dd
+from datarax_dist.data import adapt, adapters, replay, shards, tracked
+from datarax_dist.errors import PositionError
+from datarax_dist.testing import check_exactly_once
+
+RECORDS = 48
+
+
+def stream(shard: int, count: int, files: int = 8) -> Any:
+    records = Dataset.from_dict(
+        {"id": list(range(RECORDS)), "text": [f"t{i}" for i in range(RECORDS)]}
+    )
+    return records.to_iterable_dataset(num_shards=files).shard(count, shard)
+
+
+def doubled(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "double": 2 * record["id"]}
+
+
+def batched(shard: int, count: int) -> Any:
+    return stream(shard, count).map(doubled).batch(2)
+
+
+FACTORIES: dict[str, Any] = {
+    "batched": lambda host, hosts: shards(batched, 8),
+    "batched, ahead": lambda host, hosts: tracked(shards(batched, 4), 2),
+    "numpy": lambda host, hosts: shards(
+        lambda s, n: stream(s, n).select_columns(["id"]).with_format("numpy").batch(3), 8
+    ),
+    "files shuffled": lambda host, hosts: shards(
+        lambda s, n: replay(lambda: iter(stream(s, n).shuffle(seed=3, buffer_size=5).batch(2))), 4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_shards_read_each_record_once(name: str) -> None:
+    hosts = (1, 2, 4) if name in ("batched, ahead", "files shuffled") else (1, 2, 4, 8)
+    report = check_exactly_once(FACTORIES[name], hosts=hosts, schedules=30, records=RECORDS)
+    assert report.resumes >= 50
+
+
+def test_as_it_is_it_goes_on_with_the_same_number_of_hosts() -> None:
+    check_exactly_once(batched, hosts=(2,), schedules=30, records=RECORDS)
+
+
+def test_a_save_right_after_a_restore_is_not_the_beginning(tmp_path: Path) -> None:
+    """It reports the beginning of the epoch until its first record is taken."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        used = batched(0, 1)
+        batches = iter(used)
+        for _ in range(5):
+            next(batches)
+        ckpt.save(4, data=used)
+        expected = [batch["id"] for batch in batches]
+        ckpt.wait_until_finished()
+        again = batched(0, 1)
+        ckpt.restore(data=again)
+        ckpt.save(5, data=again)
+        ckpt.wait_until_finished()
+        last = batched(0, 1)
+        ckpt.restore(step=5, data=last)
+        assert [batch["id"] for batch in last] == expected
+        with pytest.raises(PositionError, match="records were taken from it"):
+            ckpt.restore(data=used)
+
+
+def test_a_shuffle_buffer_which_it_loses_is_refused() -> None:
+    with pytest.raises(PositionError, match=r"loses the records in its buffer.*replay"):
+        adapt(stream(0, 1).shuffle(seed=1, buffer_size=10).batch(2)).get_state()
+
+
+def test_its_fingerprint_is_named(tmp_path: Path) -> None:
+    described = adapters.describe_loader(adapt(batched(0, 4)))
+    assert described["batch"] == 2
+    assert described["class"] == "IterableDataset"
+    assert "MappedExamplesIterable" in described["pipeline"]
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(0, data=shards(batched, 4))
+        ckpt.wait_until_finished()
+        with pytest.raises(PositionError, match=r"data\.pipeline: saved \[.*, now \["):
+            ckpt.restore(data=shards(lambda s, n: stream(s, n).batch(2), 4))
