@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docs_code
 import numpy as np
 import pytest
 import targets
@@ -24,6 +25,11 @@ def test_the_code_in_the_readme_runs() -> None:
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) == 2
     subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("place", "code"), docs_code.blocks())
+def test_the_code_in_the_docs_runs(place: str, code: str) -> None:
+    docs_code.run(code)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import docs_code
 import jax
 import numpy as np
 import pytest
@@ -91,3 +92,8 @@ def test_a_pipeline_itself_goes_back_to_where_its_iterator_was(tmp_path: Path) -
         assert [np.asarray(batch["id"]).tolist() for batch in again] == whole[2:]
         with pytest.raises(PositionError, match="cannot be set"):
             ckpt.restore(data=used)
+
+
+@pytest.mark.parametrize(("place", "code"), docs_code.blocks("datarax"))
+def test_the_example_in_the_docs_runs(place: str, code: str) -> None:
+    docs_code.run(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import docs_code
 import pytest
 from datasets import Dataset
 
@@ -90,3 +91,8 @@ def test_its_fingerprint_is_named(tmp_path: Path) -> None:
         ckpt.wait_until_finished()
         with pytest.raises(PositionError, match=r"data\.pipeline: saved \[.*, now \["):
             ckpt.restore(data=shards(lambda s, n: stream(s, n).batch(2), 4))
+
+
+@pytest.mark.parametrize(("place", "code"), docs_code.blocks("huggingface"))
+def test_the_example_in_the_docs_runs(place: str, code: str) -> None:
+    docs_code.run(code)

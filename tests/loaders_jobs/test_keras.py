@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
+import docs_code
 import keras
 import numpy as np
 import pytest
@@ -56,3 +57,8 @@ def test_alone_it_has_no_position() -> None:
 
     with pytest.raises(PositionError, match=r"tracked\(batches, 0\)"):
         positions.capture(Batches(0, 1), 0, 1)
+
+
+@pytest.mark.parametrize(("place", "code"), docs_code.blocks("keras"))
+def test_the_example_in_the_docs_runs(place: str, code: str) -> None:
+    docs_code.run(code)

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import docs_code
 import pytest
 import torch
 
@@ -195,3 +196,8 @@ def test_a_tensor_that_cannot_be_written_is_named() -> None:
 def test_a_hostile_tensor_is_an_error(body: Any) -> None:
     with pytest.raises(codec.DecodeError):
         codec.decode({"$torch": body})
+
+
+@pytest.mark.parametrize(("place", "code"), docs_code.blocks("torchdata"))
+def test_the_example_in_the_docs_runs(place: str, code: str) -> None:
+    docs_code.run(code)

@@ -1,0 +1,7 @@
+"""See the package."""
+
+
+class VisionDataset: ...
+
+
+class CIFAR10: ...
