@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-main test-datarax lint types layers clean
+.PHONY: demo test test-main test-datarax test-loaders lint types layers clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m datarax_dist.demo --out demo_out
 
-test: test-main test-datarax
+test: test-main test-datarax test-loaders
 
 test-main: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
@@ -29,6 +29,10 @@ test-main: $(STAMP)
 # Today's datarax needs a newer Python and a newer jax: an environment of its own, in .venv-datarax.
 test-datarax:
 	@.ci/test-datarax
+
+# torchdata, Hugging Face, Keras and Mosaic with their real packages: .venv-loaders and .venv-mosaic.
+test-loaders:
+	@PYTHON="$(PYTHON)" .ci/test-loaders
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,6 +45,6 @@ layers: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .venv-datarax build dist demo_out *.egg-info .ci/out
+	rm -rf $(VENV) .venv-datarax .venv-loaders .venv-mosaic build dist demo_out *.egg-info .ci/out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find datarax_dist tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -168,6 +169,12 @@ class _Torchdata(_StateDict):
 
     def get_state(self) -> Any:
         loader = self.loader
+        version = _version("torchdata") or "0.11"
+        if tuple(int(part) for part in re.findall(r"[0-9]+", version)[:2]) < (0, 11):
+            raise PositionError(
+                f"torchdata {version} goes on in another order than the one it was in. Upgrade to"
+                " 0.11 or later."
+            )
         inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
         for sampler in (getattr(loader, "sampler", None), inner):
             cls = type(sampler)

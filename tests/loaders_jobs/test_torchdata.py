@@ -147,6 +147,14 @@ def test_with_workers_it_goes_on_and_after_iter_it_is_refused(tmp_path: Path) ->
         assert [batch["id"].tolist() for batch in again] == expected
 
 
+def test_an_older_torchdata_which_resumes_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapters, "_version", lambda package: "0.10.1")
+    with pytest.raises(PositionError, match=r"torchdata 0\.10\.1 goes on in another order"):
+        adapt(loader(0, 1)).get_state()
+
+
 def test_its_fingerprint_is_named(tmp_path: Path) -> None:
     described = adapters.describe_loader(adapt(loader(0, 4)))
     assert described == {
