@@ -58,10 +58,13 @@ class Position:
     ended: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class Memory:
-    """What was restored into a loader, and what it said of itself right after that."""
+    """What is known of a loader: its fingerprint, what was restored into it, and what it said of
+    itself right after that.
+    """
 
+    described: dict[str, Any] | None = None
     restored: Position | None = None
     echo: codec.Encoded | None = None
 
@@ -206,7 +209,9 @@ class Loader(Source):
         return None
 
     def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
-        return {0: describe_loader(self._adapter)}
+        if self._memory.described is None:  # it costs more than the position does
+            self._memory.described = describe_loader(self._adapter)
+        return {0: dict(self._memory.described)}
 
     @property
     def counts(self) -> bool:
