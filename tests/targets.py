@@ -283,3 +283,69 @@ def full_disk_on(root: str, host: int) -> Any:
             except dd.errors.PeerError as error:
                 seen.append((str(error), dict(error.failures), time.monotonic() - begin))
         return seen, ckpt.all_steps()
+
+
+def policy_fails(root: str) -> Any:
+    """A save policy that raises on host 1 only: what each host is told, and that the next works."""
+    import jax
+
+    import datarax_dist as dd
+
+    class Policy:
+        broken = False
+
+        def should_save(self, step: int) -> bool:
+            if self.broken:
+                raise OSError(2, "the policy's own file")
+            return True
+
+    policy, told = Policy(), ""
+    with dd.Checkpointer(root, save_when=policy) as ckpt:
+        policy.broken = jax.process_index() == 1
+        try:
+            ckpt.save(1, state={"x": np.ones(3)})
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+        policy.broken = False
+        ckpt.save(2, state={"x": np.ones(3)})
+        ckpt.wait_until_finished()
+        return told, ckpt.all_steps()
+
+
+def given_up_write(root: str) -> Any:
+    """Host 1 hangs in Orbax beyond the deadline of save 1, and goes on in the middle of save 2."""
+    import threading
+
+    import jax
+
+    import datarax_dist as dd
+    from datarax_dist import arrays
+
+    first, release = threading.Event(), threading.Event()
+    real = arrays._Engine._barrier
+
+    def barrier(engine: Any, *, key: str, timeout_ms: int) -> None:
+        if jax.process_index() == 1 and not first.is_set():
+            first.set()
+            release.wait(60)
+        real(engine, key=key, timeout_ms=timeout_ms)
+
+    arrays._Engine._barrier = barrier
+    told = ""
+    with dd.Checkpointer(root, options=dd.Options(save_timeout_seconds=4)) as ckpt:
+        handle = ckpt.save(1, state=mesh_state((-1,), ("x",), 1))
+        assert handle is not None
+        try:
+            handle.result(60)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+        handle = ckpt.save(2, state=mesh_state((-1,), ("x",), 2))
+        release.set()
+        assert handle is not None
+        handle.result(60)
+        restored = ckpt.restore(state=mesh_state((-1,), ("x",), 9))
+        return (
+            told,
+            restored.step,
+            dd.tree_digest(restored.state) == dd.tree_digest(mesh_state((-1,), ("x",), 2)),
+        )

@@ -13,7 +13,7 @@ from flax import nnx
 
 import datarax_dist as dd
 from datarax_dist.checkpoint import IteratorCheckpoint, OrbaxCheckpointHandler, PipelineCheckpoint
-from datarax_dist.testing import run_hosts
+from datarax_dist.testing import faults, run_hosts
 
 
 class Pipeline:
@@ -142,3 +142,32 @@ def test_each_host_gets_its_own_part_back_and_another_count_is_refused(tmp_path:
     assert alone.value is not None
     assert alone.value[0] == "PositionError"
     assert "2 hosts" in alone.value[1] and "1" in alone.value[1]
+
+
+def test_close_ends_every_directory_and_raises_the_first_failure(tmp_path: Path) -> None:
+    handler = OrbaxCheckpointHandler(async_checkpointing=True)
+    handler.save(tmp_path / "a", {"x": np.ones(3)}, step=1)
+    handler.save(tmp_path / "b", {"x": np.ones(3)}, step=1)
+    handler.wait_until_finished()
+    runs = list(handler._runs.values())
+    with faults.fail_at("save:record", 0, OSError(28, "No space left on device")):
+        handler.save(tmp_path / "a", {"x": np.ones(3)}, step=2)
+        with pytest.raises(OSError, match="No space left"):
+            handler.close()
+    handler.close()
+    assert all(run._closed for run in runs)
+    assert OrbaxCheckpointHandler().get_checkpoint_steps(tmp_path / "b") == [1]
+
+
+def test_the_end_of_a_with_block_never_hides_the_error_of_its_body(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def body() -> None:
+        with OrbaxCheckpointHandler(async_checkpointing=True) as handler:
+            handler.save(tmp_path, {"x": np.ones(3)}, step=1)
+            raise KeyError("mine")
+
+    error = OSError(28, "No space left on device")
+    with faults.fail_at("save:record", 0, error), pytest.raises(KeyError, match="mine"):
+        body()
+    assert "closing after KeyError" in caplog.text

@@ -60,7 +60,7 @@ def test_real_host_group() -> None:
 
 def test_a_host_group_that_does_not_conform_is_told_so() -> None:
     hosts = SimulatedHosts(1)
-    hosts.groups[0].exchange = lambda *a, **k: [{"host": 1}]  # type: ignore[method-assign]
+    hosts.groups[0].exchange = lambda *a, **k: [{"host": 1}]
     [result] = hosts.run(check_host_group)
     assert isinstance(result, AssertionError)
     assert "every_host_gets_every_payload" in str(result)

@@ -155,3 +155,23 @@ def test_another_step_number_or_another_value_on_one_host_raises_on_all_and_writ
         assert "count" in wrong_value and "InvalidArgumentError" in wrong_value
         assert "host 1" in wrong_position and "boom" in wrong_position
         assert before == then == after == []
+
+
+def test_a_policy_that_raises_on_one_host_raises_on_all_and_the_next_save_works(
+    tmp_path: Path,
+) -> None:
+    hosts = run_hosts(targets.policy_fails, 2, args=(str(tmp_path / "run"),), timeout_seconds=90)
+    assert [h.error for h in hosts] == [None, None]
+    for host in hosts:
+        told, steps = host.value
+        assert "the policy's own file" in told
+        assert steps == [2]
+
+
+def test_a_write_that_was_given_up_does_not_speak_for_the_next_save(tmp_path: Path) -> None:
+    hosts = run_hosts(targets.given_up_write, 2, args=(str(tmp_path / "run"),), timeout_seconds=120)
+    assert [h.error for h in hosts] == [None, None]
+    for host in hosts:
+        told, step, whole = host.value
+        assert "Error" in told
+        assert (step, whole) == (2, True)

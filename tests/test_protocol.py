@@ -148,13 +148,13 @@ def test_a_crash_and_power_cut_after_any_write_loses_no_committed_step_and_is_ti
     for number in range(1000):
         store = MemoryStore()
         hosts = SimulatedHosts(2)
-        hosts.run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+        hosts.run(lambda group, store=store: save(store, group, 1))
         store.crash_after(number)
         step, keep = (1 if change == "replacement" else 2), None
         if change == "retention":
             keep = config.latest(1)
         results = hosts.run(
-            lambda group, store=store, step=step, keep=keep: save(  # type: ignore[misc]
+            lambda group, store=store, step=step, keep=keep: save(
                 store, group, step, keep, b"y", replace=change == "replacement"
             )
         )
@@ -169,7 +169,7 @@ def test_a_crash_and_power_cut_after_any_write_loses_no_committed_step_and_is_ti
             assert content_of(store, step) == b"y"
         if change == "new step":
             assert 1 in committed
-        again = SimulatedHosts(2).run(lambda group, store=store: save(store, group, 3))  # type: ignore[misc]
+        again = SimulatedHosts(2).run(lambda group, store=store: save(store, group, 3))
         assert [result.step for result in again] == [3, 3]
         assert whole(store, 3)
         left = [(c.name, c.state) for c in inspect_run(store).candidates if c.state != "committed"]
@@ -200,7 +200,7 @@ def test_damage_that_one_host_sees_makes_all_take_the_older_step(victim: int) ->
     store = MemoryStore()
     hosts = SimulatedHosts(3)
     for step in (1, 2):
-        hosts.run(lambda group, step=step: save(store, group, step))  # type: ignore[misc]
+        hosts.run(lambda group, step=step: save(store, group, step))
     key = f"2/state/ocdbt.process_{victim}/a"
     store.files[key] = b"y" * len(store.files[key])
     results = hosts.run(lambda group: restore(store, group))
@@ -219,7 +219,7 @@ def test_what_one_host_cannot_load_is_judged_by_all(victim: int, damaged: bool) 
     hosts = SimulatedHosts(3)
     applied = []
     for step in (1, 2):
-        hosts.run(lambda group, step=step: save(store, group, step))  # type: ignore[misc]
+        hosts.run(lambda group, step=step: save(store, group, step))
 
     def on(group: HostGroup) -> Any:
         def load(candidate: Any) -> Any:
@@ -276,7 +276,7 @@ def test_what_another_run_or_anybody_else_has_left_is_never_removed() -> None:
     store.files.update(theirs)
     hosts = SimulatedHosts(2)
     for step in (1, 2):
-        results = hosts.run(lambda group, step=step: save(store, group, step, config.latest(1)))  # type: ignore[misc]
+        results = hosts.run(lambda group, step=step: save(store, group, step, config.latest(1)))
         assert [result.step for result in results] == [step, step]
     hosts.run(lambda group: restore(store, group))
     assert {key: data for key, data in store.files.items() if key in theirs} == theirs
@@ -301,7 +301,7 @@ def test_a_file_that_no_host_wrote_or_that_has_changed_its_size_stops_the_commit
 
         remove = telemetry.observe(meddle)
         try:
-            results = hosts.run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+            results = hosts.run(lambda group, store=store: save(store, group, 1))
         finally:
             remove()
         assert all("process_1/a" in str(result) for result in results), change
@@ -334,14 +334,14 @@ def test_a_deletion_that_is_cut_never_brings_back_what_the_step_was_before() -> 
     for number in range(1000):
         store = MemoryStore()
         hosts = SimulatedHosts(1)
-        hosts.run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+        hosts.run(lambda group, store=store: save(store, group, 1))
 
         def cut(phase: str, host: int, store: MemoryStore = store) -> None:
             if phase == "save:committed":
                 store.crash_after(0)  # the new step is there, and the old one still beside it
 
         remove = telemetry.observe(cut)
-        hosts.run(lambda group, store=store: save(store, group, 1, content=b"y", replace=True))  # type: ignore[misc]
+        hosts.run(lambda group, store=store: save(store, group, 1, content=b"y", replace=True))
         remove()
         store.crash_after(None)
         assert any(".replaced-" in key for key in store.files)
@@ -378,7 +378,7 @@ def test_every_file_is_verified_by_one_host_whatever_their_number(saved: int, no
 def test_a_root_that_is_another_directory_on_each_host_is_noticed() -> None:
     stores = [MemoryStore(), MemoryStore()]
     for store in stores:
-        SimulatedHosts(1).run(lambda group, store=store: save(store, group, 1))  # type: ignore[misc]
+        SimulatedHosts(1).run(lambda group, store=store: save(store, group, 1))
     results = SimulatedHosts(2).run(lambda group: restore(stores[group.index], group))
     for result in results:
         assert isinstance(result, CorruptStepError)
@@ -392,7 +392,7 @@ def test_hosts_that_ask_for_different_steps_are_refused() -> None:
     store = MemoryStore()
     hosts = SimulatedHosts(2)
     for step in (1, 2):
-        hosts.run(lambda group, step=step: save(store, group, step))  # type: ignore[misc]
+        hosts.run(lambda group, step=step: save(store, group, step))
 
     def on(group: HostGroup) -> Any:
         restorer = Restorer(store, group, OPTIONS)
