@@ -76,6 +76,26 @@ class Lazy:
         self.start = state["at"]
 
 
+class Anew(Stream):
+    """One that begins another epoch when it is set to the end of one, as torchdata does."""
+
+    finished = False
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            return super().__next__()
+        except StopIteration:
+            self.finished = True
+            raise
+
+    def get_state(self) -> dict[Any, Any]:
+        return {"stream": super().get_state(), "finished": self.finished}
+
+    def set_state(self, state: dict[Any, Any]) -> None:
+        if not state["finished"]:
+            super().set_state(state["stream"])
+
+
 def generator(shard: int, count: int) -> Iterator[np.ndarray]:
     random = np.random.default_rng([7, shard])
     for record in range(shard, RECORDS, count):
@@ -164,6 +184,7 @@ def grain_elastic(host: int, hosts: int) -> Any:
 TOYS: dict[str, Callable[[int, int], Any]] = {
     "shards": lambda host, hosts: shards(Stream, V),
     "lazy": lambda host, hosts: shards(Lazy, V),
+    "begins anew": lambda host, hosts: shards(Anew, V),
     "replay": lambda host, hosts: shards(lambda s, n: replay(lambda: generator(s, n)), V),
     "tracked shards": lambda host, hosts: tracked(shards(Stream, V), 3),
     "step-indexed": lambda host, hosts: tracked(Indexed(host, hosts), 0),

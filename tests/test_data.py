@@ -18,6 +18,7 @@ import targets
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import datarax_dist as dd
+from datarax_dist import save as save_protocol
 from datarax_dist.data import (
     Checkpointable,
     CheckpointableIterator,
@@ -372,6 +373,26 @@ def test_shards_that_failed_in_the_middle_of_a_batch_have_no_position_any_more()
             use()
 
 
+def test_a_batch_that_could_not_be_joined_is_not_lost_silently() -> None:
+    loader = shards(lambda s, n: replay(lambda: iter([np.int32(1), np.int32(2)])), 2)
+    with pytest.raises(InvalidArgumentError, match="without an axis"):
+        next(loader)
+    with pytest.raises(PositionError, match="not known"):
+        save(loader)
+
+
+def test_what_has_ended_or_was_made_from_a_used_loader_is_refused() -> None:
+    step = save(tracked([], 1))
+    ended = tracked([], 1)
+    assert list(ended) == []
+    with pytest.raises(PositionError, match="handed out 0 batches and ended"):
+        restore(step, ended)
+    step = save(shards(loaders.grain_map, 2))
+    used = shards(lambda s, n: taken(iter(loaders.grain_map(s, n)), s), 2)
+    with pytest.raises(PositionError, match="data shard 1: it is at index 1"):
+        restore(step, used)
+
+
 # Counting.
 
 
@@ -609,3 +630,25 @@ def test_a_position_error_changes_no_loader_and_no_state(tmp_path: Path) -> None
             ckpt.restore(data={"a": first, "b": shards(loaders.Stream, 4)})
         assert first.batches() == 0
         assert next(first)["id"].tolist() == [0, 1, 2, 3]
+
+
+# What the primary checks before anything is written.
+
+
+def told(reads: list[list[int]], writes: list[list[int]], at: list[int], count: int) -> Any:
+    return [
+        save_protocol.positions_told(
+            {"a": count}, {"a": mine}, {"a": {shard: str(place) for shard in held}}
+        )
+        for held, mine, place in zip(reads, writes, at, strict=True)
+    ]
+
+
+def test_positions_of_all_hosts_are_whole_and_hosts_with_the_same_rows_agree() -> None:
+    save_protocol.check_positions(told([[0, 1], [0, 1]], [[0, 1], []], [5, 5], 2))
+    with pytest.raises(PositionError, match=r"host 1 is at another place.*than host 0"):
+        save_protocol.check_positions(told([[0, 1], [0, 1]], [[0, 1], []], [5, 6], 2))
+    with pytest.raises(PositionError, match="hosts 0 and 1 both own data shard 1"):
+        save_protocol.check_positions(told([[0, 1], [1]], [[0, 1], [1]], [5, 5], 2))
+    with pytest.raises(PositionError, match=r"no host owns data shard 2.*1 of 3"):
+        save_protocol.check_positions(told([[0], [1]], [[0], [1]], [5, 5], 3))

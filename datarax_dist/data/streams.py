@@ -139,26 +139,19 @@ class Loader(Source):
         self._iterator: Iterator[Any] | None = None
         self._handed = 0
         self._ended = False
-        self._failure: str | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if self._failure is not None:
-            raise PositionError(self._failure)
         if self._ended:
             raise StopIteration
+        if self._iterator is None:
+            self._iterator = iter(self._adapter.iterate())
         try:
-            if self._iterator is None:
-                self._iterator = iter(self._adapter.iterate())
             batch = next(self._iterator)
         except StopIteration:
             self._ended = True
-            raise
-        except BaseException as error:
-            # Whether the batch is lost, nobody knows; many iterators then say that they have ended.
-            self._failure = _broken("The loader", error)
             raise
         self._handed += 1
         return batch
@@ -173,8 +166,6 @@ class Loader(Source):
         """Returns where it is. As long as nothing was taken since a restore, that is exactly what
         was restored: some loaders forget it until their first batch.
         """
-        if self._failure is not None:
-            raise PositionError(self._failure)
         if self._memory.restored is not None and self._untouched():
             return self._memory.restored
         return Position(_encode(self._adapter.get_state()), self._ended)
@@ -306,7 +297,8 @@ class Shards(Source):
                     ended.append(shard)
             batch = None if ended else _join(parts)
         except BaseException as error:
-            # Some shards have moved on, others have not.
+            # Some shards have moved on, others have not; and an iterator that has failed may well
+            # say that it has ended when it is asked again.
             self._failure = _broken("A data shard", error)
             raise
         if ended:
@@ -480,7 +472,9 @@ class Tracked(Source):
     def refusal(self) -> str | None:
         if self._handed or self._waiting or self._stopped is not None:
             ahead = f" and read {len(self._waiting)} ahead" if self._waiting else ""
-            return f"it has handed out {self._handed} batches{ahead}"
+            return f"it has handed out {self._handed} batches{ahead}" + (
+                " and ended" if self._stopped is not None else ""
+            )
         reason: str | None = self._source.refusal()
         return reason
 
