@@ -304,6 +304,22 @@ def test_a_sealed_file_of_the_wrong_types_is_an_error(body: dict[str, Any]) -> N
             pass
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"kind": "other", "count": 1},
+        {"kind": "shards", "count": 0},
+        {"kind": "shards", "count": 1 << 30},
+        {"kind": "shards", "count": "4"},
+        {"kind": "global", "count": 1, "batches": -1},
+        {"count": 1},
+    ],
+)
+def test_an_impossible_index_is_an_error(index: dict[str, Any]) -> None:
+    with pytest.raises(fmt.InvalidRecordError):
+        fmt.parse_position_index(fmt.seal(index), "index")
+
+
 def test_hostile_files_cost_neither_time_nor_memory() -> None:
     deep = b"[" * 5_000_000
     wide = fmt.seal({"state": [{"$array": {"dtype": "<i4", "shape": [1 << 40], "data": ""}}] * 999})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import targets
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import datarax_dist as dd
+from datarax_dist import format as fmt
 from datarax_dist import save as save_protocol
 from datarax_dist.data import (
     Checkpointable,
@@ -577,15 +579,27 @@ def test_large_bytes_stand_beside_the_json_and_a_damaged_one_is_found() -> None:
     restore(step, again)
     assert next(again)["id"].tolist() == [3000, 3001]
     for wrong in (step[blobs][:-1], b"x" + step[blobs][1:], step[blobs] + b"x"):
-        with pytest.raises(dd.data.positions.fmt.InvalidRecordError, match="blob"):
+        with pytest.raises(fmt.InvalidRecordError, match="blob"):
             restore({**step, blobs: wrong}, shards(lambda s, n: loaders.Stream(s, n, 4000), 2))
 
 
 def test_the_position_of_another_shard_is_not_taken() -> None:
     step = save(taken(shards(loaders.Stream, 2), 1))
     one, other = (f"data/data/shard_0000{s}-of-00002.json" for s in (0, 1))
-    with pytest.raises(dd.data.positions.fmt.InvalidRecordError, match="another shard"):
+    with pytest.raises(fmt.InvalidRecordError, match="another shard"):
         restore({**step, one: step[other]}, shards(loaders.Stream, 2))
+
+
+def test_a_position_that_cannot_be_read_changes_no_loader() -> None:
+    step = save(taken(shards(loaders.Stream, 2), 1))
+    other = "data/data/shard_00001-of-00002.json"
+    body = json.loads(step[other])
+    body.pop("crc32c")
+    body["state"] = {"$class": "os.system"}
+    loader = shards(loaders.Stream, 2)
+    with pytest.raises(PositionError, match=r"shard_00001-of-00002\.json cannot be read.*\$class"):
+        restore({**step, other: fmt.seal(body)}, loader)
+    assert next(loader)["id"].tolist() == [0, 1]
 
 
 # The whole way, through a Checkpointer.

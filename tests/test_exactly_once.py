@@ -115,6 +115,11 @@ class BeginsAnew(loaders.Stream):
         self.at %= len(self.records)
 
 
+class NeverTheSame(loaders.Stream):
+    def get_state(self) -> Any:
+        return {**super().get_state(), "draw": np.random.default_rng().integers(1 << 60)}
+
+
 BREACHES: dict[str, tuple[Callable[[int, int], Any], tuple[int, ...], str]] = {
     "read ahead": (
         lambda host, hosts: shards(lambda s, n: ahead(loaders.Stream(s, n), 2), loaders.V),
@@ -140,6 +145,16 @@ BREACHES: dict[str, tuple[Callable[[int, int], Any], tuple[int, ...], str]] = {
         lambda host, hosts: BeginsAnew(host, hosts),
         (2,),
         "the uninterrupted epoch has 48",
+    ),
+    "another epoch after its end was seen": (
+        lambda host, hosts: loaders.Anew(host, hosts),
+        (2,),
+        "the uninterrupted epoch has 48",
+    ),
+    "a position that is never the same twice": (
+        lambda host, hosts: shards(NeverTheSame, loaders.V),
+        (1, 2),
+        "A restore followed by a save gives other bytes",
     ),
     "shards of unequal length": (
         lambda host, hosts: shards(lambda s, n: loaders.Stream(s, n, 50), loaders.V),

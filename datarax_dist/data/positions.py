@@ -343,8 +343,9 @@ def decode_positions(plan: Plan, read: Callable[[str], bytes]) -> dict[str, dict
     """Reads and decodes the positions of this host.
 
     Raises:
-        InvalidRecordError, DecodeError: a file is damaged.
-        PositionError: a loader is not the one whose position it is; each difference is named.
+        InvalidRecordError: a file is damaged.
+        PositionError: a position cannot be read, by this program or by any; or a loader is not the
+            one whose position it is, each difference named.
     """
     found: dict[str, dict[int, Position]] = {}
     for name, wanted in plan.wanted.items():
@@ -384,8 +385,11 @@ def _read_position(
             if fmt.digest(blobs[-1]) != digest:
                 raise fmt.InvalidRecordError(f"{whole}: a blob is not as recorded")
     state = codec.Encoded(record.state, tuple(blobs))
-    codec.unpack(state)  # a damaged one is found before any loader is changed
-    then = codec.decode(record.loader)
+    try:
+        codec.unpack(state)  # what cannot be read is found before any loader is changed
+        then = codec.decode(record.loader)
+    except codec.DecodeError as error:
+        raise PositionError(f"{key} cannot be read: {error}") from error
     return Position(state, record.ended), then if isinstance(then, dict) else {}
 
 

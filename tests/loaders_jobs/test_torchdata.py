@@ -199,6 +199,7 @@ def test_a_tensor_that_cannot_be_written_is_named() -> None:
         {"dtype": "load", "shape": [], "data": ""},
         {"dtype": ["float32"], "shape": [1], "data": "AAAAAA=="},
         {"dtype": "float32", "shape": [1 << 60], "data": ""},
+        {"dtype": "float32", "shape": [1 << 28], "data": ""},  # a gigabyte for nothing
     ],
 )
 def test_a_hostile_tensor_is_an_error(body: Any) -> None:
