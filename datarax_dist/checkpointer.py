@@ -174,6 +174,7 @@ class Checkpointer:
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
         self._saver = Saver(self._store, self._group, self._clock, self._options, keep)
+        self._pace = data_io.Pace(self._options.batches_per_step)
         self._restorer = Restorer(self._store, self._group, self._options)
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
@@ -290,7 +291,7 @@ class Checkpointer:
             self._group.index,
             self._group.count,
             step,
-            self._options.batches_per_step,
+            self._pace,
         )
         shared = dict(captured.indexes)
         agreement = dict(captured.agreement)
@@ -369,7 +370,8 @@ class Checkpointer:
             StepNotFoundError: there is no committed step, or not this one.
             CorruptStepError: the step is damaged, or every one is.
             StructureMismatchError: the target does not fit; nothing was changed.
-            PositionError: the data positions do not fit; nothing was changed.
+            PositionError: the data positions do not fit, and nothing was changed; or a loader
+                refused its own, and then none of the loaders can be used any more.
         """
         restored = self.try_restore(
             step=step, state=state, data=data, allow_data_changes=allow_data_changes
@@ -455,8 +457,7 @@ class Checkpointer:
             tree = self._load_state(where, spec, goal)
 
         def apply() -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-            rate = self._options.batches_per_step
-            data_io.apply_positions(plan, positions, candidate.step, rate)
+            data_io.apply_positions(plan, positions, candidate.step, self._pace)
             return apply_state(target, tree), metadata, plan.changes
 
         return apply

@@ -111,8 +111,9 @@ def encode(value: Any, path: str = "", depth: int = 0, *, blobs: list[bytes] | N
     if type(value) is complex:
         return {"$complex": [encode(value.real), encode(value.imag)]}
     if isinstance(value, bytes | bytearray):
-        return {"$bytes": _bytes(bytes(value), blobs)}
-    if isinstance(value, np.ndarray):
+        tag = "$bytearray" if isinstance(value, bytearray) else "$bytes"
+        return {tag: _bytes(bytes(value), blobs)}
+    if type(value) in (np.ndarray, np.memmap):  # others, masked ones say, mean more than this
         return {"$array": _array(value, path, blobs)}
     if isinstance(value, Mapping):
         return _mapping(value, path, depth, blobs)
@@ -135,10 +136,11 @@ def encode(value: Any, path: str = "", depth: int = 0, *, blobs: list[bytes] | N
 
 
 def _mapping(value: Mapping[Any, Any], path: str, depth: int, blobs: list[bytes] | None) -> Any:
-    if all(type(key) is str and not key.startswith("$") for key in value):
+    plain = all(type(key) is str and not key.startswith("$") for key in value)
+    if plain and list(value) == sorted(value):  # JSON of ours has no other order
         return {
             key: encode(item, f"{path}/{key}".lstrip("/"), depth + 1, blobs=blobs)
-            for key, item in sorted(value.items())  # as JSON has them, so that blobs are in order
+            for key, item in value.items()
         }
     pairs = []
     for key, item in value.items():
@@ -200,12 +202,17 @@ def decode(value: Any, depth: int = 0, *, blobs: Sequence[bytes] = ()) -> Any:
     Raises:
         DecodeError: for anything else.
     """
-    return _Decoder(blobs).value(value, depth)
+    decoder = _Decoder(blobs)
+    found = decoder.value(value, depth)
+    if decoder.used != len(blobs):
+        raise DecodeError(f"{len(blobs)} blobs, of which {decoder.used} are used")
+    return found
 
 
 class _Decoder:
     def __init__(self, blobs: Sequence[bytes]) -> None:
         self._blobs = blobs
+        self.used = 0
 
     def value(self, value: Any, depth: int) -> Any:
         if depth > 2 * MAX_DEPTH:
@@ -238,6 +245,8 @@ class _Decoder:
                 return complex(real, imaginary)
             case "$bytes":
                 return self._bytes(body)
+            case "$bytearray":
+                return bytearray(self._bytes(body))
             case "$tuple" if isinstance(body, list):
                 return tuple(self.value(item, depth) for item in body)
             case "$dict" if isinstance(body, list):
@@ -255,8 +264,10 @@ class _Decoder:
     def _bytes(self, body: Any) -> bytes:
         if isinstance(body, dict):
             number = body["blob"]
-            if type(number) is not int or not 0 <= number < len(self._blobs):
-                raise DecodeError("a blob that is not there")
+            # Each once, in their order: or a small file could say that it is a huge one.
+            if type(number) is not int or number != self.used or number >= len(self._blobs):
+                raise DecodeError("a blob that is not there, or not the next one")
+            self.used += 1
             return self._blobs[number]
         try:
             return base64.b64decode(body, validate=True)

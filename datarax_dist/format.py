@@ -40,6 +40,7 @@ STEP_NAME = "STEP.json"  # the first file of a step directory: whose it is
 TREE_NAME = "TREE.json"  # the structure of the state and its leaves that are not arrays
 COMMIT_NAME = "COMMIT.json"  # the last file: the step counts
 MAX_RECORD_BYTES = 256 << 20
+MAX_POSITION_BYTES = 64 << 20  # of the JSON of one position
 MAX_BLOB_BYTES = 2 << 30  # of one position
 MAX_SHARDS = 1 << 20
 _ASIDE = re.compile(r"([0-9]+)\.(staging|replaced|deleting)-([0-9a-f]{16})")
@@ -108,13 +109,15 @@ class CommitMarker:
 @dataclass(frozen=True, slots=True)
 class PositionIndex:
     """`data/<item>/index.json`: what the positions of an item are. `fingerprint` is tagged JSON;
-    `batches` is how many were handed out, None when nobody counted.
+    `batches` is how many were handed out, `rows` how many records each data shard gave to one; None
+    when nobody counted.
     """
 
     kind: str
     count: int
     fingerprint: Any
     batches: int | None
+    rows: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,18 +416,27 @@ def parse_run(data: bytes) -> str:
     return str(_get(unseal(data, RUN_NAME), "run", str, RUN_NAME))
 
 
+def _check_size(data: bytes, name: str) -> None:
+    if len(data) > MAX_POSITION_BYTES:
+        raise InvalidRecordError(f"{name} has {len(data)} bytes, more than any position")
+
+
 def parse_position_index(data: bytes, name: str) -> PositionIndex:
     """Raises `InvalidRecordError` for anything that is no index."""
+    _check_size(data, name)
     body = unseal(data, name)
     kind, count = _get(body, "kind", str, name), _get(body, "count", int, name)
     if kind not in ("global", "shards", "host") or not 1 <= count <= MAX_SHARDS:
         raise InvalidRecordError(f"{name}: {count} positions of the kind {kind[:20]!r}")
-    batches = None if body.get("batches") is None else _get(body, "batches", int, name)
-    return PositionIndex(kind, count, body.get("fingerprint"), batches)
+    numbers = [
+        None if body.get(key) is None else _get(body, key, int, name) for key in ("batches", "rows")
+    ]
+    return PositionIndex(kind, count, body.get("fingerprint"), *numbers)
 
 
 def parse_position(data: bytes, name: str) -> PositionRecord:
     """Raises `InvalidRecordError` for anything that is no position."""
+    _check_size(data, name)
     body = unseal(data, name)
     blobs = []
     for row in _get({"blobs": body.get("blobs", [])}, "blobs", list, name):

@@ -136,8 +136,27 @@ def test_later_changes_do_not_reach_what_was_packed() -> None:
     assert back["c"] == [1]
 
 
-def test_dicts_of_other_kinds_become_dicts() -> None:
-    assert unpack(pack(OrderedDict(b=1, a=2))) == {"a": 2, "b": 1}
+def test_the_order_of_a_dict_stays() -> None:
+    for value in (OrderedDict(b=1, a=2), {"z": {"y": 1, "x": 2}, "a": 3}):
+        back = unpack(through_a_file(pack(value)))
+        assert list(back) == list(value)
+        assert type(back) is dict
+    assert list(back["z"]) == ["y", "x"]
+
+
+def test_a_bytearray_stays_one() -> None:
+    assert type(unpack(through_a_file(pack(bytearray(b"ab"))))) is bytearray
+
+
+def test_a_blob_is_used_once_and_in_its_order() -> None:
+    blob = {"dtype": "|u1", "shape": [4], "data": {"blob": 0}}
+    for value, blobs in (
+        ([{"$array": blob}] * 2, (b"1234",)),
+        ([], (b"1234",)),
+        ([{"$bytes": {"blob": 1}}, {"$bytes": {"blob": 0}}], (b"1", b"2")),
+    ):
+        with pytest.raises(DecodeError, match="blob"):
+            unpack(Encoded(value, blobs))
 
 
 class Custom:
@@ -161,6 +180,7 @@ def nested(depth: int) -> Any:
         ({"a": {1, 2}}, "a", "set"),
         ({"a": np.array([object()])}, "a", "dtype object"),
         ({"a": np.zeros(2, "i4,f4")}, "a", "dtype"),
+        ({"a": np.ma.masked_array([1, 2], [0, 1])}, "a", "MaskedArray"),
         ({"a": np.array(["2020"], "datetime64[D]")}, "a", "dtype datetime64"),
         ({"a": 1 << 12_001}, "a", "bits"),
         ({"a": "\ud800"}, "a", "Unicode"),

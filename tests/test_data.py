@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import targets
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import datarax_dist as dd
+from datarax_dist import codec
 from datarax_dist import format as fmt
 from datarax_dist import save as save_protocol
 from datarax_dist.data import (
@@ -45,8 +47,13 @@ from datarax_dist.errors import (
 def save(loader: Any, host: int = 0, hosts: int = 1, step: int = 0) -> dict[str, bytes]:
     """What one host would write, and the index."""
     with acting_as_host(host, hosts):
-        captured = positions.capture(loader, host, hosts, step, 1)
+        captured = positions.capture(loader, host, hosts, step)
     return {**captured.indexes, **captured.files}
+
+
+def paced(loader: Any, pace: positions.Pace, step: int) -> None:
+    with acting_as_host(0, 1):
+        positions.capture(loader, 0, 1, step, pace)
 
 
 def restore(
@@ -148,7 +155,7 @@ def test_a_loader_whose_iterators_have_positions(loader: Any) -> None:
 
 
 def test_a_loader_that_does_not_know_how_far_it_was_used() -> None:
-    with pytest.raises(PositionError, match=r"tracked\(indexed, 0\)"):
+    with pytest.raises(PositionError, match=r"tracked\(loader, 0\)"):
         save(loaders.Indexed(0, 1))
 
 
@@ -241,6 +248,65 @@ def test_another_class_or_version_of_a_loader_is_another_pipeline(
         restore(step, loaders.grain_elastic(0, 1))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"micro": 2},
+        {"records": 128},
+        {"epochs": 3},
+        {"begin": 8},
+    ],
+)
+def test_what_would_lose_or_repeat_records_is_in_grains_fingerprint(change: dict[str, int]) -> None:
+    def epoch(micro: int = 4, records: int = 64, epochs: int = 2, begin: int = 0) -> Any:
+        dataset = grain.MapDataset.range(records)[begin:].repeat(epochs).batch(micro)
+        return shards(lambda s, n: dataset[s::n].batch(2).to_iter_dataset(loaders.QUIET), 2)
+
+    with pytest.raises(PositionError, match=r"data\.pipeline: saved"):
+        restore(save(taken(epoch(), 1)), epoch(**change))
+
+
+def test_weights_and_operations_are_in_grains_fingerprint() -> None:
+    def mixed(weight: float) -> Any:
+        parts = [grain.MapDataset.range(64), grain.MapDataset.range(100, 164)]
+        return iter(grain.MapDataset.mix(parts, weights=[weight, 1 - weight]).to_iter_dataset())
+
+    with pytest.raises(PositionError, match=r"data\.pipeline: saved"):
+        restore(save(mixed(0.5)), mixed(0.75))
+    described = adapters.describe_loader(adapt(iter(loaders.grain_loader(0, 4))))
+    assert described["pipeline"] == ["Batch(batch_size=1, drop_remainder=False)"]
+
+
+def test_a_setting_that_was_none_is_compared_too() -> None:
+    class Seeded(Opaque):
+        seed: Any = None
+
+    class SeededAdapter(DataAdapter):
+        def fingerprint(self) -> dict[str, Any]:
+            return {"seed": self.loader.seed}
+
+    register_adapter(f"{Seeded.__module__}.{Seeded.__qualname__}", SeededAdapter)
+    now = Seeded()
+    now.seed = 7
+    with pytest.raises(PositionError, match=r"data\.seed: saved None, now 7"):
+        restore(save(Seeded()), now)
+
+
+@pytest.mark.parametrize("given", [float("nan"), {"w": np.ones(2)}, {1: "a"}, (1, 2)])
+def test_a_fingerprint_is_json(given: Any) -> None:
+    for make in (
+        lambda: shards(loaders.Stream, 2, fingerprint=given),
+        lambda: tracked([], 0, fingerprint=given),
+    ):
+        with pytest.raises(InvalidArgumentError, match="A fingerprint is JSON"):
+            make()
+
+
+def test_a_list_of_loaders_is_told_how_to_give_them() -> None:
+    with pytest.raises(PositionError, match=r"give one loader, or \{name: loader\}"):
+        positions.capture([Opaque(), Opaque()], 0, 1)
+
+
 @pytest.mark.parametrize("allow", ["data.seed", [3]])
 def test_allowed_changes_are_a_list_of_names(allow: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="list of names"):
@@ -267,35 +333,41 @@ def test_what_grain_says_of_itself() -> None:
 
 
 def test_batches_keep_pace_with_the_steps() -> None:
-    loader = shards(loaders.Stream, 4)
+    loader, pace = shards(loaders.Stream, 4), positions.Pace(1)
     taken(loader, 1)
-    save(loader, step=0)
+    paced(loader, pace, 0)
     taken(loader, 2)
-    save(loader, step=2)
+    paced(loader, pace, 2)
+    paced(loader, pace, 3)  # a step without a batch loses nothing
     taken(loader, 2)  # one too many
-    with pytest.raises(PositionError, match=r"handed out 5 batches at step 3.* 4 were expected"):
-        save(loader, step=3)
-    positions.capture(loader, 0, 1, 3, None)  # unchecked, if that is wanted
-    positions.capture(loader, 0, 1, 3, {"data": None})
-    taken(loader, 1)
-    positions.capture(loader, 0, 1, 5, {"other": 2})
+    with pytest.raises(PositionError, match=r"out 5 batches at step 3, 1 more.*\{'data': 2\}"):
+        paced(loader, pace, 3)
+    paced(loader, pace, 4)
+    for unchecked in (positions.Pace(None), positions.Pace({"data": None}), positions.Pace(1)):
+        paced(loader, unchecked, 3)
+    two, other = positions.Pace({"data": 2}), shards(loaders.Stream, 4)
+    for step in range(3):
+        paced(taken(other, 2), two, step)
+    with pytest.raises(InvalidArgumentError, match=r"names \['trian'\]; the data items are"):
+        paced(other, positions.Pace({"trian": 1}), 9)
     with pytest.raises(InvalidArgumentError, match="batches_per_step"):
         dd.Options(batches_per_step=0)
 
 
 def test_what_was_read_ahead_before_a_restore_is_noticed_after_it() -> None:
     def run(start: int, steps: int, step: dict[str, bytes] | None) -> dict[str, bytes]:
-        loader = shards(loaders.Stream, 4)
+        loader, pace = shards(loaders.Stream, 4), positions.Pace(1)
         if step is not None:
             with acting_as_host(0, 1):
                 plan = positions.plan_restore(loader, ["data/data"], step.__getitem__, 0, 1)
                 found = positions.decode_positions(plan, step.__getitem__)
-                positions.apply_positions(plan, found, start - 1, 1)
+                positions.apply_positions(plan, found, start - 1, pace)
         buffer = [next(loader), next(loader)]  # a reader that does not keep the position right
         for _ in range(steps):
             buffer.pop(0)
             buffer.append(next(loader))
-        return save(loader, step=start + steps - 1)
+        paced(loader, pace, start + steps - 1)
+        return save(loader)
 
     step = run(0, 3, None)
     with pytest.raises(PositionError, match="read ahead"):
@@ -377,7 +449,7 @@ def test_shards_that_failed_in_the_middle_of_a_batch_have_no_position_any_more()
 
 def test_a_batch_that_could_not_be_joined_is_not_lost_silently() -> None:
     loader = shards(lambda s, n: replay(lambda: iter([np.int32(1), np.int32(2)])), 2)
-    with pytest.raises(InvalidArgumentError, match="without an axis"):
+    with pytest.raises(InvalidArgumentError, match="nothing with an axis of records"):
         next(loader)
     with pytest.raises(PositionError, match="not known"):
         save(loader)
@@ -393,6 +465,59 @@ def test_what_has_ended_or_was_made_from_a_used_loader_is_refused() -> None:
     used = shards(lambda s, n: taken(iter(loaders.grain_map(s, n)), s), 2)
     with pytest.raises(PositionError, match="data shard 1: it is at index 1"):
         restore(step, used)
+
+
+def test_a_loader_that_uses_its_buffers_again_can_be_read_ahead() -> None:
+    def batches() -> Iterator[Any]:
+        ring = [np.zeros(2, int), np.zeros(2, int)]
+        for k in range(9):
+            ring[k % 2][:] = k
+            yield {"x": ring[k % 2]}
+
+    for depth in (2, 3, 5):
+        found = [int(batch["x"][0]) for batch in tracked(replay(batches), depth)]
+        assert found == list(range(9))
+
+
+def test_place_cannot_end_the_epoch() -> None:
+    extra = iter(range(3))
+    loader = tracked(shards(loaders.Stream, 4), 2, place=lambda batch: (batch, next(extra)))
+    taken(loader, 3)
+    with pytest.raises(InvalidArgumentError, match="raised StopIteration"):
+        next(loader)
+
+
+def test_a_position_taken_by_another_thread_is_whole() -> None:
+    class Slow(loaders.Stream):
+        def get_state(self) -> Any:
+            reading.set()
+            stopped.wait(0.05)
+            return super().get_state()
+
+    reading, stopped = threading.Event(), threading.Event()
+    loader = taken(shards(Slow, 4), 1)
+    taker = threading.Thread(target=lambda: (reading.wait(10), taken(loader, 3)))
+    taker.start()
+    found = loader.capture()
+    taker.join()
+    assert {codec.unpack(position.state)[0] for position in found.values()} == {1}
+
+
+def test_a_restore_that_fails_half_way_leaves_nothing_that_can_be_used() -> None:
+    class Moved(loaders.Stream):
+        def set_state(self, state: Any) -> None:
+            if self.records[0] == 2:
+                raise ValueError("the file has moved")
+            super().set_state(state)
+
+    step = save(taken(shards(Moved, 4), 3))
+    for wrap in (lambda loader: loader, lambda loader: tracked(loader, 2)):
+        loader = wrap(shards(Moved, 4))
+        with pytest.raises(PositionError, match="ValueError: the file has moved"):
+            restore(step, loader)
+        for use in (next, save, lambda used: restore(step, used)):
+            with pytest.raises(PositionError, match="Make the loader anew"):
+                use(loader)
 
 
 # Counting.
@@ -448,19 +573,84 @@ def test_shards_of_unequal_length_are_an_error_and_a_limit_is_the_way_out() -> N
 
 def test_rows_are_joined_leaf_by_leaf_and_columns_of_text_too() -> None:
     def batches(shard: int, count: int) -> Any:
-        one = {"x": np.full((2, 3), shard), "y": [f"a{shard}", None], "pair": (np.ones(2), [b"c"])}
+        one = {
+            "x": np.full((2, 3), shard),
+            "y": [f"a{shard}", None],
+            "pair": (np.ones(2), [b"c", b"d"]),
+        }
         return replay(lambda: iter([one]))
 
     batch = next(shards(batches, 2))
     assert batch["x"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
     assert batch["y"] == ["a0", None, "a1", None]
     assert batch["pair"][0].shape == (4,)
-    assert batch["pair"][1] == [b"c", b"c"]
+    assert batch["pair"][1] == [b"c", b"d"] * 2
 
 
 def test_records_without_a_batch_axis_are_named() -> None:
-    with pytest.raises(InvalidArgumentError, match="without an axis"):
+    with pytest.raises(InvalidArgumentError, match="nothing with an axis of records"):
         next(shards(lambda s, n: replay(lambda: iter([np.int32(1)])), 2))
+
+
+def test_lists_inside_a_batch_are_columns_and_a_list_of_arrays_is_a_batch_of_parts() -> None:
+    def batches(shard: int, count: int) -> Any:
+        tokens = [[shard], [shard, shard]]
+        return replay(lambda: iter([{"t": tokens, "r": [np.arange(shard), np.arange(3)], "n": 7}]))
+
+    batch = next(shards(batches, 2))
+    assert batch["t"] == [[0], [0, 0], [1], [1, 1]]
+    assert [len(row) for row in batch["r"]] == [0, 3, 1, 3]
+    assert batch["n"] == 7
+    pair = next(shards(lambda s, n: replay(lambda: iter([[np.ones(2), np.zeros((2, 5))]])), 2))
+    assert [part.shape for part in pair] == [(4,), (4, 5)]
+
+
+def test_jax_arrays_and_keys_are_joined_as_they_are() -> None:
+    def batches(shard: int, count: int) -> Any:
+        return replay(lambda: iter([{"k": jax.random.split(jax.random.key(shard), 2)}]))
+
+    batch = next(shards(batches, 2))
+    assert batch["k"].shape == (4,)
+    assert jax.random.key_data(batch["k"][2]).tolist() == (
+        jax.random.key_data(jax.random.split(jax.random.key(1), 2)[0]).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda s: {"a": np.zeros(2, np.float32 if s else np.int64)}, "a has other dtypes"),
+        (lambda s: {"a": np.zeros(2), **({"b": np.zeros(2)} if s else {})}, "0 and 1 have other"),
+        (lambda s: {"a": np.zeros(2), "shard": s}, "shard has no axis of records, and other"),
+    ],
+)
+def test_batches_that_do_not_fit_together_are_named(make: Any, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        next(shards(lambda s, n: replay(lambda: iter([make(s)])), 2))
+
+
+def test_a_shorter_last_batch_is_an_error_before_hosts_differ() -> None:
+    def epoch(**limit: int) -> Any:
+        dataset = grain.MapDataset.range(14)
+        return shards(
+            lambda s, n: dataset[s::n].batch(2).to_iter_dataset(loaders.QUIET), 4, **limit
+        )
+
+    loader = taken(epoch(), 1)
+    with pytest.raises(PositionError, match=r"Data shard 2 gave a batch of 1 records; before.*2\."):
+        next(loader)
+    assert len(list(epoch(batches=1))) == 1
+    again = epoch()
+    restore(save(taken(epoch(), 1)), again)  # its first batch is the short one
+    with pytest.raises(PositionError, match=r"Data shard 2 gave a batch of 1 records; before.*2\."):
+        next(again)
+
+
+def test_a_second_epoch_over_the_same_iterator_is_not_silently_empty() -> None:
+    for loader in (shards(loaders.Stream, 4), tracked([np.ones(1)], 0)):
+        assert len(list(loader)) > 0
+        with pytest.raises(PositionError, match="This epoch has ended"):
+            list(loader)
 
 
 # Who owns what.
@@ -552,19 +742,16 @@ def test_what_is_remembered_of_a_loader_goes_with_it() -> None:
 
 
 def test_a_loader_that_forgets_until_its_first_batch_is_not_saved_at_its_beginning() -> None:
-    step = save(_lazy(3))
-    again = loaders.Lazy(0, 1)
+    step = save(taken(tracked(loaders.Lazy(0, 1), 0), 3))
+    again = tracked(loaders.Lazy(0, 1), 0)
     restore(step, again)
-    assert again.state_dict() == {"at": 0}
     assert save(again) == step
-    next(iter(again))
-    assert save(again) == save(_lazy(4))
-
-
-def _lazy(count: int) -> Any:
-    loader = loaders.Lazy(0, 1)
-    loader.kept = taken(iter(loader), count)
-    return loader
+    assert next(again).tolist() == [3]
+    alone = loaders.Lazy(0, 1)
+    with pytest.raises(PositionError, match=r"does not say where.*tracked\(loader, 0\)"):
+        restore(step, alone)
+    with pytest.raises(PositionError, match="Make the loader anew"):
+        save(alone)
 
 
 # The files.

@@ -13,7 +13,7 @@ import importlib.metadata
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from datarax_dist.errors import InvalidArgumentError, PositionError
@@ -151,9 +151,11 @@ class _GrainDataLoader(DataAdapter):
     def fingerprint(self) -> dict[str, Any]:
         loader = getattr(self.loader, "_data_loader", None)
         sampler = getattr(loader, "_sampler", None)
-        sizes = [getattr(step, "batch_size", None) for step in getattr(loader, "_operations", ())]
-        drops = [getattr(s, "drop_remainder", None) for s in getattr(loader, "_operations", ())]
+        steps = list(getattr(loader, "_operations", ()))
+        sizes = [getattr(step, "batch_size", None) for step in steps]
+        drops = [getattr(step, "drop_remainder", None) for step in steps]
         return {
+            "pipeline": [_grain_node(step) for step in steps],
             "batch": _last(sizes),
             "seed": getattr(sampler, "_seed", None),
             "records": getattr(sampler, "_num_records", None),
@@ -205,8 +207,10 @@ class _Torchdata(_StateDict):
 
 class _HuggingFace(_StateDict):
     """`IterableDataset`: its state is that of its last iterator, and begins with the first record
-    taken, not with `load_state_dict`.
+    taken, not with `load_state_dict`; and each later iterator would begin where that was.
     """
+
+    counts = True
 
     def get_state(self) -> Any:
         kinds = [type(node).__name__ for node in self._nodes()]
@@ -344,6 +348,8 @@ class _StepIndexed(DataAdapter):
         return {"next": self._next}
 
     def set_state(self, state: Any) -> None:
+        if type(state["next"]) is not int or state["next"] < 0:
+            raise PositionError(f"There is no batch {state['next']!r:.40}.")
         self._next = state["next"]
 
     def iterate(self) -> Iterator[Any]:
@@ -439,7 +445,8 @@ def adapt(loader: Any) -> DataAdapter:
         return _StateDict(loader)
     if _has(loader, "iter_from_step") or (
         _has(loader, "__getitem__", "__len__")
-        and not isinstance(loader, Mapping | str | bytes | Iterator)
+        and (isinstance(loader, Sequence) or not hasattr(loader, "__iter__"))
+        and not isinstance(loader, str | bytes)
     ):
         return _StepIndexed(loader)
     if isinstance(loader, types.GeneratorType):
@@ -474,14 +481,14 @@ def open_loader(loader: Any) -> DataAdapter:
 
 def describe_loader(adapter: DataAdapter) -> dict[str, Any]:
     """Returns a loader's fingerprint: its class, the version of a known package, and what the
-    adapter says. What nobody knows is left out.
+    adapter says.
     """
     cls = type(adapter.loader)
     package = cls.__module__.partition(".")[0]
     found = {"class": cls.__name__, **adapter.fingerprint()}
     if package in _KNOWN:
         found["version"] = _version(package)
-    return {key: _plain(value) for key, value in found.items() if value is not None}
+    return {key: _plain(value) for key, value in found.items()}
 
 
 @functools.cache
@@ -522,9 +529,8 @@ def _grain_pipeline(top: Any) -> dict[str, Any]:
         if node is None:
             continue
         nodes.append(node)
-        waiting.append(getattr(node, "_map_parent", None))
-        waiting.extend(getattr(node, "_parents", None) or ())
-    sources = [node for node in nodes if type(node).__name__ == "SourceMapDataset"]
+        waiting.extend(_parents(node))
+    sources = [n for n in nodes if not _parents(n) and _length(n) is not None]
     seeds = [getattr(n, key, None) for n in nodes for key in ("_seed", "_seed_rng_seed")]
     sizes = [getattr(node, "_batch_size", None) for node in nodes]
     drops = [getattr(node, "_drop_remainder", None) for node in nodes]
@@ -534,8 +540,36 @@ def _grain_pipeline(top: Any) -> dict[str, Any]:
         "records": sum(_length(source) or 0 for source in sources) if sources else None,
         "shuffle": [type(n).__name__ for n in nodes if "Shuffle" in type(n).__name__],
         "remainder": _remainder(next((drop for drop in drops if drop is not None), None)),
-        "pipeline": [type(node).__name__ for node in reversed(nodes)],
+        "pipeline": [_grain_node(node) for node in reversed(nodes)],
     }
+
+
+def _parents(node: Any) -> list[Any]:
+    """Returns what a node of a Grain pipeline reads from; an iterator's data set among it."""
+    found = [getattr(node, "_map_parent", None), *(getattr(node, "_parents", None) or ())]
+    return [parent for parent in found if parent is not None]
+
+
+# What a node of a Grain pipeline, or an operation of its DataLoader, is set to. The rest of what
+# they hold is a cache, or where they are. (Seeds have a name of their own in the fingerprint.)
+_SETTINGS = (
+    *("batch_size", "drop_remainder", "num_epochs", "reseed_each_epoch", "window_size"),
+    *("start", "stop", "step", "proportions"),
+)
+
+
+def _grain_node(node: Any) -> str:
+    """Returns a node as text, with its settings."""
+    found = {}
+    for name in _SETTINGS:
+        value = getattr(node, f"_{name}", getattr(node, name, None))
+        if isinstance(value, bool | int | float | tuple | list):
+            found[name] = list(value) if isinstance(value, tuple | list) else value
+    weights = getattr(getattr(node, "_selection_map", None), "_proportions", None)
+    if weights is not None:
+        found["proportions"] = list(weights)
+    inner = ", ".join(f"{name}={value}" for name, value in found.items())
+    return f"{type(node).__name__}({inner})"
 
 
 def _deep_values(state: Any, key: str) -> list[int]:

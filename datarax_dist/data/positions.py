@@ -9,7 +9,7 @@ item; `shard_<s>-of-<V>.json` is the position of one data shard, with the finger
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,17 @@ from datarax_dist.errors import (
     UnsupportedLeafError,
 )
 
-__all__ = ["Captured", "Plan", "apply_positions", "capture", "named_loaders", "plan_restore"]
+__all__ = [
+    "Captured",
+    "Pace",
+    "Plan",
+    "apply_positions",
+    "capture",
+    "named_loaders",
+    "plan_restore",
+]
 
 _memories: dict[int, Memory] = {}
-BatchesPerStep = int | None | Mapping[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,19 @@ def _source(loader: Any) -> Source:
     """Returns what the positions of a loader are read from, as the user gave it."""
     if isinstance(loader, Source):
         return loader
+    if isinstance(loader, list | tuple):
+        raise PositionError(
+            f"`data` is a {type(loader).__name__}; give one loader, or {{name: loader}}. For a list"
+            " of batches give `it = datarax_dist.data.tracked(batches, 0)`, and take them from it."
+        )
     adapter = adapt(loader)
     if adapter.counts:
-        name = type(loader).__qualname__
         raise PositionError(
-            f"A {name} does not know how far it was used. Take the batches from `it ="
-            f" datarax_dist.data.tracked({name.lower()}, 0)`, and give that as `data`."
+            f"A {type(loader).__qualname__} does not know how far it was used. Take the batches"
+            " from `it = datarax_dist.data.tracked(loader, 0)`, and give that as `data`."
         )
-    return Loader(adapter, _memory(loader))
+    memory = _memory(loader)
+    return Loader(adapter, memory)
 
 
 def _memory(loader: Any) -> Memory:
@@ -106,14 +118,8 @@ def _placed(source: Source, host: int, hosts: int) -> tuple[int, Ownership]:
     return source.count, source.ownership()
 
 
-def capture(
-    data: Any, host: int, hosts: int, step: int = 0, batches_per_step: BatchesPerStep = None
-) -> Captured:
+def capture(data: Any, host: int, hosts: int, step: int = 0, pace: Pace | None = None) -> Captured:
     """Reads and encodes the position of every loader, now.
-
-    Args:
-        batches_per_step: how many batches one step takes, of all items or by name; None for what is
-            not checked.
 
     Raises:
         PositionError: a loader has no position, or has handed out another number of batches than
@@ -121,17 +127,17 @@ def capture(
         UnsupportedLeafError: a position has something that cannot be written; it is named.
     """
     captured = Captured({}, {}, {}, {}, {}, {})
-    for name, loader in named_loaders(data).items():
+    items = named_loaders(data)
+    if pace is not None and items:
+        pace.check_names(items)
+    for name, loader in items.items():
         source = _source(loader)
         try:
             _capture_item(captured, name, source, host, hosts)
         except UnsupportedLeafError as error:
             raise UnsupportedLeafError(f"Data item {name!r}: {error}", path=error.path) from None
-        rate = batches_per_step
-        if isinstance(rate, Mapping):
-            rate = rate.get(name, 1)
-        if rate is not None:
-            _check_offset(name, source, step, rate)
+        if pace is not None:
+            pace.check(name, source, step)
     return captured
 
 
@@ -141,15 +147,18 @@ def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> 
     if source.kind == "host":  # one position, whatever it is called on this host
         positions = dict(zip(owned.reads, positions.values(), strict=True))
         described = dict(zip(owned.reads, described.values(), strict=True))
-    fingerprint = source.fingerprint()
     index = {
         "kind": source.kind,
         "count": count,
-        "fingerprint": _encode(fingerprint, f"{name}'s fingerprint"),
+        "fingerprint": _encode(source.fingerprint(), f"{name}'s fingerprint"),
         "batches": source.batches(),
+        "rows": source.rows(),
     }
     to.indexes[fmt.position_index_name(name)] = fmt.seal(index)
     to.agreement[f"the number of batches that {name!r} has handed out"] = index.pop("batches")
+    to.agreement[f"the number of records in a batch of each data shard of {name!r}"] = index.pop(
+        "rows"
+    )
     to.agreement[f"data item {name!r}"] = index
     held = to.held[name] = {}
     for shard, position in positions.items():
@@ -164,6 +173,12 @@ def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> 
             **({"blobs": [_blob_entry(blob) for blob in blobs]} if blobs else {}),
         }
         data = fmt.seal(body)
+        if len(data) > fmt.MAX_POSITION_BYTES:
+            raise PositionError(
+                f"A position of {name!r} takes {len(data)} bytes as JSON; at most"
+                f" {fmt.MAX_POSITION_BYTES} are possible. Make long lists of numbers arrays, or"
+                " keep them in `state`."
+            )
         held[shard] = fmt.crc_text(fmt.crc32c(data))
         if shard in owned.writes:
             to.files[fmt.position_name(name, shard, count)] = data
@@ -173,9 +188,9 @@ def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> 
     to.counts[name] = count
 
 
-def _encode(value: Any, what: str) -> Any:
+def _encode(value: Mapping[str, Any], what: str) -> Any:
     try:
-        return codec.encode(value)
+        return {key: codec.encode(value[key], key) for key in sorted(value)}
     except codec.EncodeError as error:
         raise UnsupportedLeafError(f"{what} cannot be written: {error}", path=error.path) from None
 
@@ -194,22 +209,54 @@ def _joined(blobs: Sequence[bytes]) -> bytes:
     return b"".join(blobs)
 
 
-def _check_offset(name: str, source: Source, step: int, rate: int) -> None:
-    """Batches handed out, minus what the steps took, stays what it was: nothing was read ahead."""
-    batches = source.batches()
-    if batches is None:
-        return
-    offset = batches - rate * step
-    if source.offset is not None and offset != source.offset:
-        raise PositionError(
-            f"Data item {name!r} has handed out {batches} batches at step {step}; after the save or"
-            f" restore before, {source.offset + rate * step} were expected, {rate} for each step."
-            " Were batches read ahead or skipped? Read ahead with"
-            " datarax_dist.data.tracked(loader, depth), which keeps the position right. If a step"
-            " takes another number of batches, say so with Options(batches_per_step=...); None"
-            " leaves it unchecked."
-        )
-    source.offset = offset
+class Pace:
+    """Whether batches keep pace with steps, for the loaders of one `Checkpointer`.
+
+    Batches handed out, minus what the steps took, must not grow: then something reads ahead, and a
+    restore would lose what it has read. (It may fall. A step without a batch loses nothing.)
+
+    Args:
+        batches_per_step: how many batches one step takes, of all items or by name; None for what is
+            not checked.
+    """
+
+    def __init__(self, batches_per_step: int | Mapping[str, int | None] | None) -> None:
+        self._rates = batches_per_step
+        self._offsets: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()
+
+    def _offset(self, name: str, batches: int | None, step: int) -> int | None:
+        rate = self._rates.get(name, 1) if isinstance(self._rates, Mapping) else self._rates
+        return None if rate is None or batches is None else batches - rate * step
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises `InvalidArgumentError` for a rate of an item that there is not."""
+        if isinstance(self._rates, Mapping) and (unknown := set(self._rates).difference(names)):
+            raise InvalidArgumentError(
+                f"Options(batches_per_step=...) names {sorted(unknown)!r}; the data items are"
+                f" {sorted(names)!r}."
+            )
+
+    def check(self, name: str, source: Source, step: int) -> None:
+        """Raises `PositionError` when more batches were handed out than the steps say."""
+        batches = source.batches()
+        offset = self._offset(name, batches, step)
+        if offset is None:
+            return
+        known = self._offsets.setdefault(source, offset)
+        if offset > known:
+            raise PositionError(
+                f"Data item {name!r} has handed out {batches} batches at step {step},"
+                f" {offset - known} more than the steps say. Were batches read ahead"
+                " or skipped? Read ahead with datarax_dist.data.tracked(loader, depth), which keeps"
+                " the position right. If a step takes another number of batches, say so:"
+                f" Options(batches_per_step={{{name!r}: 2}}), or None to leave it unchecked."
+            )
+
+    def restored(self, name: str, source: Source, step: int, batches: int | None) -> None:
+        """Begins at what a restored step says."""
+        self._offsets.pop(source, None)
+        if (offset := self._offset(name, batches, step)) is not None:
+            self._offsets[source] = offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +266,14 @@ class Plan:
     Attributes:
         sources: item -> what its positions are set on.
         wanted: item -> data shard -> the number of positions that the item has.
-        batches: item -> how many batches were handed out before, where that is known.
+        batches: item -> how many batches were handed out before, and how many records each data
+            shard gave to one, where that is known.
         changes: what differs from the fingerprint, and is allowed: name -> (saved, now).
     """
 
     sources: Mapping[str, Source]
     wanted: Mapping[str, Mapping[int, int]]
-    batches: Mapping[str, int | None]
+    batches: Mapping[str, tuple[int | None, int | None]]
     allowed: frozenset[str]
     changes: dict[str, tuple[Any, Any]]
 
@@ -270,18 +318,14 @@ def plan_restore(
                 " restore into that before anything is taken from it."
             )
         _, owned = _placed(source, host, hosts)
-        then = codec.decode(index.fingerprint)
-        if then is None or isinstance(then, dict):
-            then, now = then or {}, source.fingerprint()
-            unlike = {
-                key: (then.get(key), now.get(key))
-                for key in sorted({*then, *now})
-                if then.get(key) != now.get(key)
-            }
-            _check_changes(plan, name, unlike)
+        if index.fingerprint is not None and not isinstance(index.fingerprint, dict):
+            raise fmt.InvalidRecordError(f"{key}: a fingerprint that is no object")
+        then = index.fingerprint or {}
+        now = _encode(source.fingerprint(), f"{name}'s fingerprint")
+        _check_changes(plan, name, then, now, sorted({*then, *now}))
         plan.sources[name] = source  # type: ignore[index]
         plan.wanted[name] = dict.fromkeys(owned.reads, index.count)  # type: ignore[index]
-        plan.batches[name] = index.batches  # type: ignore[index]
+        plan.batches[name] = index.batches, index.rows  # type: ignore[index]
     return plan
 
 
@@ -317,10 +361,16 @@ def _check_kind(name: str, index: fmt.PositionIndex, source: Source, hosts: int)
         )
 
 
-def _check_changes(plan: Plan, item: str, unlike: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuses what differs and is not allowed; keeps what is."""
-    named = {f"{item}.{key}": pair for key, pair in unlike.items()}
-    refused = {key: pair for key, pair in named.items() if key not in plan.allowed}
+def _check_changes(
+    plan: Plan, item: str, then: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]
+) -> None:
+    """Refuses what differs and is not allowed; keeps what is. Both fingerprints are tagged JSON."""
+    unlike = {
+        f"{item}.{key}": (_decoded(then.get(key)), _decoded(now.get(key)))
+        for key in keys
+        if fmt.dumps(then.get(key)) != fmt.dumps(now.get(key))
+    }
+    refused = {key: pair for key, pair in unlike.items() if key not in plan.allowed}
     if refused:
         lines = "".join(
             f"\n  {key}: saved {_short(then)}, now {_short(now)}"
@@ -331,7 +381,14 @@ def _check_changes(plan: Plan, item: str, unlike: Mapping[str, tuple[Any, Any]])
             " same, or, if the position means the same all the same,"
             f" restore(..., allow_data_changes={sorted(refused)!r})."
         )
-    plan.changes.update(named)
+    plan.changes.update(unlike)
+
+
+def _decoded(value: Any) -> Any:
+    try:
+        return codec.decode(value)
+    except codec.DecodeError:
+        return value
 
 
 def _short(value: Any) -> str:
@@ -351,18 +408,14 @@ def decode_positions(plan: Plan, read: Callable[[str], bytes]) -> dict[str, dict
     for name, wanted in plan.wanted.items():
         source = plan.sources[name]
         now = source.loader_fingerprints()
-        unlike: dict[str, tuple[Any, Any]] = {}
         found[name] = {}
         for number, (shard, count) in enumerate(wanted.items()):
             position, then = _read_position(name, shard, count, read)
             found[name][shard] = position
             mine = now[shard] if shard in now else list(now.values())[number]
-            unlike |= {
-                key: (then[key], mine[key])
-                for key in sorted({*then} & {*mine})
-                if then[key] != mine[key]
-            }
-        _check_changes(plan, name, unlike)
+            # A key that only one side has is one that another version of an adapter tells.
+            keys = sorted({*then} & {*mine})
+            _check_changes(plan, name, then, _encode(mine, f"{name}'s fingerprint"), keys)
     return found
 
 
@@ -387,38 +440,53 @@ def _read_position(
     state = codec.Encoded(record.state, tuple(blobs))
     try:
         codec.unpack(state)  # what cannot be read is found before any loader is changed
-        then = codec.decode(record.loader)
     except codec.DecodeError as error:
         raise PositionError(f"{key} cannot be read: {error}") from error
-    return Position(state, record.ended), then if isinstance(then, dict) else {}
+    then = record.loader if isinstance(record.loader, dict) else {}
+    return Position(state, record.ended), then
 
 
 def apply_positions(
     plan: Plan,
     positions: Mapping[str, Mapping[int, Position]],
     step: int = 0,
-    batches_per_step: BatchesPerStep = None,
+    pace: Pace | None = None,
 ) -> None:
     """Sets the loaders to their positions.
 
     Raises:
-        PositionError: a loader refused its position; it says what.
+        PositionError: a loader refused its position; it says what. None of the loaders has a
+            position after that: some may be set, others not.
     """
-    for name, source in plan.sources.items():
-        try:
-            source.apply(positions[name], plan.batches[name])
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise PositionError(
-                f"The loader of {name!r} refused its position with {type(error).__name__}: {error}"
-                "\nIts data or its settings are not those of the saved one. Make it the same again;"
-                " and make new loaders before the next try, this one may have been changed."
-            ) from error
-        rate = (
-            batches_per_step.get(name, 1)
-            if isinstance(batches_per_step, Mapping)
-            else (batches_per_step)
-        )
-        batches = plan.batches[name]
-        source.offset = None if rate is None or batches is None else batches - rate * step
+    try:
+        for name, source in plan.sources.items():
+            batches, rows = plan.batches[name]
+            _apply(name, source, positions[name], batches, rows)
+            if pace is not None:
+                pace.restored(name, source, step, batches)
+    except BaseException:
+        for source in plan.sources.values():
+            source.poison(
+                "A restore into it has failed, and where it stands now is not known. Make the"
+                " loader anew, and restore into that."
+            )
+        raise
+
+
+def _apply(
+    name: str,
+    source: Source,
+    positions: Mapping[int, Position],
+    batches: int | None,
+    rows: int | None,
+) -> None:
+    try:
+        source.apply(positions, batches, rows)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise PositionError(
+            f"The loader of {name!r} refused its position with {type(error).__name__}: {error}"
+            "\nIts data or its settings are not those of the saved one. Make it the same again; and"
+            " make new loaders before the next try, this one may have been changed."
+        ) from error

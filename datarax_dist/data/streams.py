@@ -5,8 +5,10 @@ position by counting. Beneath them `Source`, what positions are read from and se
 from __future__ import annotations
 
 import collections
+import json
 import logging
 import operator
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import numpy as np
 
 from datarax_dist import codec
 from datarax_dist import format as fmt
+from datarax_dist.data import batches as batches_io
 from datarax_dist.data.adapters import (
     DataAdapter,
     describe_loader,
@@ -46,6 +49,10 @@ __all__ = [
 logger = logging.getLogger("datarax_dist")
 
 _PROGRESS_SECONDS = 10.0
+_SECOND_EPOCH = (
+    "This epoch has ended, and the iterator goes through one only. Make a new one for the next"
+    ' epoch, or let the loader repeat its data (docs/data.md, "Several epochs").'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +67,11 @@ class Position:
 
 @dataclass
 class Memory:
-    """What is known of a loader: its fingerprint, what was restored into it, and what it said of
-    itself right after that.
-    """
+    """What is known of a loader that the user iterates: its fingerprint, and what was restored."""
 
     described: dict[str, Any] | None = None
     restored: Position | None = None
-    echo: codec.Encoded | None = None
+    failure: str | None = None
 
 
 class Source:
@@ -75,12 +80,12 @@ class Source:
     Attributes:
         kind: "global", "shards" or "host".
         count: the number of positions: V of shards, otherwise 1.
-        offset: batches handed out minus steps, when it was last looked at; None before that.
+        failure: why it has no position any more; None while it has one.
     """
 
     kind: str
     count: int
-    offset: int | None = None
+    failure: str | None = None
 
     def ownership(self) -> Ownership:
         """Returns which positions this host reads, and which it writes."""
@@ -90,8 +95,12 @@ class Source:
         """Returns the positions that this host reads. Later batches do not change them."""
         raise NotImplementedError
 
-    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
-        """Sets the positions; `batches` were handed out before them, over all runs."""
+    def apply(
+        self, positions: Mapping[int, Position], batches: int | None, rows: int | None
+    ) -> None:
+        """Sets the positions; `batches` were handed out before them, over all runs, with `rows`
+        records from each data shard.
+        """
         raise NotImplementedError
 
     def refusal(self) -> str | None:
@@ -101,6 +110,14 @@ class Source:
     def batches(self) -> int | None:
         """Returns how many batches were handed out over all runs; None when nobody counts."""
         raise NotImplementedError
+
+    def poison(self, failure: str) -> None:
+        """Nothing can be taken or saved from now on."""
+        self.failure = failure
+
+    def rows(self) -> int | None:
+        """Returns how many records each data shard gives to a batch; None when nobody knows."""
+        return None
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what must be the same on restore, for the item as a whole."""
@@ -133,7 +150,9 @@ class Loader(Source):
     count = 1
 
     def __init__(self, adapter: DataAdapter, memory: Memory | None = None) -> None:
+        self._mine = memory is None  # it is iterated through this object alone
         self._adapter = adapter
+        self.failure = None if memory is None else memory.failure
         self.kind = adapter.kind
         self._memory = memory or Memory()
         self._iterator: Iterator[Any] | None = None
@@ -166,30 +185,47 @@ class Loader(Source):
         """Returns where it is. As long as nothing was taken since a restore, that is exactly what
         was restored: some loaders forget it until their first batch.
         """
+        if self.failure is not None:
+            raise PositionError(self.failure)
         if self._memory.restored is not None and self._untouched():
             return self._memory.restored
         return Position(_encode(self._adapter.get_state()), self._ended)
 
     def _untouched(self) -> bool:
+        """Whether nothing was taken since a restore; for a loader that is iterated elsewhere, as
+        far as it says so itself.
+        """
         if self._handed:
             return False
-        if self._ended or self._adapter.counts:
+        if self._mine:
             return True
         if self._adapter.starts_when_read:
             return self._adapter.started() is None
-        return self._memory.echo == _encode(self._adapter.get_state())
+        return self._memory.restored == Position(_encode(self._adapter.get_state()))
 
-    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
+    def apply(self, positions: Mapping[int, Position], batches: int | None, rows: Any) -> None:
         [position] = positions.values()
         self.set_position(position)
 
     def set_position(self, position: Position) -> None:
-        self._adapter.set_state(codec.unpack(position.state))
+        adapter = self._adapter
+        peek = not (self._mine or adapter.starts_when_read)
+        before = _encode(adapter.get_state()) if peek else None
+        adapter.set_state(codec.unpack(position.state))
         self._memory.restored, self._ended = position, position.ended
-        if not (self._adapter.counts or self._adapter.starts_when_read):
-            self._memory.echo = _encode(self._adapter.get_state())
+        if peek and position.state != before == _encode(adapter.get_state()):
+            raise PositionError(
+                f"A {type(adapter.loader).__qualname__} does not say where it was set to until its"
+                " first batch is taken, so nobody could tell whether it was used since. Restore `it"
+                " = datarax_dist.data.tracked(loader, 0)` instead, and take the batches from that."
+            )
+
+    def poison(self, failure: str) -> None:
+        self.failure = self._memory.failure = failure
 
     def refusal(self) -> str | None:
+        if self.failure is not None:
+            return self.failure
         if self._handed:
             return f"it has handed out {self._handed} batches"
         if self._memory.restored is not None and self._untouched():
@@ -244,15 +280,17 @@ class Shards(Source):
         if batches is not None:
             batches = _at_least("shards(batches=...) needs a number of batches", batches, 0)
         self._factory = factory
-        self._fingerprint = fingerprint
+        self._fingerprint = _checked_fingerprint(fingerprint)
         self._sharding = sharding
         self._limit = batches
         self._owned: Ownership | None = None
         self._loaders: dict[int, Loader] | None = None
         self._handed = 0
         self._before = 0
-        self._failure: str | None = None
+        self._rows: int | None = None
         self._ended = False
+        self._told_end = False
+        self._lock = threading.RLock()  # a batch and its position belong together
 
     def ownership(self) -> Ownership:
         if self._owned is None:
@@ -280,29 +318,42 @@ class Shards(Source):
         return self._loaders
 
     def __iter__(self) -> Shards:
+        if self._told_end:
+            raise PositionError(_SECOND_EPOCH)
         return self
 
     def __next__(self) -> Any:
-        if self._failure is not None:
-            raise PositionError(self._failure)
+        with self._lock:
+            return self._next()
+
+    def _next(self) -> Any:
+        if self.failure is not None:
+            raise PositionError(self.failure)
         if self._ended or (self._limit is not None and self._before + self._handed >= self._limit):
+            self._told_end = True
             raise StopIteration
         loaders = self._opened()
-        parts, ended = [], []
+        parts, ended = {}, []
         try:
             for shard, loader in loaders.items():
                 try:
-                    parts.append(next(loader))
+                    parts[shard] = next(loader)
                 except StopIteration:
                     ended.append(shard)
-            batch = None if ended else _join(parts)
+            if not ended:
+                hint = (
+                    f"end the epoch before it, shards(..., batches={self._before + self._handed})."
+                )
+                self._rows = batches_io.check_rows(parts, self._rows, hint)
+                batch = batches_io.join(parts)
         except BaseException as error:
             # Some shards have moved on, others have not; and an iterator that has failed may well
             # say that it has ended when it is asked again.
-            self._failure = _broken("A data shard", error)
+            self.failure = _broken("A data shard", error)
             raise
         if ended:
             self._end(ended)
+            self._told_end = True
             raise StopIteration
         self._handed += 1
         return batch
@@ -312,32 +363,41 @@ class Shards(Source):
         handed = self._before + self._handed
         others = [shard for shard in self.ownership().reads if shard not in ended]
         if self._limit is not None:
-            self._failure = (
+            self.failure = (
                 f"Data shard {ended[0]} ended after {handed} batches, of the {self._limit} that"
                 " shards(batches=...) promises. Make `batches` smaller."
             )
         elif others:
-            self._failure = (
+            self.failure = (
                 f"Data shard {ended[0]} ended after {handed} batches, data shard {others[0]} has"
                 " more. With other hosts, some would take a step that others do not, and wait for"
                 f" ever. Give shards(..., batches={handed}), which ends all of them there, or make"
                 " the shards equally long."
             )
-        if self._failure is not None:
-            raise PositionError(self._failure)
+        if self.failure is not None:
+            raise PositionError(self.failure)
         self._ended = True
 
     def capture(self) -> dict[int, Position]:
-        if self._failure is not None:
-            raise PositionError(self._failure)
-        return {shard: loader.position() for shard, loader in self._opened().items()}
+        with self._lock:
+            if self.failure is not None:
+                raise PositionError(self.failure)
+            return {shard: loader.position() for shard, loader in self._opened().items()}
 
-    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
-        for shard, position in positions.items():
-            self._opened()[shard].set_position(position)
-        self._before, self._handed = batches or 0, 0
+    def apply(
+        self, positions: Mapping[int, Position], batches: int | None, rows: int | None
+    ) -> None:
+        with self._lock:
+            for shard, position in positions.items():
+                self._opened()[shard].set_position(position)
+            self._before, self._handed, self._rows = batches or 0, 0, rows
+
+    def rows(self) -> int | None:
+        return self._rows
 
     def refusal(self) -> str | None:
+        if self.failure is not None:
+            return self.failure
         if self._handed:
             return f"it has handed out {self._handed} batches"
         for shard, loader in self._opened().items():
@@ -378,7 +438,8 @@ def shards(
 
     Host h owns the shards with `s % hosts == h`; with `sharding`, those whose rows its devices
     hold. Its part of a batch is the rows of its shards, concatenated in the order of the shards,
-    leaf by leaf. (A list of anything but arrays is a column: the lists are joined.)
+    leaf by leaf. Dicts and tuples are structure, and a list has one item for each record. Every
+    batch of a shard has the same number of records.
 
     Args:
         factory: `factory(shard, count)` returns a loader of that shard: of every `count`-th record,
@@ -422,7 +483,10 @@ class Tracked(Source):
         self.kind = self._source.kind
         self.count = self._source.count
         self._place = place
-        self._fingerprint = fingerprint
+        self._fingerprint = _checked_fingerprint(fingerprint)
+        self._fresh = _FreshBuffers(max(self._depth, 1))
+        self._lock = threading.RLock()
+        self._told_end = False
         self._waiting: collections.deque[tuple[Any, dict[int, Position]]] = collections.deque()
         self._stopped: BaseException | None = None
         self._at: dict[int, Position] | None = None
@@ -430,46 +494,71 @@ class Tracked(Source):
         self._before = 0
 
     def __iter__(self) -> Tracked:
+        if self._told_end:
+            raise PositionError(_SECOND_EPOCH)
         return self
 
     def __next__(self) -> Any:
-        if self._at is None:
-            self._at = self._source.capture()
-        while self._stopped is None and len(self._waiting) < max(self._depth, 1):
-            self._pull()
-        if not self._waiting:
-            assert self._stopped is not None
-            raise self._stopped
-        batch, self._at = self._waiting.popleft()
-        self._handed += 1
-        return batch
+        with self._lock:
+            if self.failure is not None:
+                raise PositionError(self.failure)
+            if self._at is None:
+                self._at = self._source.capture()
+            while self._stopped is None and len(self._waiting) < max(self._depth, 1):
+                self._pull()
+            if not self._waiting:
+                assert self._stopped is not None
+                self._told_end = isinstance(self._stopped, StopIteration)
+                raise self._stopped
+            batch, self._at = self._waiting.popleft()
+            self._handed += 1
+            return batch
 
     def _pull(self) -> None:
         """Reads one batch ahead. What stops it is raised when its turn comes."""
         try:
-            batch = next(self._source)
+            batch = self._fresh(next(self._source))
             at = self._source.capture()
-            self._waiting.append((batch if self._place is None else self._place(batch), at))
+            self._waiting.append((self._placed(batch), at))
         except Exception as error:
             self._stopped = error
         except BaseException as error:
             self._stopped = PositionError(_broken("Reading ahead", error))
             raise
 
+    def _placed(self, batch: Any) -> Any:
+        if self._place is None:
+            return batch
+        try:
+            return self._place(batch)
+        except StopIteration as error:  # it would look like the end of the epoch
+            raise InvalidArgumentError("tracked(place=...) raised StopIteration.") from error
+
     def ownership(self) -> Ownership:
         owned: Ownership = self._source.ownership()
         return owned
 
     def capture(self) -> dict[int, Position]:
-        found: dict[int, Position] = self._source.capture() if self._at is None else self._at
-        return dict(found)
+        with self._lock:
+            if self.failure is not None:
+                raise PositionError(self.failure)
+            return dict(self._source.capture() if self._at is None else self._at)
 
-    def apply(self, positions: Mapping[int, Position], batches: int | None) -> None:
-        self._source.apply(positions, batches)
-        self._at = dict(positions)
-        self._before, self._handed = batches or 0, 0
+    def apply(
+        self, positions: Mapping[int, Position], batches: int | None, rows: int | None
+    ) -> None:
+        with self._lock:
+            self._source.apply(positions, batches, rows)
+            self._at = dict(positions)
+            self._before, self._handed = batches or 0, 0
+
+    def rows(self) -> int | None:
+        found: int | None = self._source.rows()
+        return found
 
     def refusal(self) -> str | None:
+        if self.failure is not None:
+            return self.failure
         if self._handed or self._waiting or self._stopped is not None:
             ahead = f" and read {len(self._waiting)} ahead" if self._waiting else ""
             return f"it has handed out {self._handed} batches{ahead}" + (
@@ -555,6 +644,8 @@ class Replay:
             PositionError: the iterator ends earlier, or does not give the same batches again.
         """
         wanted = state["batches"]
+        if type(wanted) is not int or wanted < 0:
+            raise PositionError(f"replay() cannot go to {wanted!r:.40} batches.")
         iterator = iter(self._factory())
         batch: Any = None
         told = time.monotonic()
@@ -619,31 +710,37 @@ def _at_least(what: str, value: Any, least: int) -> int:
     return number
 
 
-def _is_column(value: Any) -> bool:
-    """Whether a list is one value for each record, rather than a part of the batch's tree."""
-    return isinstance(value, list) and not any(
-        hasattr(item, "shape") or isinstance(item, tuple | list) for item in value
+def _checked_fingerprint(given: Any) -> Any:
+    """Returns a fingerprint when it is JSON, so that it can be compared."""
+    try:
+        if json.loads(json.dumps(given, allow_nan=False)) == given:
+            return given
+    except (TypeError, ValueError):
+        pass
+    raise InvalidArgumentError(
+        "A fingerprint is JSON: texts, whole and finite numbers, true, false, None, lists and dicts"
+        f" of them, not {given!r:.200}."
     )
 
 
-def _join(parts: list[Any]) -> Any:
-    """Returns the rows of several batches, leaf by leaf."""
-    if len(parts) == 1:
-        return parts[0]
-    import jax
+class _FreshBuffers:
+    """Sees whether a loader writes its batches into buffers that it uses again. What waits to be
+    handed out is copied then; and at the beginning, until that is known.
+    """
 
-    def rows(*leaves: Any) -> Any:
-        if all(isinstance(leaf, list) for leaf in leaves):
-            return [item for leaf in leaves for item in leaf]
-        arrays = [np.asarray(leaf) for leaf in leaves]
-        if any(array.ndim == 0 for array in arrays):
-            raise InvalidArgumentError(
-                f"The batches of the data shards have a {type(leaves[0]).__name__} without an axis"
-                " of records. Each loader must give batches: batch() it, with 1 if need be."
-            )
-        return np.concatenate(arrays)
+    def __init__(self, depth: int) -> None:
+        self._left = depth + 1 if depth > 1 else 0
+        self._seen: list[np.ndarray[Any, Any]] = []
+        self._shared = False
 
-    return jax.tree.map(rows, *parts, is_leaf=_is_column)
+    def __call__(self, batch: Any) -> Any:
+        if self._left and not self._shared:
+            arrays = batches_io.arrays_of(batch)
+            self._shared = any(np.may_share_memory(a, b) for a in arrays for b in self._seen)
+            self._left -= 1
+            self._seen = [*self._seen, *arrays] if self._left else []
+            return batches_io.copied(batch)
+        return batches_io.copied(batch) if self._shared else batch
 
 
 def _digest(batch: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from datarax_dist import format as fmt
 from datarax_dist import save
-from datarax_dist.data import positions
+from datarax_dist.data import batches, positions
 from datarax_dist.data.ownership import acting_as_host
 from datarax_dist.errors import InvalidArgumentError
 
@@ -113,6 +113,8 @@ def check_exactly_once(
     whole = Part(hosts[0], None)
     truth = trial.uninterrupted(whole)
     seen = sum(truth, Counter())
+    if not truth:
+        raise ExactlyOnceError("The uninterrupted epoch has no batch at all.", (whole,))
     if records is not None and (len(seen), seen.total()) != (records, records):
         twice = [row for row, times in seen.items() if times > 1]
         raise ExactlyOnceError(
@@ -174,10 +176,18 @@ class _Trial:
     def interrupted(self, schedule: list[Part], truth: list[Counter[str]]) -> None:
         step: dict[str, bytes] | None = None
         at = 0
+        chance = random.Random(repr(schedule))
         for number, part in enumerate(schedule):
             job = _Job(self._factory, part.hosts)
             if step is not None:
-                job.restore(step, at)
+                try:
+                    job.restore(step, at)
+                except Exception as error:
+                    raise ExactlyOnceError(
+                        f"A restore failed with {type(error).__name__}: {error}\n"
+                        + _story(schedule, number, at),
+                        schedule,
+                    ) from error
                 if (changed := job.capture(at, schedule)) != step:
                     names = sorted(k for k in {*step, *changed} if step.get(k) != changed.get(k))
                     raise ExactlyOnceError(
@@ -191,6 +201,8 @@ class _Trial:
                 if not self._one(job, schedule, number, at, truth):
                     break
                 at += 1
+                if chance.random() < 0.3:
+                    job.capture(at, schedule)  # an earlier step of this job, of no use any more
             if wanted is None or at == len(truth):
                 if at != len(truth):
                     raise ExactlyOnceError(
@@ -243,10 +255,12 @@ class _Job:
             with acting_as_host(host, hosts):
                 self._loaders.append(factory(host, hosts))
         self._iterators: list[Any] = [None] * hosts
+        self._paces = [positions.Pace(1) for _ in range(hosts)]
 
     def step(self, schedule: Sequence[Part]) -> Counter[str] | None:
         """Returns the records of the next global batch, or None when every host is at the end."""
         rows: Counter[str] = Counter()
+        counts: dict[int, int] = {}
         ended = []
         for host, loader in enumerate(self._loaders):
             with acting_as_host(host, self._hosts):
@@ -257,13 +271,25 @@ class _Job:
                 except StopIteration:
                     ended.append(host)
                 else:
-                    rows.update(_rows(batch))
+                    try:
+                        mine = _rows(batch)
+                    except InvalidArgumentError as error:
+                        raise ExactlyOnceError(str(error), schedule) from error
+                    counts[host] = len(mine)
+                    rows.update(mine)
         if ended and len(ended) < self._hosts:
             others = [host for host in range(self._hosts) if host not in ended]
             raise ExactlyOnceError(
                 f"Hosts see different numbers of steps: {_some(ended)} of {self._hosts} hosts"
                 f" ended, {_some(others)} did not. In a real job the others would wait for"
                 " ever.\n  schedule: " + " | ".join(map(str, schedule)),
+                schedule,
+            )
+        if len(set(counts.values())) > 1:
+            raise ExactlyOnceError(
+                f"Hosts see different numbers of records in one global batch: {counts}. Arrays of"
+                " such a batch have other shapes on other hosts.\n  schedule: "
+                + " | ".join(map(str, schedule)),
                 schedule,
             )
         return None if ended else rows
@@ -273,7 +299,7 @@ class _Job:
         captured = []
         for host, loader in enumerate(self._loaders):
             with acting_as_host(host, self._hosts):
-                captured.append(positions.capture(loader, host, self._hosts, at, 1))
+                captured.append(positions.capture(loader, host, self._hosts, at, self._paces[host]))
         try:
             save.check_agreement(
                 [{"step": at, "agreement": c.agreement, "digests": {}} for c in captured]
@@ -299,7 +325,7 @@ class _Job:
                     loader, [f"data/{_ITEM}"], step.__getitem__, host, self._hosts
                 )
                 found = positions.decode_positions(plan, step.__getitem__)
-                positions.apply_positions(plan, found, at, 1)
+                positions.apply_positions(plan, found, at, self._paces[host])
 
     def crash(self) -> None:
         """Lets go of the loaders; those with workers are closed."""
@@ -311,24 +337,16 @@ class _Job:
 
 
 def _rows(batch: Any) -> list[str]:
-    """Returns each record of a batch as text: two are equal when their records are."""
-    import jax
-
-    leaves = jax.tree_util.tree_flatten_with_path(batch, is_leaf=lambda x: isinstance(x, list))[0]
-    columns = [
-        [f"{jax.tree_util.keystr(path, simple=True, separator='.')}={_text(item)}" for item in rows]
-        if path
-        else [_text(item) for item in rows]
-        for path, rows in ((path, _column(leaf)) for path, leaf in leaves)
-    ]
+    """Returns each record of a batch as text: two are equal when their records are. What has no
+    axis of records belongs to each.
+    """
+    count = batches.rows_of(batch)
+    columns = []
+    for name, leaf in batches.leaves_with_names(batch):
+        whole = not isinstance(leaf, list) and not getattr(leaf, "shape", None)
+        texts = [_text(leaf)] * count if whole else [_text(item) for item in leaf]
+        columns.append([f"{name}={text}" if name else text for text in texts])
     return [" ".join(row) for row in zip(*columns, strict=True)]
-
-
-def _column(leaf: Any) -> Sequence[Any]:
-    if isinstance(leaf, list):
-        return leaf
-    array = np.asarray(leaf)
-    return list(array) if array.ndim else [array]
 
 
 def _text(item: Any) -> str:

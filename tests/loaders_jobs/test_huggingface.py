@@ -52,28 +52,51 @@ def test_shards_read_each_record_once(name: str) -> None:
 
 
 def test_as_it_is_it_goes_on_with_the_same_number_of_hosts() -> None:
-    check_exactly_once(batched, hosts=(2,), schedules=30, records=RECORDS)
+    check_exactly_once(
+        lambda host, hosts: tracked(batched(host, hosts), 0),
+        hosts=(2,),
+        schedules=30,
+        records=RECORDS,
+    )
 
 
 def test_a_save_right_after_a_restore_is_not_the_beginning(tmp_path: Path) -> None:
     """It reports the beginning of the epoch until its first record is taken."""
     with dd.Checkpointer(tmp_path / "run") as ckpt:
-        used = batched(0, 1)
-        batches = iter(used)
+        used = tracked(batched(0, 1), 0)
         for _ in range(5):
-            next(batches)
+            next(used)
         ckpt.save(4, data=used)
-        expected = [batch["id"] for batch in batches]
         ckpt.wait_until_finished()
-        again = batched(0, 1)
+        expected = [batch["id"] for batch in used]
+        again = tracked(batched(0, 1), 0)
         ckpt.restore(data=again)
         ckpt.save(5, data=again)
         ckpt.wait_until_finished()
-        last = batched(0, 1)
+        last = tracked(batched(0, 1), 0)
         ckpt.restore(step=5, data=last)
         assert [batch["id"] for batch in last] == expected
+        begun = batched(0, 1)
+        next(iter(begun))
         with pytest.raises(PositionError, match="records were taken from it"):
-            ckpt.restore(data=used)
+            ckpt.restore(data=tracked(begun, 0))
+        with pytest.raises(PositionError, match=r"tracked\(loader, 0\)"):
+            ckpt.save(6, data=batched(0, 1))
+
+
+def test_lists_of_tokens_stay_one_item_for_each_record() -> None:
+    tokens = Dataset.from_dict(
+        {"id": list(range(8)), "tokens": [[i] * (2 + i % 3) for i in range(8)]}
+    )
+    stream = tokens.to_iterable_dataset(num_shards=4)
+    loader = shards(lambda s, n: stream.shard(n, s).batch(2), 4)
+    batch = next(loader)
+    assert batch["tokens"] == [[i] * (2 + i % 3) for i in batch["id"]]
+    check_exactly_once(
+        lambda host, hosts: shards(lambda s, n: stream.shard(n, s).batch(1), 4),
+        records=8,
+        schedules=20,
+    )
 
 
 def test_a_shuffle_buffer_which_it_loses_is_refused() -> None:

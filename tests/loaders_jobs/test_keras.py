@@ -15,7 +15,7 @@ from datarax_dist.data import adapt, shards, tracked
 from datarax_dist.errors import PositionError
 from datarax_dist.testing import check_exactly_once
 
-RECORDS, BATCH = 60, 12
+RECORDS, BATCH = 4200, 840
 
 
 class Batches(keras.utils.PyDataset):
@@ -39,7 +39,7 @@ def test_it_reads_each_record_once_on_any_number_of_hosts(depth: int) -> None:
     report = check_exactly_once(
         lambda host, hosts: tracked(Batches(host, hosts), depth),
         hosts=range(1, 9),
-        schedules=100,
+        schedules=60,
         records=RECORDS,
     )
     assert report.batches == RECORDS // BATCH
@@ -55,7 +55,7 @@ def test_alone_it_has_no_position() -> None:
     assert adapt(Batches(0, 1)).kind == "global"
     from datarax_dist.data import positions
 
-    with pytest.raises(PositionError, match=r"tracked\(batches, 0\)"):
+    with pytest.raises(PositionError, match=r"tracked\(loader, 0\)"):
         positions.capture(Batches(0, 1), 0, 1)
 
 

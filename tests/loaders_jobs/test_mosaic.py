@@ -151,7 +151,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     [told] = run_hosts(refusals, 1, args=(folder, str(tmp_path / "run")), timeout_seconds=120)
     assert told.error is None, json.dumps(told.output)
     alone, used, other = told.value
-    assert "tracked(streamingdataset, 0)" in alone
+    assert "tracked(loader, 0)" in alone
     assert "iter() was called on it" in used
     assert "data.seed: saved 3, now 4" in other
 
