@@ -240,11 +240,6 @@ class Loader(Source):
             self._memory.described = describe_loader(self._adapter)
         return {0: dict(self._memory.described)}
 
-    @property
-    def counts(self) -> bool:
-        """Whether only what is taken through this object moves the position."""
-        return self._adapter.counts
-
 
 def _open(loader: Any) -> Loader:
     """Returns a loader that a factory or the user made, ready to be iterated here."""
