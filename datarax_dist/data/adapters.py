@@ -59,7 +59,8 @@ class DataAdapter:
             on every host and means the same on any number of them.
         counts: the position is how much was taken from `iterate()`, so only a loader that is
             iterated by `shards` or `tracked` has one.
-        starts_when_read: `get_state` starts the workers of a loader that has not begun.
+        starts_when_read: `get_state` is not for a loader that was set and has not begun: it would
+            start its workers, say.
 
     >>> class Tape:
     ...     at = 0
@@ -249,9 +250,12 @@ class _HuggingFace(_StateDict):
 
 
 class _Mosaic(DataAdapter):
-    """`StreamingDataLoader`: five integers, equal on every host, right on any number of them."""
+    """`StreamingDataLoader`: five integers, equal on every host, right on any number of them. The
+    hosts of one machine keep a position that was set in one piece of shared memory.
+    """
 
     kind: Kind = "global"
+    starts_when_read = True  # another host may be writing what would be read
 
     @property
     def _dataset(self) -> Any:
