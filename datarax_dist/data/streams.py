@@ -4,6 +4,7 @@ position by counting. Beneath them `Source`, what positions are read from and se
 
 from __future__ import annotations
 
+import abc
 import collections
 import json
 import logging
@@ -74,7 +75,7 @@ class Memory:
     failure: str | None = None
 
 
-class Source:
+class Source(abc.ABC):
     """Something with the positions of one or more data shards; a data item of a step.
 
     Attributes:
@@ -87,29 +88,29 @@ class Source:
     count: int
     failure: str | None = None
 
+    @abc.abstractmethod
     def ownership(self) -> Ownership:
         """Returns which positions this host reads, and which it writes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def capture(self) -> dict[int, Position]:
         """Returns the positions that this host reads. Later batches do not change them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply(
         self, positions: Mapping[int, Position], batches: int | None, rows: int | None
     ) -> None:
         """Sets the positions; `batches` were handed out before them, over all runs, with `rows`
         records from each data shard.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def refusal(self) -> str | None:
         """Says why no position can be set any more, or None."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def batches(self) -> int | None:
         """Returns how many batches were handed out over all runs; None when nobody counts."""
-        raise NotImplementedError
 
     def poison(self, failure: str) -> None:
         """Nothing can be taken or saved from now on."""
@@ -123,9 +124,9 @@ class Source:
         """Returns what must be the same on restore, for the item as a whole."""
         return {}
 
+    @abc.abstractmethod
     def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
         """Returns what must be the same on restore, for each position that this host reads."""
-        raise NotImplementedError
 
 
 def _broken(what: str, error: BaseException) -> str:
@@ -466,9 +467,7 @@ def shards(
 class Tracked(Source):
     """An iterator that reads ahead; see `tracked`."""
 
-    def __init__(
-        self, loader: Any, depth: int, place: Callable[[Any], Any] | None, fingerprint: Any
-    ) -> None:
+    def __init__(self, loader: Any, depth: int, place: Callable[[Any], Any] | None) -> None:
         self._depth = _at_least("tracked() needs a depth", depth, 0)
         if place is not None and not callable(place):
             raise InvalidArgumentError(
@@ -478,7 +477,6 @@ class Tracked(Source):
         self.kind = self._source.kind
         self.count = self._source.count
         self._place = place
-        self._fingerprint = _checked_fingerprint(fingerprint)
         self._fresh = _FreshBuffers(max(self._depth, 1))
         self._lock = threading.RLock()
         self._told_end = False
@@ -567,16 +565,14 @@ class Tracked(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         found: dict[str, Any] = self._source.fingerprint()
-        return found if self._fingerprint is None else {**found, "user": self._fingerprint}
+        return found
 
     def loader_fingerprints(self) -> dict[int, dict[str, Any]]:
         found: dict[int, dict[str, Any]] = self._source.loader_fingerprints()
         return found
 
 
-def tracked(
-    loader: Any, depth: int, *, place: Callable[[Any], Any] | None = None, fingerprint: Any = None
-) -> Tracked:
+def tracked(loader: Any, depth: int, *, place: Callable[[Any], Any] | None = None) -> Tracked:
     """Returns an iterator that reads `depth` batches ahead, and whose position is that of the last
     batch it handed out, never of one that it has read ahead.
 
@@ -589,7 +585,6 @@ def tracked(
         place: called with each batch as soon as it is read, on this thread:
             `lambda batch: jax.make_array_from_process_local_data(sharding, batch)`, say, which
             starts the transfer and returns at once.
-        fingerprint: JSON that must be the same on restore.
 
     Raises:
         PositionError: the loader has no position.
@@ -600,7 +595,7 @@ def tracked(
     >>> batches.batches()
     2
     """
-    return Tracked(loader, depth, place, fingerprint)
+    return Tracked(loader, depth, place)
 
 
 class Replay:
