@@ -483,16 +483,18 @@ def test_place_cannot_end_the_epoch() -> None:
         next(loader)
 
 
-def test_a_position_taken_by_another_thread_is_whole() -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["shards", "tracked"])
+def test_a_position_taken_by_another_thread_is_whole(whole: bool) -> None:
     class Slow(loaders.Stream):
         def get_state(self) -> Any:
-            reading.set()
-            stopped.wait(0.05)
+            if not reading.is_set():
+                reading.set()
+                moved.wait(0.2)  # in vain: nothing can be taken meanwhile
             return super().get_state()
 
-    reading, stopped = threading.Event(), threading.Event()
-    loader = taken(shards(Slow, 4), 1)
-    taker = threading.Thread(target=lambda: (reading.wait(10), taken(loader, 3)))
+    reading, moved = threading.Event(), threading.Event()
+    loader = taken(shards(Slow, 4), 1) if whole else tracked(taken(Slow(0, 1), 1), 1)
+    taker = threading.Thread(target=lambda: (reading.wait(10), taken(loader, 3), moved.set()))
     taker.start()
     found = loader.capture()
     taker.join()
@@ -764,6 +766,72 @@ def test_large_bytes_stand_beside_the_json_and_a_damaged_one_is_found() -> None:
     for wrong in (step[blobs][:-1], b"x" + step[blobs][1:], step[blobs] + b"x"):
         with pytest.raises(fmt.InvalidRecordError, match="blob"):
             restore({**step, blobs: wrong}, shards(lambda s, n: loaders.Stream(s, n, 4000), 2))
+
+
+def test_a_position_that_could_not_be_read_again_is_not_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = taken(shards(loaders.Stream, 2), 1)
+    monkeypatch.setattr(fmt, "MAX_POSITION_BYTES", 100)
+    with pytest.raises(PositionError, match=r"position of 'data' takes [0-9]+ bytes.*at most 100"):
+        save(loader)
+
+
+def test_a_damaged_fingerprint_is_an_error() -> None:
+    step = save(taken(shards(loaders.Stream, 2), 1))
+    index = json.loads(step["data/data/index.json"])
+    index.pop("crc32c")
+    index["fingerprint"] = [1]
+    with pytest.raises(fmt.InvalidRecordError, match="a fingerprint that is no object"):
+        restore({**step, "data/data/index.json": fmt.seal(index)}, shards(loaders.Stream, 2))
+
+
+def test_torchdata_that_resumes_in_another_order_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class StatefulDataLoader(loaders.Stream):
+        def state_dict(self) -> Any:
+            return self.get_state()
+
+        def load_state_dict(self, state: Any) -> None:
+            self.set_state(state)
+
+    StatefulDataLoader.__module__ = "torchdata.stateful_dataloader"
+    StatefulDataLoader.__qualname__ = "StatefulDataLoader"
+    for version, refused in (("0.10.1", True), ("0.11.0", False), ("1.0", False)):
+        monkeypatch.setattr(adapters, "_version", lambda package, version=version: version)
+        if refused:
+            with pytest.raises(PositionError, match=r"Upgrade to 0\.11 or later"):
+                save(StatefulDataLoader(0, 1))
+        else:
+            assert save(StatefulDataLoader(0, 1))
+
+
+def test_a_loader_that_starts_when_read_is_not_asked_between_its_restore_and_its_start() -> None:
+    """Mosaic's position is in memory that another host may be writing."""
+
+    class Lazy(loaders.Stream):
+        set_to: Any = None
+
+        def set_state(self, state: Any) -> None:
+            super().set_state(state)
+            self.set_to = state
+
+        def get_state(self) -> Any:
+            assert self.set_to is None, "asked before it has started"
+            return super().get_state()
+
+    class LazyAdapter(DataAdapter):
+        starts_when_read = True
+
+        def started(self) -> str | None:
+            return None
+
+    register_adapter(f"{Lazy.__module__}.{Lazy.__qualname__}", LazyAdapter)
+    step = save(taken(Lazy(0, 1), 2))
+    loader = Lazy(0, 1)
+    restore(step, loader)
+    assert save(loader) == step
 
 
 def test_the_position_of_another_shard_is_not_taken() -> None:
