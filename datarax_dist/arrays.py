@@ -15,24 +15,30 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from etils.epath import backend as epath_backend
+from etils.epath import gpath
 from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
     BasePyTreeCheckpointHandler,
 )
 from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import types as serialization_types
 
 from datarax_dist import codec
-from datarax_dist.config import Options
+from datarax_dist.buckets import advice, bucket_and_prefix
+from datarax_dist.config import Options, is_bucket
 from datarax_dist.errors import (
     CheckpointError,
+    InvalidArgumentError,
     StorageError,
     StructureMismatchError,
     describe,
@@ -43,6 +49,13 @@ from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
 __all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]
 
 ORBAX_VERSION = ocp.__version__
+_BUCKET_FILE_BYTES = 128 << 20  # several are uploaded at the same time
+_TENSORSTORE_SETTINGS = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+_BUCKET_HINT = "`datarax-dist doctor --write` on this root tells whether the bucket is at fault."
+_Result = TypeVar("_Result")
 _OS_ERROR = re.compile(r"os_error_code='([0-9]+)'")  # as TensorStore writes it
 _HOST_PART = re.compile(r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:/.*)?")
 
@@ -50,25 +63,56 @@ _HOST_PART = re.compile(r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([
 # and nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
 # directory, because Orbax builds its specs whenever its own threads come to it.
 # tests/test_plain_orbax.py watches this spot.
-#
-# The event is set when Orbax's `save()` is done. Until then its writing threads wait here: they
-# would take turns with the caller's thread in the interpreter, and so double the time that our
-# `save()` blocks (benchmarks/blocking.py). The wait is short whatever happens.
-_checksummed: dict[str, threading.Event] = {}
-_START_SECONDS = 1.0
+_gates: dict[str, _Gate] = {}
+
+
+class _Gate:
+    """Orbax's writing threads wait here until our `save()` has returned: they would take turns with
+    the caller's thread in the interpreter, and so double the time that it blocks
+    (benchmarks/blocking.py). In a bucket they wait for the claim, too.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._opened = threading.Event()
+        self._cancelled = False
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def cancel(self) -> None:
+        if not self._opened.is_set():
+            self._cancelled = True
+            self._opened.set()
+
+    def pass_through(self) -> None:
+        if not self._opened.wait(self._seconds) or self._cancelled:
+            raise StorageError("The save has ended before its arrays were written.", errno=None)
 
 
 class _WriteSpec(tensorstore_utils.ArrayWriteSpec):
     def __init__(self, directory: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(directory, *args, **kwargs)
-        if (started := _checksummed.get(directory)) is not None:
-            started.wait(_START_SECONDS)
+        if directory in _gates:
             spec = self._json_spec
             [sharding] = spec.get("base", spec)["metadata"]["codecs"]
             sharding["configuration"]["codecs"].append({"name": "crc32c"})
 
 
+_await_path_creation = serialization_types.ParamInfo.await_path_creation
+
+
+async def _await_gate(info: serialization_types.ParamInfo) -> None:
+    """Each of Orbax's writers (arrays, strings, shardings) asks here whether its directory is there
+    already.
+    """
+    await _await_path_creation(info)
+    if (gate := _gates.get(str(info.parent_dir))) is not None:
+        gate.pass_through()
+
+
 tensorstore_utils.ArrayWriteSpec = _WriteSpec
+serialization_types.ParamInfo.await_path_creation = _await_gate
 
 
 class _InPlace(atomicity.CommitFileTemporaryPath):
@@ -77,6 +121,8 @@ class _InPlace(atomicity.CommitFileTemporaryPath):
     """
 
     async def create(self) -> Any:
+        if is_bucket(str(self._tmp_path)):
+            return self._tmp_path  # no directories there; and nobody waits for it here
         self._tmp_path.mkdir(parents=True, exist_ok=True)
         if self._checkpoint_metadata_store is not None:
             self._checkpoint_metadata_store.write(
@@ -145,7 +191,9 @@ class _Engine:
 
     def save(self, path: str, arrays: Any, all_written: Callable[[], None]) -> None:
         self._all_written = all_written
-        self._orbax.save(epath.Path(path), args=ocp.args.PyTreeSave(arrays))
+        size = _BUCKET_FILE_BYTES if is_bucket(path) else None
+        arguments = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=size)
+        self._orbax.save(epath.Path(path), args=arguments)
 
     def wait(self) -> None:
         self._orbax.wait_until_finished()
@@ -162,6 +210,8 @@ class OrbaxArrays:
         self._host = host
         self._options = options
         self._checkpointer: _Engine | None = None
+        if is_bucket(root):
+            _prepare_buckets()
 
     def writer(self, arrays: Any) -> OrbaxWriter:
         """Returns what writes these arrays, a tree of what Orbax can store; None for no state."""
@@ -174,15 +224,16 @@ class OrbaxArrays:
                 self._checkpointer.close()
             self._checkpointer = _Engine(self._host, self._options, limit)
         path = os.path.join(self._root, prefix, "state")
-        if self._host == 0:
+        if self._host == 0 and not is_bucket(path):
             os.makedirs(path, exist_ok=True)
-        _checksummed[path] = started = threading.Event()
+        _gates[path] = gate = _Gate(self._options.save_timeout_seconds)
         try:
-            with _wrapped("write"):
+            with _wrapped("write", path):
                 self._checkpointer.save(path, arrays, all_written)
-        finally:
-            started.set()
-        return _OrbaxWrite(self, self._checkpointer, path)
+        except BaseException:
+            gate.cancel()
+            raise
+        return _OrbaxWrite(self, self._checkpointer, path, gate)
 
     def restore(
         self, step: str, spec: TreeSpec, wanted: Sequence[tuple[LeafSpec, Any]]
@@ -209,17 +260,21 @@ class OrbaxArrays:
             self._options,
             restore_bytes=_at_least(self._options.restore_concurrent_bytes, chosen),
         )
-        with _wrapped("read"):
-            tree = handler.restore(
-                epath.Path(os.path.join(self._root, step)),
-                args=ocp.args.PyTreeRestore(
-                    item=spec.build(values), restore_args=spec.build(arguments)
-                ),
+        path = os.path.join(self._root, step)
+
+        def read() -> dict[tuple[str, ...], Any]:
+            wish = ocp.args.PyTreeRestore(
+                item=spec.build(values), restore_args=spec.build(arguments)
             )
-            restored = spec_leaves(spec, tree)
+            restored = spec_leaves(spec, handler.restore(epath.Path(path), args=wish))
             return {
                 leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in chosen
             }
+
+        with _wrapped("read", path):
+            if not is_bucket(path):
+                return read()
+            return _in_time(read, self._options.restore_timeout_seconds, f"Reading {path}")
 
     def abandon(self) -> None:
         """Lets go of an Orbax checkpointer that hangs; the next save gets a new one."""
@@ -266,7 +321,8 @@ class OrbaxWriter:
 
 
 class _OrbaxWrite:
-    def __init__(self, engine: OrbaxArrays, checkpointer: _Engine, path: str) -> None:
+    def __init__(self, engine: OrbaxArrays, checkpointer: _Engine, path: str, gate: _Gate) -> None:
+        self._gate = gate
         self._engine = engine
         self._checkpointer = checkpointer
         self._path = path
@@ -280,7 +336,13 @@ class _OrbaxWrite:
         else:
             ended.set_result(None)
         finally:
-            _checksummed.pop(self._path, None)
+            _gates.pop(self._path, None)
+
+    def release(self) -> None:
+        self._gate.open()
+
+    def cancel(self) -> None:
+        self._gate.cancel()
 
     def wait(self, timeout_seconds: float) -> None:
         if self._ended is None:  # on a thread of its own, because Orbax's waiting has no deadline
@@ -289,20 +351,68 @@ class _OrbaxWrite:
                 target=self._wait, args=(ended,), name="datarax_dist-arrays", daemon=True
             ).start()
             self._ended = ended
-        with _wrapped("write"):
+        with _wrapped("write", self._path):
             done, _ = concurrent.futures.wait([self._ended], timeout_seconds)
             if not done:
                 self._engine.abandon()
                 raise StorageError(
                     f"Writing the arrays to {self._path} has not ended at the save's deadline. Is"
-                    " the file system stuck? Options.save_timeout_seconds sets the deadline.",
+                    " the storage stuck? Options.save_timeout_seconds sets the deadline.",
                     errno=errno.ETIMEDOUT,
                 )
             self._ended.result()
 
 
+def _in_time(act: Callable[[], _Result], seconds: float, what: str) -> _Result:
+    """Returns what `act` returns, or raises when it has not ended in time: then it is left alone,
+    as nothing can stop it.
+    """
+    ended: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(act())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, name="datarax_dist-read", daemon=True).start()
+    end = time.monotonic() + seconds
+    while not ended.done():
+        left = end - time.monotonic()
+        if left <= 0:
+            raise StorageError(
+                f"{what} has not ended after {seconds:.0f} s. Does the bucket answer?"
+                " Options.restore_timeout_seconds sets the deadline.",
+                errno=errno.ETIMEDOUT,
+            )
+        concurrent.futures.wait([ended], min(left, 1.0))  # in slices, so that Ctrl-C is answered
+    return ended.result()
+
+
+def _prepare_buckets() -> None:
+    """Sets what Orbax and TensorStore need for buckets, where the user has not.
+
+    Raises:
+        InvalidArgumentError: Orbax would go through TensorFlow's file layer.
+    """
+    if gpath._is_tf_installed():
+        raise InvalidArgumentError(
+            "TensorFlow is installed here, and Orbax's paths would use its file layer for gs://,"
+            " which has other credentials, caches and errors. Set EPATH_USE_TF=false in the"
+            " environment of the job, before it starts."
+        )
+    # A transfer that stalls is cut and made again; TensorStore by itself would wait for ever.
+    for name, value in _TENSORSTORE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # The file system that Orbax's paths share keeps listings for ever, another host's files would
+    # not be in them.
+    shared = epath_backend.fsspec_backend.fs("gs://")
+    shared.dircache.use_listings_cache = False
+    shared.invalidate_cache()
+
+
 @contextlib.contextmanager
-def _wrapped(action: str) -> Iterator[None]:
+def _wrapped(action: str, path: str) -> Iterator[None]:
     """Makes the many kinds of errors of Orbax and TensorStore one."""
     try:
         yield
@@ -314,8 +424,11 @@ def _wrapped(action: str) -> Iterator[None]:
             number = int(found[1])
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             number = errno.ENOMEM  # of the host or the device: nothing is damaged
+        hint = storage_hint(number)
+        if number is None and is_bucket(path):
+            number, hint = advice(error, bucket_and_prefix(path)[0]) or (None, _BUCKET_HINT)
         raise StorageError(
-            f"Could not {action} the arrays: {describe(error, 1000)}. {storage_hint(number)}",
+            f"Could not {action} the arrays: {describe(error, 1000)}. {hint}",
             errno=number,
         ) from error
 
@@ -406,7 +519,7 @@ def describe_foreign(path: str) -> TreeSpec:
     Raises:
         StorageError: there is no state of Orbax here that can be read.
     """
-    with _wrapped("read"):
+    with _wrapped("read", path):
         metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path))
         tree = getattr(metadata, "tree", metadata)
         leaves: list[LeafSpec] = []

@@ -265,7 +265,9 @@ class OrbaxCheckpointHandler:
                 restored = self._run(os.path.join(run.root, _UNVERSIONED)).try_restore(state=wish)
         except StepNotFoundError as error:
             raise CheckpointNotFoundError(str(error), step=step) from error
-        if restored is None and not os.path.isdir(run.root):  # asked after the hosts have agreed
+        # Asked after the hosts have agreed; in a bucket there are no directories.
+        there = config.is_bucket(run.root) or os.path.isdir(run.root)
+        if restored is None and not there:
             raise CheckpointNotFoundError(f"Checkpoint directory not found: {run.root}", step=step)
         if restored is None:
             raise CheckpointNotFoundError(f"No checkpoints found in {run.root}", step=step)

@@ -37,12 +37,14 @@ from datarax_dist.inspection import Candidate, Inspection, read_marker
 from datarax_dist.restore import Restorer, RestoreReport
 from datarax_dist.retention import delete_step
 from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
-from datarax_dist.storage import LocalStore
+from datarax_dist.storage import open_store
 from datarax_dist.telemetry import Phases
 
 __all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
 
 logger = logging.getLogger("datarax_dist")
+
+_ORBAX_MARKER = "commit_success.txt"  # what plain Orbax takes for a whole step, in a bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ class Checkpointer:
     In a job with many hosts make it, and call each of its methods, on every host in the same order.
 
     Args:
-        root: an absolute path on a local file system, or on one that all hosts share.
+        root: an absolute path on a local file system, or on one that all hosts share; or
+            `gs://bucket/prefix`.
         save_when: which steps `save` saves; None saves on every call.
         keep: which committed steps are kept; None keeps all. The newest is always kept.
         options: see `Options`.
@@ -170,12 +173,14 @@ class Checkpointer:
             )
         self._save_when = save_when
         self._group: HostGroup = current_group(self._root)
-        self._store = LocalStore(self._root)
+        self._store = open_store(self._root)
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
         self._saver = Saver(self._store, self._group, self._clock, self._options, keep)
         self._pace = data_io.Pace(self._options.batches_per_step)
-        self._restorer = Restorer(self._store, self._group, self._options)
+        self._restorer = Restorer(
+            self._store, self._group, self._options, self._clock, seen=self._saver.learn
+        )
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
         self._running: Future[None] | None = None
@@ -305,7 +310,8 @@ class Checkpointer:
             items.append("state")
         shared["metadata/metadata"] = json.dumps(metadata).encode()  # as Orbax's JSON item has it
         writer = self._arrays.writer(plan.arrays if plan and plan.spec.leaves else None)
-        shared |= writer.step_files()
+        files = writer.step_files()
+        shared |= {name: data for name, data in files.items() if name != _ORBAX_MARKER}
         local = (
             {plan.spec.leaves[number].name: digest for number, digest in plan.local_digests.items()}
             if plan
@@ -319,6 +325,7 @@ class Checkpointer:
             held=captured.held,
             counts=captured.counts,
             shared=shared,
+            last={_ORBAX_MARKER: files[_ORBAX_MARKER]},
             agreement=agreement,
             local_digests=local,
             items=sorted(items),
@@ -523,6 +530,7 @@ class Checkpointer:
         self._check_open()
         self._drain()
         self.step_info(step)
+        self._saver.forget()
         self._group.exchange(
             "delete",
             step,

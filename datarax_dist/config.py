@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -30,9 +31,12 @@ class Options:
             records, and every byte of positions, structure and metadata, which are small. "sizes":
             also that every array file is there with its size. "full", the default: also every byte
             of the array files. Array data carries a checksum of its own that is checked at every
-            level while it is read.
+            level while it is read. In a bucket "full" compares the checksums that the bucket keeps
+            of each object, which takes one listing; `datarax-dist verify` reads every byte.
         exchange_timeout_seconds: how long hosts wait for each other in one agreement (default 600).
         save_timeout_seconds: how long the background part of one save may take (default 1800).
+        restore_timeout_seconds: how long hosts wait for each other's verifying and loading, and how
+            long reading the arrays of a bucket may take (default 1800).
         restore_concurrent_bytes: bytes of arrays read at the same time on one host; None leaves it
             to Orbax.
         save_concurrent_bytes: bytes of arrays written at the same time on one host; None does not
@@ -47,6 +51,7 @@ class Options:
     verify_on_restore: VerifyLevel = "full"
     exchange_timeout_seconds: float = 600.0
     save_timeout_seconds: float = 1800.0
+    restore_timeout_seconds: float = 1800.0
     restore_concurrent_bytes: int | None = None
     save_concurrent_bytes: int | None = None
     batches_per_step: int | Mapping[str, int | None] | None = 1
@@ -183,7 +188,8 @@ def every_n_steps(steps: int) -> KeepPolicy:
 
 
 def check_root(root: str | os.PathLike[str]) -> str:
-    """Returns `root` as an absolute local path; refuses what would end up somewhere else.
+    """Returns a root in its one spelling, an absolute local path or `gs://bucket/prefix`; refuses
+    what would end up somewhere else.
 
     Raises:
         InvalidArgumentError: for a relative path and for any URL that this version cannot write to.
@@ -193,17 +199,41 @@ def check_root(root: str | os.PathLike[str]) -> str:
         raise InvalidArgumentError(f"The root must be a path, not {root!r}.")
     scheme, separator, rest = text.partition("://")
     if separator:
+        if scheme == "gs":
+            return _check_bucket(text, rest)
         if scheme == "file":
             raise InvalidArgumentError(
                 f"file:// is not supported; give the path itself: /{rest.lstrip('/')}"
             )
         raise InvalidArgumentError(
-            f"{scheme}:// is not supported in this version, so nothing was written. Use an absolute"
-            " path on a local or shared file system."
+            f"{scheme}:// is not supported, so nothing was written. A root is a path on a local or"
+            " shared file system, or gs://BUCKET/PREFIX."
         )
     if not os.path.isabs(text):
+        bucket = re.match(r"(gs|s3|az|hf):/*([^/].*)", text)
         raise InvalidArgumentError(
             "The root must be absolute, so that all hosts mean the same place. Use"
-            f" {os.path.abspath(text)!r}."
+            f" {f'{bucket[1]}://{bucket[2]}' if bucket else os.path.abspath(text)!r}."
         )
     return str(os.path.normpath(text))
+
+
+def is_bucket(root: str) -> bool:
+    """Whether a root is in a bucket, rather than on a file system."""
+    return root.startswith("gs://")
+
+
+def _check_bucket(root: str, rest: str) -> str:
+    bucket, _, prefix = rest.partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise InvalidArgumentError(
+            f"{root!r} names no bucket. A root in a bucket is gs://BUCKET/PREFIX; names of buckets"
+            " have 3 or more lower-case letters, digits, '-', '_' and '.'."
+        )
+    parts = prefix.rstrip("/").split("/") if prefix.rstrip("/") else []
+    if any(part in ("", ".", "..") for part in parts) or not prefix.isprintable():
+        raise InvalidArgumentError(
+            f"{root!r} has an empty part, '.', '..' or a control character in its path; nothing was"
+            " written."
+        )
+    return "/".join([f"gs://{bucket}", *parts])

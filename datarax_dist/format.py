@@ -8,6 +8,7 @@ checks types, ranges and paths.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -55,9 +56,10 @@ class InvalidRecordError(ValueError):
 class FileEntry:
     """A file of a step: its path relative to the step directory, size in bytes, and digest.
 
-    The digest is `<crc32c>-<crc32>`. Two, because TensorStore's chunks and OCDBT's nodes end with a
-    crc32c of themselves, and the crc32c of a file is blind to what such a block holds: another
-    valid block of the same length gives the same sum. The crc32, of another polynomial, is not.
+    The digest is `<crc32c>-<crc32>` on file systems and `<crc32c>-<md5>` in buckets, whose listings
+    carry both of these. Two, because TensorStore's chunks and OCDBT's nodes end with a crc32c of
+    themselves, and the crc32c of a file is blind to what such a block holds: another valid block of
+    the same length gives the same sum. The crc32, of another polynomial, and the md5 are not.
     """
 
     path: str
@@ -195,14 +197,44 @@ def crc32c(data: bytes, crc: int = 0) -> int:
     return int(google_crc32c.extend(crc, data))
 
 
-def digest(data: bytes) -> str:
-    """Returns the digest of `data` as records have it."""
-    return digest_text(crc32c(data), zlib.crc32(data))
+class Digester:
+    """Computes a digest as records have it, piece by piece.
+
+    Args:
+        kind: "crc32" or "md5", or a digest: then one of its kind.
+    """
+
+    def __init__(self, kind: str = "crc32") -> None:
+        self._crc = self._other = 0
+        # Not against anyone who wants to deceive: FIPS builds of Python want to know.
+        md5 = kind == "md5" or len(kind) == _MD5_DIGEST_LENGTH
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
+
+    def update(self, data: bytes) -> None:
+        self._crc = crc32c(data, self._crc)
+        if self._md5 is not None:
+            self._md5.update(data)
+        else:
+            self._other = zlib.crc32(data, self._other)
+
+    def text(self) -> str:
+        other = f"{self._other:08x}" if self._md5 is None else self._md5.hexdigest()
+        return f"{self._crc:08x}-{other}"
 
 
-def digest_text(crc: int, other: int) -> str:
-    """Returns a digest for a crc32c and a crc32."""
-    return f"{crc:08x}-{other:08x}"
+_MD5_DIGEST_LENGTH = 8 + 1 + 32
+
+
+def digest(data: bytes, kind: str = "crc32") -> str:
+    """Returns the digest of `data` as records have it; see `Digester`."""
+    digester = Digester(kind)
+    digester.update(data)
+    return digester.text()
+
+
+def same_kind(one: str, other: str) -> bool:
+    """Whether two digests can be compared."""
+    return len(one) == len(other)
 
 
 def crc_text(crc: int) -> str:
@@ -296,7 +328,7 @@ def _get(body: Mapping[str, Any], key: str, kind: type | tuple[type, ...], name:
 
 def _digest(row: Mapping[str, Any], name: str) -> str:
     found = str(_get(row, "digest", str, name))
-    if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", found):
+    if not re.fullmatch(r"[0-9a-f]{8}-([0-9a-f]{8}|[0-9a-f]{32})", found):
         raise InvalidRecordError(f"{name}: {found[:40]!r} is no digest")
     return found
 
@@ -406,6 +438,22 @@ def parse_marker(data: bytes) -> CommitMarker:
             f"{COMMIT_NAME} does not list one record for each of {marker.hosts} hosts"
         )
     return marker
+
+
+def dump_void(run: str, step: int, nonce: str, at: float) -> bytes:
+    """Returns a void marker: it stands where `COMMIT.json` would, in a bucket, and keeps the save
+    whose directory another writer has taken from committing it after all.
+    """
+    return seal({"void": nonce, "run": run, "step": step, "at": at})
+
+
+def parse_void(data: bytes) -> float | None:
+    """Returns when a void marker was made; None for anything else that stands there."""
+    try:
+        body = unseal(data, COMMIT_NAME)
+        return float(_get(body, "at", (int, float), COMMIT_NAME)) if "void" in body else None
+    except (InvalidRecordError, FormatVersionError):
+        return None
 
 
 def dump_run(run: str, created_at: float) -> bytes:

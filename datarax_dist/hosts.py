@@ -316,6 +316,19 @@ class Operation:
                 self._clock.sleep(pause)
                 pause = min(pause * 1.5, 0.05)
 
+    def await_primary(self, phase: str, deadline: float) -> None:
+        """Waits until the primary has contributed to a phase.
+
+        Raises:
+            PeerError: the operation has failed meanwhile.
+            PeerLostError: the primary did not arrive.
+        """
+        begin = self._clock.monotonic()
+        while self._board.wait(f"{self._prefix}{phase}/0", _CHECK_SECONDS) is None:
+            self.check(phase)
+            if self._clock.monotonic() > deadline:
+                raise self._lost(phase, [0], self._clock.monotonic() - begin)
+
     def lead(self, phase: str, leader: Leader, deadline: float) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
         the outcome.

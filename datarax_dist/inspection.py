@@ -12,17 +12,20 @@ from typing import Any
 from datarax_dist import errors
 from datarax_dist import format as fmt
 from datarax_dist.errors import CorruptStepError, FormatVersionError, StorageError
-from datarax_dist.storage import Store
+from datarax_dist.storage import Entry, Store, SupportsRename, for_each
 
 __all__ = [
     "Candidate",
     "Inspection",
+    "compare",
     "files_to_verify",
     "find_run",
     "has_moved",
     "inspect_run",
+    "inspect_step",
     "inspection_from_json",
     "inspection_to_json",
+    "is_committed",
     "read_marker",
     "read_records",
     "verify_files",
@@ -40,7 +43,8 @@ class Candidate:
     Attributes:
         state: "committed", "staged" (a claim, no marker), "deleting", "foreign" (plain Orbax),
             "damaged" (its marker does not check), "refused" (of another run, a newer format, or
-            nothing of ours at all).
+            nothing of ours at all), "void" (nothing but what keeps a given-up save from committing;
+            in buckets).
         reason: why it is not committed; empty when it is.
         marker: as read; not known on a host that was only told of the candidate.
         files: what is missing or damaged.
@@ -78,7 +82,7 @@ def find_run(store: Store) -> str | None:
         FormatVersionError: a newer version has made the run.
     """
     try:
-        return fmt.parse_run(store.get(fmt.RUN_NAME))
+        return fmt.parse_run(_read(store, fmt.RUN_NAME))
     except (KeyError, fmt.InvalidRecordError):
         return inspect_run(store).run
 
@@ -90,7 +94,7 @@ def inspect_run(store: Store) -> Inspection:
     for _ in range(_TRIES):
         names = store.children("")
         inspection = _inspect(store, names)
-        if store.children("") == names:
+        if not isinstance(store, SupportsRename) or store.children("") == names:
             break  # nothing was renamed or removed meanwhile, by a job that is saving
     return inspection
 
@@ -99,7 +103,7 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
     run: str | None = None
     if fmt.RUN_NAME in names:
         try:
-            run = fmt.parse_run(store.get(fmt.RUN_NAME))
+            run = fmt.parse_run(_read(store, fmt.RUN_NAME))
         except fmt.InvalidRecordError as error:
             logger.warning(
                 "%s of %s is damaged (%s); the run is taken from its steps",
@@ -107,15 +111,15 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
                 store.root,
                 error,
             )
-    found = []
-    for name in names:
-        if not name.endswith("/"):
-            continue
-        step, aside = fmt.parse_step_name(name[:-1]), fmt.parse_aside_name(name[:-1])
+
+    def look(name: str) -> Candidate | None:
+        step, aside = fmt.parse_step_name(name), fmt.parse_aside_name(name)
         if step is not None:
-            found.append(_inspect_step(store, step, name[:-1]))
-        elif aside is not None:
-            found.append(_inspect_aside(store, *aside, name[:-1]))
+            return inspect_step(store, step, name)
+        return None if aside is None else _inspect_aside(store, *aside, name)
+
+    looked = for_each(store, look, [name[:-1] for name in names if name.endswith("/")])
+    found = [candidate for candidate in looked if candidate is not None]
     if run is None:
         runs = {c.marker.run for c in found if c.marker is not None}
         run = runs.pop() if len(runs) == 1 else None
@@ -142,24 +146,68 @@ def _inspect_aside(store: Store, step: int, role: str, name: str) -> Candidate:
         return Candidate(step, name, "staged", "its save did not end: a staging directory")
     if role == "deleting":
         return Candidate(step, name, "deleting", "its deletion did not end")
-    if fmt.COMMIT_NAME in store.children(fmt.step_name(step)):
+    if is_committed(store, fmt.step_name(step)):
         return Candidate(step, name, "deleting", f"the old step {step}: it was saved again")
-    return _inspect_step(store, step, name)  # it is the step until its successor is committed
+    return inspect_step(store, step, name)  # it is the step until its successor is committed
 
 
-def _inspect_step(store: Store, step: int, name: str) -> Candidate:
-    inside = store.children(name)
+def is_committed(store: Store, name: str, names: Iterable[str] | None = None) -> bool:
+    """Whether a directory has a marker. `names` are its children, where they are known."""
+    if fmt.COMMIT_NAME not in (store.children(name) if names is None else names):
+        return False
+    if isinstance(store, SupportsRename):
+        return True  # only buckets have void ones
+    try:
+        return fmt.parse_void(store.get(f"{name}/{fmt.COMMIT_NAME}")) is None
+    except KeyError:
+        return False
+
+
+def _read(store: Store, key: str) -> bytes:
+    """Returns a record.
+
+    Raises:
+        InvalidRecordError: it is there and cannot be read, now or later.
+        KeyError: it is not there.
+        StorageError: it may be read another time.
+    """
+    try:
+        return store.get(key)
+    except StorageError as error:
+        if errors.is_passing(error):
+            raise
+        raise fmt.InvalidRecordError(f"{key} cannot be read: {error}") from error
+
+
+def _look_inside(store: Store, name: str) -> tuple[set[str], set[str]]:
+    """Returns the names in a step's directory, and in its `hosts`; of a bucket in one listing."""
+    if isinstance(store, SupportsRename):
+        return set(store.children(name)), set(store.children(f"{name}/hosts"))
+    keys = [entry.key.removeprefix(f"{name}/") for entry in store.list(name)]
+    records = {key.removeprefix("hosts/") for key in keys if key.startswith("hosts/")}
+    return {key.split("/")[0] for key in keys}, records
+
+
+def inspect_step(store: Store, step: int, name: str) -> Candidate:
+    """Returns what one directory is, for all that its name says."""
+    inside, there = _look_inside(store, name)
     if fmt.COMMIT_NAME in inside:
         try:
-            data = store.get(f"{name}/{fmt.COMMIT_NAME}")
+            data = _read(store, f"{name}/{fmt.COMMIT_NAME}")
+            if fmt.parse_void(data) is not None:
+                state = "void" if inside == {fmt.COMMIT_NAME} else "staged"
+                return Candidate(step, name, state, "never committed: its save was given up")
             marker = fmt.parse_marker(data)
         except FormatVersionError as error:
             return Candidate(step, name, "refused", str(error), version=error.found)
-        except (fmt.InvalidRecordError, KeyError) as error:
+        except KeyError as error:
+            if fmt.COMMIT_NAME not in store.children(name):
+                return Candidate(step, name, "deleting", "it is being deleted")
+            return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
+        except fmt.InvalidRecordError as error:
             return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
         if marker.step != step:
             return Candidate(step, name, "refused", f"its marker is that of step {marker.step}")
-        there = set(store.children(f"{name}/hosts"))
         missing = [e.path for e in marker.records if e.path.rsplit("/", 1)[1] not in there]
         if missing:
             return Candidate(
@@ -195,33 +243,60 @@ def verify_files(
     files: Sequence[fmt.FileEntry],
     level: str,
     *,
+    read_all: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, str]:
-    """Returns what is wrong with `files`: path -> reason. Level "sizes" compares sizes, "full"
-    reads every byte.
+    """Returns what is wrong with `files`: path -> reason.
+
+    Level "sizes" compares sizes, and digests where the listing has them. Level "full" reads every
+    byte; with `read_all=False` not of files whose digest the listing has.
     """
-    wrong: dict[str, str] = {}
-    if level == "marker":
+    if level == "marker" or not files:
+        return {}
+    listing = store.list(directory)
+    wrong = compare(listing, directory, files)
+    if wrong and not isinstance(store, SupportsRename):
+        # The listing itself may have been damaged on its way: what is wrong is so twice.
+        again = compare(store.list(directory), directory, files)
+        wrong = {path: reason for path, reason in again.items() if path in wrong}
+    if level != "full":
         return wrong
-    listed = {
-        entry.key.removeprefix(f"{directory}/"): entry.size for entry in store.list(directory)
-    }
+    digests = {} if read_all else {e.key.removeprefix(f"{directory}/"): e.digest for e in listing}
+
+    def check(entry: fmt.FileEntry) -> str | None:
+        try:
+            key = f"{directory}/{entry.path}"
+            found = store.digest(key, entry.size, like=entry.digest)
+        except (KeyError, StorageError) as error:
+            if errors.is_passing(error):
+                raise
+            return f"cannot be read: {error}"
+        progress(entry.size)
+        return None if found == (entry.size, entry.digest) else "its content has changed (checksum)"
+
+    unread = [
+        entry
+        for entry in files
+        if entry.path not in wrong and not fmt.same_kind(digests.get(entry.path, ""), entry.digest)
+    ]
+    reasons = for_each(store, check, unread)
+    return wrong | {e.path: r for e, r in zip(unread, reasons, strict=True) if r is not None}
+
+
+def compare(
+    listing: Iterable[Entry], directory: str, files: Iterable[fmt.FileEntry]
+) -> dict[str, str]:
+    """Returns how a listing differs from what was recorded: path -> reason."""
+    listed = {entry.key.removeprefix(f"{directory}/"): entry for entry in listing}
+    wrong = {}
     for entry in files:
-        if entry.path not in listed:
+        there = listed.get(entry.path)
+        if there is None:
             wrong[entry.path] = "missing"
-        elif listed[entry.path] != entry.size:
-            wrong[entry.path] = f"{listed[entry.path]} bytes instead of {entry.size}"
-        elif level == "full":
-            try:
-                size, digest = store.digest(f"{directory}/{entry.path}", entry.size)
-            except (KeyError, StorageError) as error:
-                if errors.is_passing(error):
-                    raise
-                wrong[entry.path] = f"cannot be read: {error}"
-                continue
-            if (size, digest) != (entry.size, entry.digest):
-                wrong[entry.path] = "its content has changed (checksum)"
-            progress(entry.size)
+        elif there.size != entry.size:
+            wrong[entry.path] = f"{there.size} bytes instead of {entry.size}"
+        elif fmt.same_kind(there.digest, entry.digest) and there.digest != entry.digest:
+            wrong[entry.path] = "its content has changed (checksum of the bucket)"
     return wrong
 
 
@@ -245,8 +320,8 @@ def read_records(
     for host in range(len(records)) if hosts is None else hosts:
         row = records[host]
         try:
-            data = store.get(f"{directory}/{row.path}")
-            if len(data) != row.size or fmt.digest(data) != row.digest:
+            data = _read(store, f"{directory}/{row.path}")
+            if len(data) != row.size or fmt.digest(data, row.digest) != row.digest:
                 raise fmt.InvalidRecordError(f"{row.path} is not the record that was committed")
             record = fmt.parse_record(data, row.path)
             found = (record.run, record.step, record.host, record.hosts)
@@ -310,10 +385,12 @@ def read_marker(store: Store, candidate: Candidate) -> fmt.CommitMarker:
         CorruptStepError: it is another one here, or gone.
     """
     try:
-        data = store.get(f"{candidate.name}/{fmt.COMMIT_NAME}")
+        data = _read(store, f"{candidate.name}/{fmt.COMMIT_NAME}")
         if fmt.digest(data) == candidate.digest:
             return fmt.parse_marker(data)
         reason = "not the one that the primary has read"
+    except fmt.InvalidRecordError as error:
+        reason = str(error)
     except KeyError:
         reason = "missing, though the primary has read it"
     raise CorruptStepError(

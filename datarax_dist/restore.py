@@ -21,6 +21,7 @@ from typing import Any
 
 from datarax_dist import errors, retention
 from datarax_dist import format as fmt
+from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.config import Options
 from datarax_dist.errors import (
     CheckpointError,
@@ -42,7 +43,7 @@ from datarax_dist.inspection import (
     read_marker,
     verify_files,
 )
-from datarax_dist.storage import Store
+from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
 
 __all__ = ["RestoreReport", "Restorer"]
@@ -97,10 +98,20 @@ class RestoreReport:
 class Restorer:
     """Restores steps of one run. Collective."""
 
-    def __init__(self, store: Store, group: HostGroup, options: Options) -> None:
+    def __init__(
+        self,
+        store: Store,
+        group: HostGroup,
+        options: Options,
+        clock: Clock | None = None,
+        *,
+        seen: Callable[[Inspection], None] = lambda inspection: None,
+    ) -> None:
         self._store = store
         self._group = group
         self._options = options
+        self._clock = clock or SystemClock()
+        self._seen = seen  # told of what the primary has found in the root
 
     def inspect(self, step: int | None = None) -> Inspection:
         """Returns the primary's view of the root, on every host. `step` is what is asked for."""
@@ -124,7 +135,9 @@ class Restorer:
                     f"Host {host} asks for step {step}, host 0 for {asked[0][1]}: every host must"
                     " restore the same one. Nothing was changed."
                 )
-        return inspection_to_json(inspect_run(self._store))
+        inspection = inspect_run(self._store)
+        self._seen(inspection)
+        return inspection_to_json(inspection)
 
     def restore(
         self, step: int | None, load: Callable[[Candidate], Callable[[], Any]], phases: Phases
@@ -225,6 +238,8 @@ class Restorer:
     ) -> tuple[list[Candidate], dict[str, str]]:
         refused = {}
         for candidate in inspection.candidates:
+            if candidate.state == "void":
+                continue
             if candidate.reason and (step is None or candidate.step == step):
                 label = (
                     f"step {candidate.step}"
@@ -262,9 +277,13 @@ class Restorer:
             raise _MovedError
 
     def _verify(
-        self, candidate: Candidate, phases: Phases, level: str
+        self, candidate: Candidate, phases: Phases, level: str, *, read_all: bool = False
     ) -> tuple[Candidate, dict[str, str]]:
-        """Returns the candidate with its marker, and what is wrong with it on any host."""
+        """Returns the candidate with its marker, and what is wrong with it on any host.
+
+        Args:
+            read_all: read what a bucket's listing tells a digest of, too.
+        """
         with phases.span("verify"):
             wrong: dict[str, str] = {}
             failure: BaseException | None = None
@@ -272,17 +291,21 @@ class Restorer:
                 try:
                     marker = read_marker(self._store, candidate)
                     candidate = dataclasses.replace(candidate, marker=marker)
-                    wrong = dict(list(self._verify_share(candidate, level).items())[:_MOST_TOLD])
+                    found = self._verify_share(candidate, level, read_all)
+                    wrong = dict(list(found.items())[:_MOST_TOLD])
                 except CorruptStepError as error:
                     wrong = dict.fromkeys(error.files, str(error))
                 except BaseException as error:
                     failure = error
             votes = self._group.exchange(
-                "verify", wrong, error=failure, timeout_seconds=self._options.save_timeout_seconds
+                "verify",
+                wrong,
+                error=failure,
+                timeout_seconds=self._options.restore_timeout_seconds,
             )
         return candidate, {path: reason for vote in votes for path, reason in vote.items()}
 
-    def _verify_share(self, candidate: Candidate, level: str) -> dict[str, str]:
+    def _verify_share(self, candidate: Candidate, level: str, read_all: bool) -> dict[str, str]:
         assert candidate.marker is not None
         marker = candidate.marker
         group = self._group
@@ -290,65 +313,76 @@ class Restorer:
             mine = files_to_verify(self._store, candidate.name, marker, group.index, group.count)
         except CorruptStepError as error:
             return dict.fromkeys(error.files, "missing, or not what was committed")
-        wrong = verify_files(self._store, candidate.name, mine, level)
+        wrong = verify_files(self._store, candidate.name, mine, level, read_all=read_all)
         if level != "full":
             # Positions, structure and metadata are small, and nothing else would notice.
             small = [entry for entry in mine if not entry.path.startswith("state/")]
-            wrong |= verify_files(self._store, candidate.name, small, "full")
+            wrong |= verify_files(self._store, candidate.name, small, "full", read_all=read_all)
         return wrong
 
     def _load(
         self, candidate: Candidate, load: Callable[[Candidate], Callable[[], Any]], phases: Phases
     ) -> tuple[dict[str, str], Any]:
-        wrong: dict[str, str] = {}
-        failure: BaseException | None = None
-        unread: BaseException | None = None
-        apply: Callable[[], Any] | None = None
+        attempt = _Attempt()
+        votes: list[dict[str, str]] = []
+        # What comes from a bucket may be damaged on its way: it is damaged there if it is so twice.
+        tries = 1 if isinstance(self._store, SupportsRename) else 2
         with phases.span("load"):
-            try:
-                apply = load(candidate)
-            except CorruptStepError as error:
-                wrong = {path: str(error) for path in error.files}
-            except (StorageError, fmt.InvalidRecordError, json.JSONDecodeError) as error:
-                if errors.is_passing(error):
-                    failure = error
-                else:
-                    unread = error
-                    wrong = {"state": errors.describe(error, 500)}
-            except BaseException as error:
-                failure = error
-            votes = self._group.exchange(
-                "load", wrong, error=failure, timeout_seconds=self._options.save_timeout_seconds
-            )
+            for _ in range(tries):
+                if attempt.apply is None:
+                    attempt = self._try_load(candidate, load)
+                votes = self._group.exchange(
+                    "load",
+                    attempt.wrong,
+                    error=attempt.failure,
+                    timeout_seconds=self._options.restore_timeout_seconds,
+                )
+                if not any(votes):
+                    break
         wrong = {path: reason for vote in votes for path, reason in vote.items()}
         if wrong and candidate.state == "committed":
             # What cannot be loaded may be damaged, or too large for a limit, say. The files tell.
-            _, found = self._verify(candidate, phases, "full")
+            _, found = self._verify(candidate, phases, "full", read_all=True)
             if not found and not _is_checksum(wrong):
                 self._stop_if_moved(candidate)
                 self._group.exchange(
                     "load",
                     None,
-                    error=unread,
+                    error=attempt.unread,
                     timeout_seconds=self._options.exchange_timeout_seconds,
                 )
             wrong = found or wrong
         if wrong:
             return wrong, None
-        assert apply is not None
+        assert attempt.apply is not None
+        failure: BaseException | None = None
         result = None
         with phases.span("positions"):
             try:
-                result = apply()
+                result = attempt.apply()
             except BaseException as error:
                 failure = error
             self._group.exchange(
                 "positions",
                 None,
                 error=failure,
-                timeout_seconds=self._options.save_timeout_seconds,  # replay() may read for long
+                timeout_seconds=self._options.restore_timeout_seconds,  # replay() may read for long
             )
         return {}, result
+
+    def _try_load(
+        self, candidate: Candidate, load: Callable[[Candidate], Callable[[], Any]]
+    ) -> _Attempt:
+        try:
+            return _Attempt(apply=load(candidate))
+        except CorruptStepError as error:
+            return _Attempt({path: str(error) for path in error.files})
+        except (StorageError, fmt.InvalidRecordError, json.JSONDecodeError) as error:
+            if errors.is_passing(error):
+                return _Attempt(failure=error)
+            return _Attempt({"state": errors.describe(error, 500)}, unread=error)
+        except BaseException as error:
+            return _Attempt(failure=error)
 
     def _tidy(self, inspection: Inspection) -> list[str]:
         """Removes what nobody can be writing to. What a living process may have staged, here or on
@@ -360,11 +394,31 @@ class Restorer:
         try:
             leftovers = retention.find_leftovers(self._store, inspection.run)
             return retention.remove_leftovers(
-                self._store, [left for left in leftovers if left.abandoned]
+                self._store,
+                [left for left in leftovers if left.abandoned],
+                run=inspection.run,
+                now=self._clock.now(),
             )
         except CheckpointError as error:
             logger.warning("could not look for leftovers: %s", error)
             return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """How loading went on this host.
+
+    Attributes:
+        wrong: damaged files and why.
+        failure: an error that says nothing about the step.
+        unread: one that may mean damage.
+        apply: what to do with what was loaded.
+    """
+
+    wrong: dict[str, str] = field(default_factory=dict)
+    failure: BaseException | None = None
+    unread: BaseException | None = None
+    apply: Callable[[], Any] | None = None
 
 
 class _MovedError(Exception):

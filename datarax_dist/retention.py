@@ -4,27 +4,34 @@ A directory that goes is first renamed (where the store can), so that it is out 
 a writer that still believes in it fails, rather than commits half of it. Then its marker is
 deleted, then the content, and last the claim `STEP.json`, so that what is left is known as ours and
 anyone can finish. Nothing that does not carry a claim of this run is ever touched.
+
+In a bucket a save that its host believes to be dead may still commit: so before what it left is
+touched, a void marker is put where `COMMIT.json` would be (`give_up`). Whichever of the two is
+created first stands.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError
+from datarax_dist.inspection import is_committed
 from datarax_dist.lease import is_certainly_dead
-from datarax_dist.storage import Store, SupportsRename
+from datarax_dist.storage import Store, SupportsRename, SupportsReplace, for_each
 
 __all__ = [
     "Leftover",
+    "clear_given_up",
     "delete_replaced",
     "delete_step",
     "find_leftovers",
+    "give_up",
     "plan_retention",
     "read_claim",
     "remove_leftovers",
@@ -32,6 +39,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("datarax_dist")
+
+_VOID_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,40 +99,85 @@ def _delete_directory(
         name = aside
     store.delete(f"{name}/{fmt.COMMIT_NAME}")
     reached("retire")
-    for child in store.children(name):
-        if child != fmt.STEP_NAME:
-            store.delete(f"{name}/{child.rstrip('/')}")
-    store.delete(name)
+    store.delete(name, last=fmt.STEP_NAME)
 
 
-def find_leftovers(store: Store, run: str | None) -> list[Leftover]:
-    """Returns what crashed saves and deletions of this run left behind. Reads only."""
-    found = []
-    for child in store.children(""):
-        if not child.endswith("/"):
-            continue
-        step, aside = fmt.parse_step_name(child[:-1]), fmt.parse_aside_name(child[:-1])
+def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes | None:
+    """Keeps the save that has left the directory of a step in a bucket from ever committing it.
+
+    Returns:
+        What stands for its marker now, and is to be replaced by a later one; None when the step is
+        committed after all, or another writer is doing the same.
+    """
+    assert isinstance(store, SupportsReplace)
+    key, void = f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}", fmt.dump_void(run, step, nonce, now)
+    if store.create(key, void):
+        return void
+    try:
+        there = store.get(key)
+    except KeyError:
+        return None
+    if fmt.parse_void(there) is None:
+        return None
+    return void if store.replace(key, there, void) else None
+
+
+def clear_given_up(store: Store, step: int) -> None:
+    """Deletes what is below a step that `give_up` was called for, all but that."""
+    name = fmt.step_name(step)
+    rest = [child for child in store.children(name) if child != fmt.COMMIT_NAME]
+    for child in sorted(rest, key=lambda child: child == fmt.STEP_NAME):
+        store.delete(f"{name}/{child.rstrip('/')}")
+
+
+def find_leftovers(
+    store: Store, run: str | None, *, known: Container[int] = (), now: float | None = None
+) -> list[Leftover]:
+    """Returns what crashed saves and deletions of this run left behind. Reads only.
+
+    Args:
+        known: steps that are committed, and need not be looked at.
+        now: the time, to judge how old void markers are; None leaves these alone.
+    """
+
+    def look(name: str) -> Leftover | None:
+        step, aside = fmt.parse_step_name(name), fmt.parse_aside_name(name)
         if step is not None:
-            aside = (step, "")
-        if aside is not None and (left := _leftover(store, run, child[:-1], *aside)):
-            found.append(left)
-    return found
+            return None if step in known else _leftover(store, run, name, step, "", now)
+        return None if aside is None else _leftover(store, run, name, *aside, now)
+
+    looked = for_each(store, look, [c[:-1] for c in store.children("") if c.endswith("/")])
+    return [left for left in looked if left is not None]
 
 
-def _leftover(store: Store, run: str | None, name: str, step: int, role: str) -> Leftover | None:
+def _leftover(
+    store: Store, run: str | None, name: str, step: int, role: str, now: float | None
+) -> Leftover | None:
     names = store.children(name)
-    if role == "replaced" and fmt.COMMIT_NAME not in store.children(fmt.step_name(step)):
+    if role == "replaced" and not is_committed(store, fmt.step_name(step)):
         return None  # it is still the step
-    if role == "" and (isinstance(store, SupportsRename) or fmt.COMMIT_NAME in names):
+    if role == "" and (isinstance(store, SupportsRename) or is_committed(store, name, names)):
         return None  # a step; or one that has lost its marker, which no crash of ours leaves behind
     if not names and role:
         # Made a moment ago, maybe, by a save that goes on; or all deleted.
         return Leftover(name, step, role == "deleting")
+    if role == "" and names == [fmt.COMMIT_NAME]:
+        return _void_leftover(store, name, step, now)
     claim = read_claim(store, name)
     if claim is None or run is None or claim.run != run:
         return None
     abandoned = role in ("replaced", "deleting") or is_certainly_dead(claim.writer)
     return Leftover(name, step, abandoned)
+
+
+def _void_leftover(store: Store, name: str, step: int, now: float | None) -> Leftover | None:
+    """A void marker alone stays until the save that it stops must have met its deadline."""
+    try:
+        made = fmt.parse_void(store.get(f"{name}/{fmt.COMMIT_NAME}"))
+    except KeyError:
+        return None
+    old = made is not None and now is not None and now - made > _VOID_SECONDS
+    return Leftover(name, step, True) if old else None
 
 
 def read_claim(store: Store, name: str) -> fmt.StepClaim | None:
@@ -134,12 +188,19 @@ def read_claim(store: Store, name: str) -> fmt.StepClaim | None:
         return None
 
 
-def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> list[str]:
-    """Removes leftovers; returns their names. One that cannot be removed is logged and stays."""
+def remove_leftovers(
+    store: Store, leftovers: Sequence[Leftover], *, run: str | None = None, now: float = 0.0
+) -> list[str]:
+    """Removes leftovers; returns their names. One that cannot be removed is logged and stays.
+
+    Args:
+        run, now: this run and the time, for void markers; needed in a bucket.
+    """
     removed = []
     for leftover in leftovers:
         try:
-            _delete_directory(store, leftover.step, leftover.name)
+            if not _remove_leftover(store, leftover, run, now):
+                continue
         except Exception as error:
             logger.warning(
                 "could not remove the leftover %s of %s: %s", leftover.name, store.root, error
@@ -153,6 +214,19 @@ def remove_leftovers(store: Store, leftovers: Sequence[Leftover]) -> list[str]:
             )
             removed.append(leftover.name)
     return removed
+
+
+def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: float) -> bool:
+    if isinstance(store, SupportsRename) or leftover.name != fmt.step_name(leftover.step):
+        _delete_directory(store, leftover.step, leftover.name)
+        return True
+    assert run is not None
+    if give_up(store, run, leftover.step, secrets.token_hex(8), now) is None:
+        return False  # committed after all
+    clear_given_up(store, leftover.step)
+    if leftover.abandoned:  # nobody is left whom the void marker would stop
+        store.delete(f"{leftover.name}/{fmt.COMMIT_NAME}")
+    return True
 
 
 def retire(store: Store, steps: Sequence[int], *, reached: Callable[[str], Any]) -> list[int]:

@@ -5,12 +5,14 @@ On every host unless said otherwise.
 Caller's thread (`Saver.begin`):
   1. capture   Positions are encoded and the state is planned, by the caller.
   2. prepare   All hosts contribute what they are about to save. The primary compares; then
-     stage     it removes this run's leftovers, makes `<step>.staging-<nonce>/` and writes the
-               claim `STEP.json` in it.
+     stage     it makes `<step>.staging-<nonce>/` and writes the claim `STEP.json` in it.
                A disagreement or an error on any host raises on all, and nothing was written.
   3. start     The array writer copies what it needs; training may go on.
 
 Worker thread (`StartedSave.finish`):
+     tidy      Primary: what this run's crashed saves have left is removed.
+     claim     In a bucket, where a step is written in place: the primary creates the claim here,
+               so that `save` need not wait for the bucket, and nobody writes before it has.
   4. positions The position shards that this host owns.
   5. arrays    The array writer finishes. Its last act on the primary (merging) waits for all hosts'
                arrays.
@@ -18,7 +20,8 @@ Worker thread (`StartedSave.finish`):
   7. record    The host record, `hosts/host_<h>-of-<n>.json`.
   8. written   All hosts contribute the digest of their record. Primary:
      verify    the listing is the union of the records, nothing missing, nothing more;
-     commit    `COMMIT.json`, the last file, is created, durable;
+     commit    `COMMIT.json`, the last file, is created, durable. In a bucket this is what makes
+               the step count;
      publish   the staging directory gets its final name (file systems only). Now, and not before,
                the step counts.
   9. outcome   Every host learns the same outcome. A host that fails anywhere says so at once, and
@@ -48,9 +51,17 @@ from datarax_dist.errors import (
     StorageError,
 )
 from datarax_dist.hosts import HostGroup, Operation
-from datarax_dist.inspection import find_run, inspect_run, read_records
+from datarax_dist.inspection import (
+    Inspection,
+    compare,
+    find_run,
+    inspect_run,
+    inspect_step,
+    is_committed,
+    read_records,
+)
 from datarax_dist.lease import writer_identity
-from datarax_dist.storage import Store, SupportsRename
+from datarax_dist.storage import Store, SupportsRename, SupportsReplace, for_each
 from datarax_dist.telemetry import Phases
 
 __all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "StartedSave"]
@@ -59,7 +70,12 @@ logger = logging.getLogger("datarax_dist")
 
 
 class ArrayWrite(Protocol):
-    """A write of arrays that has begun."""
+    """A write of arrays: everything is copied, and nothing is written before `release`."""
+
+    def release(self) -> None: ...
+
+    def cancel(self) -> None:
+        """Makes `wait` end soon, with an error. After `release` it may do nothing."""
 
     def wait(self, timeout_seconds: float) -> None:
         """Returns when this host's files are complete; on the primary, when everything is merged.
@@ -76,7 +92,7 @@ class ArrayWriter(Protocol):
         """Copies what it needs and goes on in the background; None when there are no arrays.
 
         Args:
-            prefix: the staging directory, which exists, below the store's root.
+            prefix: the staging directory, below the store's root.
             all_written: must be called on every host when its own arrays are written; on the
                 primary it returns when all hosts have called it.
         """
@@ -99,6 +115,8 @@ class SaveRequest:
             hosts may read the same.
         counts: data item -> how many positions make it whole.
         shared: key -> content, for what the primary writes for all (structure, indexes).
+        last: the same, for what must not be there before everything else is: what other programs
+            take for a sign that the step is whole.
         agreement: JSON that must be equal on all hosts, named part by part.
         local_digests: leaf name -> digest, for leaves that must be equal on all hosts.
         items: the names of the step's items, for its marker.
@@ -112,6 +130,7 @@ class SaveRequest:
     held: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, bytes] = field(default_factory=dict)
+    last: Mapping[str, bytes] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     local_digests: Mapping[str, str] = field(default_factory=dict)
     items: Sequence[str] = ()
@@ -154,6 +173,26 @@ class Saver:
         # Steps that a restore here has found damaged: they may be saved again, and they do not
         # count where retention decides how many good ones are left.
         self.suspects: set[int] = set()
+        self.claim = b""  # of the save under way
+        self._known = _Known()
+
+    def learn(self, inspection: Inspection) -> None:
+        """Takes in what the root holds, as far as a bucket need not be asked again. For the
+        primary.
+        """
+        self._known = _Known(
+            inspection.run,
+            {
+                c.step: c.state == "committed"
+                for c in inspection.candidates
+                if c.name == fmt.step_name(c.step)
+            },
+            tidy=all(c.state not in ("staged", "deleting") for c in inspection.candidates),
+        )
+
+    def forget(self) -> None:
+        """The root may hold something else than what was learnt."""
+        self._known = _Known()
 
     def begin(
         self,
@@ -196,18 +235,12 @@ class Saver:
         if decided.get("unseen") and previous_error is not None:
             raise previous_error
         assert request is not None
+        in_place = not isinstance(self._store, SupportsRename)
         operation = self._group.begin(
-            f"save of step {step}", consequence=lambda phase: _consequence(step, phase)
+            f"save of step {step}", consequence=lambda phase: _consequence(step, phase, in_place)
         )
         started = StartedSave(
-            self,
-            request,
-            decided["run"],
-            decided["staging"],
-            decided["nonce"],
-            operation,
-            phases,
-            replace or step in self.suspects,
+            self, request, decided, operation, phases, replace or step in self.suspects
         )
         started.start()
         return started
@@ -219,18 +252,66 @@ class Saver:
         check_positions([payload["positions"] for payload in payloads])
         phases.reach("stage")
         step = int(payloads[0]["step"])
+        nonce = secrets.token_hex(8)
+        store, known = self._store, self._known
         replace = replace or step in self.suspects
-        store = self._store
+        decided: dict[str, Any] = {"staging": fmt.step_name(step), "nonce": nonce, "claimed": True}
+        if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
+            return {**decided, "run": known.run, "claimed": False}
         run = self._claim_run()
         self._check_free(run, step, replace)
-        nonce = secrets.token_hex(8)
-        name = fmt.step_name(step)
-        staging = name
         if isinstance(store, SupportsRename):
-            staging = fmt.aside_name(step, "staging", nonce)
-        claim = fmt.StepClaim(run, step, nonce, len(payloads), writer_identity(), self._clock.now())
-        store.put(f"{staging}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
-        return {"run": run, "staging": staging, "nonce": nonce}
+            decided["staging"] = fmt.aside_name(step, "staging", nonce)
+        else:
+            self._learn_names(run)
+            decided |= self._clear(run, step, nonce)
+        self.write_claim(run, step, nonce, len(payloads), decided["staging"])
+        return {**decided, "run": run}
+
+    def write_claim(self, run: str, step: int, nonce: str, hosts: int, staging: str) -> None:
+        """Writes `STEP.json`: from here on, what is in the directory is known as ours."""
+        self.claim = fmt.dump_claim(
+            fmt.StepClaim(run, step, nonce, hosts, writer_identity(), self._clock.now())
+        )
+        if not self._store.create(f"{staging}/{fmt.STEP_NAME}", self.claim):
+            self.forget()
+            raise StepExistsError(
+                f"Another job is saving step {step} in {self._store.root}, or has begun to. Only"
+                " one job at a time may write to a run.",
+                step=step,
+            )
+
+    def _learn_names(self, run: str) -> None:
+        """In a bucket: which steps have anything, so that later saves need not ask."""
+        names = [fmt.parse_step_name(name.rstrip("/")) for name in self._store.children("")]
+        there = {step: self._known.steps.get(step) for step in names if step is not None}
+        self._known = _Known(run, there, tidy=self._known.tidy)
+
+    def _clear(self, run: str, step: int, nonce: str) -> dict[str, Any]:
+        """In a bucket: makes room for a step whose directory is there already. Returns what is to
+        be known of that.
+        """
+        store, name = self._store, fmt.step_name(step)
+        assert isinstance(store, SupportsReplace)
+        if not (names := store.children(name)):
+            return {}
+        if is_committed(store, name, names):
+            # What was the step stays the step, under another name, until its successor is there.
+            aside = fmt.aside_name(step, "replaced", nonce)
+            store.copy(name, aside, first=fmt.STEP_NAME, last=fmt.COMMIT_NAME)
+            store.delete(f"{name}/{fmt.COMMIT_NAME}")
+            found: dict[str, Any] = {"aside": True}
+        else:
+            found = {}
+        void = retention.give_up(store, run, step, nonce, self._clock.now())
+        if void is None:
+            raise StepExistsError(
+                f"Another job has committed step {step} in {store.root}, or saves it at this"
+                " moment. Only one job at a time may write to a run.",
+                step=step,
+            )
+        retention.clear_given_up(store, step)
+        return {**found, "void": void.decode()}
 
     def _check_free(self, run: str, step: int, replace: bool) -> None:
         store, name = self._store, fmt.step_name(step)
@@ -240,7 +321,7 @@ class Saver:
             for child in there
             if child == f"{name}/" or fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced")
         ]
-        if any(fmt.COMMIT_NAME in store.children(holder) for holder in holders):
+        if any(is_committed(store, holder) for holder in holders):
             if not replace:
                 raise StepExistsError(
                     f"Step {step} is committed in {store.root} already; nothing was changed."
@@ -256,7 +337,29 @@ class Saver:
 
     def _is_ours(self, run: str, name: str) -> bool:
         claim = retention.read_claim(self._store, name)
-        return claim is not None and claim.run == run
+        if claim is not None:
+            return claim.run == run
+        # In a bucket, maybe what keeps a given-up save from committing, and nothing else.
+        is_local = isinstance(self._store, SupportsRename)
+        return not is_local and self._store.children(name) == [fmt.COMMIT_NAME]
+
+    def committed_steps(self) -> list[int]:
+        """Returns the committed steps; of a bucket those that are known here, if they are there
+        still, and new ones.
+        """
+        store, known = self._store, self._known
+        if isinstance(store, SupportsRename):
+            return inspect_run(store).committed
+        found = set()
+        for name in store.children(""):
+            step = fmt.parse_step_name(name.rstrip("/"))
+            if step is None:
+                continue
+            if known.steps.get(step) is None:
+                known.steps[step] = inspect_step(store, step, name[:-1]).state == "committed"
+            if known.steps[step]:
+                found.add(step)
+        return sorted(found)
 
     def _claim_run(self) -> str:
         """Returns the run of the root; makes one in a new root."""
@@ -278,8 +381,27 @@ class Saver:
             ) from error
 
 
-def _consequence(step: int, phase: str) -> str:
-    if phase in ("", "save:publish", "save:committed"):
+@dataclass(slots=True)
+class _Known:
+    """What the primary knows of a bucket.
+
+    Attributes:
+        run: None when nothing is known.
+        steps: what has a directory -> whether it is committed; None where nobody has looked.
+        tidy: whether there are no leftovers.
+    """
+
+    run: str | None = None
+    steps: dict[int, bool | None] = field(default_factory=dict)
+    tidy: bool = False
+
+    def is_free(self, step: int) -> bool:
+        return self.run is not None and step not in self.steps
+
+
+def _consequence(step: int, phase: str, in_place: bool) -> str:
+    unknown = {"", "save:publish", "save:committed"} | ({"save:commit"} if in_place else set())
+    if phase in unknown:
         return f"Step {step} may be committed or not; earlier steps are as they were."
     return f"Step {step} was not committed; earlier steps are as they were."
 
@@ -382,16 +504,14 @@ class StartedSave:
         self,
         saver: Saver,
         request: SaveRequest,
-        run: str,
-        staging: str,
-        nonce: str,
+        decided: Mapping[str, Any],
         operation: Operation,
         phases: Phases,
         replace: bool = False,
     ) -> None:
         self._replace = replace
         self.step = request.step
-        self.run = run
+        self.run: str = decided["run"]
         self.operation = operation
         self.phases = phases
         self._saver = saver
@@ -399,12 +519,14 @@ class StartedSave:
         self._store = saver._store
         self._group = saver._group
         self._request = request
-        self._staging = staging
-        self._nonce = nonce
+        self._staging: str = decided["staging"]
+        self._nonce: str = decided["nonce"]
+        self._claimed: bool = decided["claimed"]
+        self._void: str | None = decided.get("void")
         self._write: ArrayWrite | None = None
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
-        self._aside = False
+        self._aside: bool = decided.get("aside", False)
 
     def start(self) -> None:
         """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
@@ -423,6 +545,20 @@ class StartedSave:
         self.operation.contribute("arrays", None)
         if self._group.is_primary:
             self.operation.gather("arrays", self._deadline)
+            self._check_claim()
+
+    def _check_claim(self) -> None:
+        """In a bucket, where two jobs that save one step would write into one directory: the one
+        that was given up stops before it merges.
+        """
+        if isinstance(self._store, SupportsRename):
+            return
+        try:
+            if self._store.get(f"{self._staging}/{fmt.STEP_NAME}") == self._saver.claim:
+                return
+        except KeyError:
+            pass
+        raise self._other_writer()
 
     def outcome(self) -> Any:
         """Step 9: waits for the decision, wherever this host's own work is. Any thread."""
@@ -443,8 +579,13 @@ class StartedSave:
                 raise
         finally:
             self._end_write()
-        decided = self.outcome()
+        try:
+            decided = self.outcome()
+        except BaseException:
+            self._saver.forget()
+            raise
         self._saver.suspects.discard(self.step)
+        self._saver._known.steps[self.step] = True
         deleted = self._retire() if self._group.is_primary else []
         return SaveReport(
             self.step, int(decided["bytes"]), dict(self.phases.seconds), tuple(deleted)
@@ -458,17 +599,21 @@ class StartedSave:
             try:
                 if self._aside:
                     retention.delete_replaced(self._store, self.step)
-                good = set(inspect_run(self._store).committed) - self._saver.suspects
+                good = set(self._saver.committed_steps()) - self._saver.suspects
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
                 return []
-            return retention.retire(self._store, steps, reached=self.phases.reach)
+            deleted = retention.retire(self._store, steps, reached=self.phases.reach)
+            for step in deleted:
+                self._saver._known.steps.pop(step, None)
+            return deleted
 
     def _end_write(self) -> None:
         """A write that has begun must have ended before the next save removes what it has made."""
         if self._write is not None:
             with contextlib.suppress(Exception):  # whatever it is, it is too late to matter
+                self._write.cancel()
                 self._write.wait(self._seconds_left())
             self._write = None
 
@@ -481,12 +626,21 @@ class StartedSave:
         if self._group.is_primary:
             with self.phases.span("tidy"):
                 self._remove_leftovers()
+        if not self._claimed:
+            with self.phases.span("claim"):
+                self._claim()
+        if self._write is not None:
+            self._write.release()
         with self.phases.span("positions"):
             contents = dict(self._request.positions)
             if self._group.is_primary:
                 contents.update(self._request.shared)
-            for key, content in contents.items():
-                self._store.put(f"{self._staging}/{key}", content)
+            prefix = self._staging
+            for_each(
+                self._store,
+                lambda item: self._store.put(f"{prefix}/{item[0]}", item[1]),
+                contents.items(),
+            )
         with self.phases.span("wait_arrays"):
             if self._write is None:  # no arrays
                 self._all_written()
@@ -495,7 +649,9 @@ class StartedSave:
             self._write = None
         self.operation.check("hash")
         with self.phases.span("hash"):
-            files = self._hash(sorted(contents))
+            if self._group.is_primary:
+                contents |= {fmt.STEP_NAME: self._saver.claim, **self._request.last}
+            files = self._hash(contents)
         self.operation.check("record")
         with self.phases.span("record"):
             name = fmt.host_record_name(self._group.index, self._group.count)
@@ -512,40 +668,66 @@ class StartedSave:
             )
             self._store.put(f"{self._staging}/{name}", record)
         self.phases.reach("written")
-        self.operation.contribute("written", [name, len(record), fmt.digest(record)])
+        row = [name, len(record), fmt.digest(record, self._store.digest_kind)]
+        self.operation.contribute("written", row)
         if self._group.is_primary:
             rows = self.operation.gather("written", self._deadline)
             marker = self._commit([fmt.FileEntry(*row) for row in rows])
             self.operation.succeed({"bytes": marker.bytes})
 
+    def _claim(self) -> None:
+        """In a bucket: the primary claims the step, and no host writes before."""
+        if self._group.is_primary:
+            self._saver.write_claim(
+                self.run, self.step, self._nonce, self._group.count, self._staging
+            )
+            self.operation.contribute("claim", None)
+        else:
+            self.operation.await_primary("claim", self._deadline)
+
     def _remove_leftovers(self) -> None:
         """What earlier saves of this run left behind. All hosts have ended them: they agreed on
         this one since.
         """
+        store, known, now = self._store, self._saver._known, self._saver._clock.now()
+        if not isinstance(store, SupportsRename) and known.tidy:
+            return
+        committed = {step for step, is_one in known.steps.items() if is_one}
         leftovers = [
             left
-            for left in retention.find_leftovers(self._store, self.run)
-            if left.name != self._staging
+            for left in retention.find_leftovers(store, self.run, known=committed, now=now)
+            if left.name != self._staging and (left.step != self.step or not self._aside)
         ]
-        retention.remove_leftovers(self._store, leftovers)
+        retention.remove_leftovers(store, leftovers, run=self.run, now=now)
+        known.tidy = True
 
-    def _hash(self, own: Sequence[str]) -> list[fmt.FileEntry]:
+    def _hash(self, own: Mapping[str, bytes]) -> list[fmt.FileEntry]:
         """Step 6: everything that this host wrote. What no host's name is on, the primary answers
         for.
         """
         prefix, host, writer = f"{self._staging}/", self._group.index, self._request.writer
-        mine = {f"{prefix}{key}" for key in own}
+        store, kind = self._store, self._store.digest_kind
+        entries = {
+            key: fmt.FileEntry(key, len(content), fmt.digest(content, kind))
+            for key, content in own.items()
+        }
         for part in writer.parts(host):  # not the whole step: n hosts that list n hosts' files
-            for entry in self._store.list(f"{prefix}{part}".rstrip("/")):
+            for entry in store.list(f"{prefix}{part}".rstrip("/")):
                 key = entry.key.removeprefix(prefix)
-                if not key.startswith(("data/", "hosts/")) and writer.owns(key, host):
-                    mine.add(entry.key)
-        entries = []
-        for key in sorted(mine):
-            size, digest = self._store.digest(key)
-            entries.append(fmt.FileEntry(key.removeprefix(prefix), size, digest))
-        self._store.sync(self._staging, sorted(mine))
-        return entries
+                if (
+                    key in own
+                    or key == fmt.COMMIT_NAME
+                    or key.startswith(("data/", "hosts/"))
+                    or not writer.owns(key, host)
+                ):
+                    continue
+                if entry.digest:  # the bucket's own, of what it has
+                    entries[key] = fmt.FileEntry(key, entry.size, entry.digest)
+                else:
+                    entries[key] = fmt.FileEntry(key, *store.digest(entry.key))
+        written = [key for key in entries if key not in self._request.last]
+        store.sync(self._staging, sorted(f"{prefix}{key}" for key in written))
+        return [entries[key] for key in sorted(entries)]
 
     def _commit(self, records: Sequence[fmt.FileEntry]) -> fmt.CommitMarker:
         """Step 8, on the primary."""
@@ -559,17 +741,15 @@ class StartedSave:
                     f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
                     " Is this one file system, shared by all hosts?"
                 ) from error
-            listed = {
-                entry.key.removeprefix(f"{staging}/"): entry.size for entry in store.list(staging)
-            }
-            wanted = {entry.path: entry.size for entry in (*files, *records)}
-            if wrong := sorted({*listed.items()} ^ {*wanted.items()}):
-                names = sorted({path for path, _ in wrong})
+            wanted = {entry.path: entry for entry in (*files, *records)}
+            if wrong := self._differences(wanted) and self._differences(wanted):
                 raise StorageError(
                     f"Step {self.step} is not committed: the listing of {store.root}/{staging} and"
-                    f" what the hosts wrote differ in {', '.join(names[:10])}. Is this one file"
-                    " system, shared by all hosts?"
+                    f" what the hosts wrote differ in {', '.join(wrong[:10])}. Does another job"
+                    " write to this run? Is this one storage, shared by all hosts?"
                 )
+            for key, content in self._request.last.items():
+                store.put(f"{staging}/{key}", content)
         marker = fmt.CommitMarker(
             run=self.run,
             step=self.step,
@@ -577,7 +757,7 @@ class StartedSave:
             nonce=self._nonce,
             hosts=self._group.count,
             records=tuple(records),
-            bytes=sum(wanted.values()),
+            bytes=sum(entry.size for entry in wanted.values()),
             items=tuple(self._request.items),
             committed_at=self._saver._clock.now(),
             versions=self._request.versions,
@@ -585,10 +765,10 @@ class StartedSave:
         name = fmt.step_name(self.step)
         with self.phases.span("commit"):
             self.operation.check("commit")
-            if not store.create(f"{staging}/{fmt.COMMIT_NAME}", fmt.dump_marker(marker)):
+            if not self._create_marker(fmt.dump_marker(marker)):
                 raise self._other_writer()
-        with self.phases.span("publish"):
-            if staging != name:
+        if staging != name:
+            with self.phases.span("publish"):
                 self._publish(name)
         self.phases.reach("committed")
         logger.info(
@@ -599,6 +779,24 @@ class StartedSave:
             marker.hosts,
         )
         return marker
+
+    def _differences(self, wanted: Mapping[str, fmt.FileEntry]) -> list[str]:
+        """Returns where the listing is not the union of the records: missing, more, or other."""
+        prefix, last = f"{self._staging}/", self._request.last
+        listing = self._store.list(self._staging)
+        there = {entry.key.removeprefix(prefix) for entry in listing}
+        if self._void is not None:
+            there.discard(fmt.COMMIT_NAME)
+        expected = [entry for path, entry in wanted.items() if path not in last]
+        more = there.difference(entry.path for entry in expected)
+        return sorted({*more, *compare(listing, self._staging, expected)})
+
+    def _create_marker(self, data: bytes) -> bool:
+        key = f"{self._staging}/{fmt.COMMIT_NAME}"
+        if self._void is None:
+            return self._store.create(key, data)
+        assert isinstance(self._store, SupportsReplace)
+        return self._store.replace(key, self._void.encode(), data)
 
     def _publish(self, name: str) -> None:
         """Gives the staging directory its final name, at once and only if there is none: of two
@@ -623,7 +821,8 @@ class StartedSave:
 
     def _other_writer(self) -> StepExistsError:
         return StepExistsError(
-            f"Another writer has committed step {self.step} in {self._store.root}; that one stays.",
+            f"Another job has committed step {self.step} in {self._store.root}, or is about to;"
+            " that one stays. Only one job at a time may write to a run.",
             step=self.step,
         )
 
@@ -631,8 +830,15 @@ class StartedSave:
         """Removes what a failed save of a single host has staged. With more hosts the next save
         does: another host may be writing still.
         """
-        names = self._store.children(self._staging)
-        finished = self._staging == fmt.step_name(self.step) and fmt.COMMIT_NAME in names
-        if self._group.count == 1 and names and not finished:
-            left = retention.Leftover(self._staging, self.step, True)
-            retention.remove_leftovers(self._store, [left])
+        if self._group.count > 1:
+            return
+        store = self._store
+        try:
+            names = store.children(self._staging)
+            is_step = self._staging == fmt.step_name(self.step)
+            if names and not (is_step and is_committed(store, self._staging, names)):
+                left = retention.Leftover(self._staging, self.step, True)
+                now = self._saver._clock.now()
+                retention.remove_leftovers(store, [left], run=self.run, now=now)
+        except StorageError as error:
+            logger.warning("could not remove what step %d has staged: %s", self.step, error)

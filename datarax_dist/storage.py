@@ -7,40 +7,62 @@ Keys are relative, with `/`. What every store must keep:
 - `list` shows everything that a finished `put`, `create` or `delete` of any host made or removed.
 - `sync` makes files that others wrote (Orbax, TensorStore) durable: their data, and their names.
 
-`SupportsRename` is an ability of file systems, not of buckets: a staged directory appears under its
-final name at once.
+`SupportsRename` is an ability of file systems: a staged directory appears under its final name at
+once. `SupportsReplace` is one of buckets: there a step is written in place, and what stands for its
+marker decides alone who may commit it.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import secrets
 import shutil
 import stat
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from datarax_dist import format as fmt
+from datarax_dist.config import is_bucket
 from datarax_dist.errors import StorageError, describe, storage_hint
 
-__all__ = ["Entry", "LocalStore", "Store", "SupportsRename"]
+__all__ = [
+    "Entry",
+    "LocalStore",
+    "Store",
+    "SupportsRename",
+    "SupportsReplace",
+    "for_each",
+    "open_store",
+]
 
 _CHUNK_BYTES = 1 << 20
+_PARALLEL = 16
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file in a listing: key relative to the root, size in bytes."""
+    """A file in a listing: key relative to the root, size in bytes, and its digest where the
+    storage tells it without reading (buckets do).
+    """
 
     key: str
     size: int
+    digest: str = ""
 
 
 class Store(Protocol):
-    """Files below one root. Errors are `StorageError`; a missing key is `KeyError`."""
+    """Files below one root. Errors are `StorageError`; a missing key is `KeyError`.
+
+    Attributes:
+        digest_kind: of digests, "crc32" or "md5"; that of listings, where these have any.
+    """
+
+    digest_kind: str
 
     @property
     def root(self) -> str: ...
@@ -62,12 +84,16 @@ class Store(Protocol):
         come or go meanwhile may be in it or not.
         """
 
-    def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
-        """Returns size and digest of a file; no digest when the size is not as expected."""
+    def digest(
+        self, key: str, expected_size: int | None = None, *, like: str = ""
+    ) -> tuple[int, str]:
+        """Returns size and digest of a file, after reading every byte; no digest when the size is
+        not as expected. `like` is a digest of the kind that is wanted.
+        """
 
-    def delete(self, prefix: str) -> None:
-        """Removes a file, or everything below a prefix; nothing there is no error. Durable when it
-        returns.
+    def delete(self, prefix: str, *, last: str | None = None) -> None:
+        """Removes a file, or everything below a prefix, the file `last` of it at the end; nothing
+        there is no error. Durable when it returns.
         """
 
     def sync(self, prefix: str, keys: Iterable[str]) -> None:
@@ -81,6 +107,38 @@ class SupportsRename(Protocol):
     """
 
     def rename(self, source: str, destination: str) -> None: ...
+
+
+@runtime_checkable
+class SupportsReplace(Protocol):
+    """The ability of buckets to replace a file on a condition, and to copy without reading."""
+
+    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
+        """Writes `data` if `key` holds `expected`; returns whether this call (and no other) did."""
+
+    def copy(self, source: str, destination: str, *, first: str, last: str) -> None:
+        """Copies everything below a prefix to another one, without reading it here; the file
+        `first` of it before all others, `last` after them.
+        """
+
+
+def open_store(root: str) -> Store:
+    """Returns the store of a root as `config.check_root` returns it."""
+    if not is_bucket(root):
+        return LocalStore(root)
+    from datarax_dist.buckets import BucketStore
+
+    return BucketStore(root)
+
+
+def for_each(
+    store: Store, function: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> list[_Result]:
+    """Returns `function` of each item, in order; at once where each takes a trip to a bucket."""
+    if isinstance(store, SupportsRename):
+        return [function(item) for item in items]
+    with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
+        return list(pool.map(function, items))
 
 
 @contextlib.contextmanager
@@ -99,6 +157,8 @@ def _storage_errors(action: str, path: str) -> Iterator[None]:
 
 class LocalStore:
     """A directory of a local or shared POSIX file system."""
+
+    digest_kind = "crc32"
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -198,9 +258,11 @@ class LocalStore:
                         found.append(Entry(key, status.st_size))
         return sorted(found, key=lambda entry: entry.key)
 
-    def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
+    def digest(
+        self, key: str, expected_size: int | None = None, *, like: str = ""
+    ) -> tuple[int, str]:
         path = self.path(key)
-        crc = other = size = 0
+        size, digester = 0, fmt.Digester(like or self.digest_kind)
         with _storage_errors("read", path), open(path, "rb", buffering=0) as file:
             if (
                 expected_size is not None
@@ -208,16 +270,18 @@ class LocalStore:
             ):
                 return actual, ""
             while chunk := file.read(_CHUNK_BYTES):
-                crc = fmt.crc32c(chunk, crc)
-                other = zlib.crc32(chunk, other)
+                digester.update(chunk)
                 size += len(chunk)
-        return size, fmt.digest_text(crc, other)
+        return size, digester.text()
 
-    def delete(self, prefix: str) -> None:
+    def delete(self, prefix: str, *, last: str | None = None) -> None:
         path = self.path(prefix)
         try:
             with _storage_errors("delete", path):
                 if os.path.isdir(path) and not os.path.islink(path):
+                    for name in os.listdir(path) if last is not None else ():
+                        if name != last:
+                            _remove(os.path.join(path, name))
                     shutil.rmtree(path)
                 else:
                     os.unlink(path)
@@ -253,6 +317,13 @@ class LocalStore:
                 raise FileExistsError(17, "something of that name is there already", target)
             os.rename(self.path(source), target)
             _sync_directory(os.path.dirname(target))
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def _sync_directory(path: str) -> None:

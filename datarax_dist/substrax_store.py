@@ -29,7 +29,7 @@ from datarax_dist import config, trees
 from datarax_dist import format as fmt
 from datarax_dist.checkpoint import Run, Target
 from datarax_dist.checkpointer import apply_state, state_tree
-from datarax_dist.errors import StepExistsError
+from datarax_dist.errors import InvalidArgumentError, StepExistsError
 
 __all__ = ["SubstraxStore"]
 
@@ -57,6 +57,12 @@ class SubstraxStore:
     ) -> None:
         if not os.fspath(directory).strip():
             raise ValueError("Checkpoint directory cannot be empty")
+        if "://" in os.fspath(directory):
+            raise InvalidArgumentError(
+                f"{os.fspath(directory)!r}: datarax's store names its steps by local paths, so it"
+                " cannot be in a bucket. Use datarax_dist.Checkpointer, or"
+                " datarax_dist.checkpoint.OrbaxCheckpointHandler. Nothing was written."
+            )
         keep = None if max_to_keep is None else config.latest(max_to_keep)
         self.directory = Path(directory).resolve()
         self.max_to_keep = max_to_keep

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["RESTORE_PHASES", "SAVE_PHASES", "Phases", "observe"]
+__all__ = ["BUCKET_PHASES", "RESTORE_PHASES", "SAVE_PHASES", "Phases", "observe"]
 
 logger = logging.getLogger("datarax_dist")
 
@@ -38,6 +38,9 @@ SAVE_PHASES = (
     "save:publish",  # primary: about to move the staging directory to its final name
     "save:committed",  # primary: the step is committed, the others do not know yet
     "save:retire",  # primary: a marker was removed by retention, its files are still there
+)
+BUCKET_PHASES = (
+    "save:claim",  # in a bucket: save() has returned, the primary is about to claim the step
 )
 RESTORE_PHASES = ("restore:list", "restore:verify", "restore:load", "restore:positions")
 

@@ -349,3 +349,29 @@ def given_up_write(root: str) -> Any:
             restored.step,
             dd.tree_digest(restored.state) == dd.tree_digest(mesh_state((-1,), ("x",), 2)),
         )
+
+
+def save_what_is_free(root: str, steps: list[int]) -> Any:
+    """Saves each step that no other job saves; returns how each ended."""
+    import jax
+
+    import datarax_dist as dd
+
+    count, outcomes = jax.device_count(), []
+    with dd.Checkpointer(root) as ckpt:
+        for step in steps:
+            batches = dd.data.shards(Counter, 8)
+            try:
+                handle = ckpt.save(
+                    step,
+                    state=mesh_state((count,), ("x",), step),
+                    data={"batches": batches},
+                    metadata={"step": step},
+                )
+                assert handle is not None
+                handle.result(60)
+            except dd.errors.CheckpointError as error:
+                outcomes.append((step, type(error).__name__))
+            else:
+                outcomes.append((step, "saved"))
+    return outcomes

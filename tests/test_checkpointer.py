@@ -553,16 +553,35 @@ def test_an_engine_that_was_given_up_does_not_speak_for_a_later_save(tmp_path: P
 
     engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())
     said: list[str] = []
-    engine.start("1", lambda: said.append("first"), {"a": np.ones(3)}).wait(30)
+
+    def write(prefix: str, word: str) -> None:
+        started = engine.start(prefix, lambda: said.append(word), {"a": np.ones(3)})
+        started.release()
+        started.wait(30)
+
+    write("1", "first")
     given_up = engine._checkpointer
     assert given_up is not None
     engine.abandon()
-    engine.start("2", lambda: said.append("second"), {"a": np.ones(3)}).wait(30)
+    write("2", "second")
     assert engine._checkpointer is not None
     engine._checkpointer._barrier(key="async_write_complete", timeout_ms=0)
     given_up._barrier(key="async_write_complete", timeout_ms=0)
     assert said == ["second", "first"]
     given_up.close()
+    engine.close()
+
+
+def test_nothing_is_written_before_the_step_is_claimed(tmp_path: Path) -> None:
+    from datarax_dist import arrays
+
+    engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())
+    started = engine.start("1", lambda: None, {"a": np.ones(3)})
+    started.cancel()
+    with pytest.raises(errors.StorageError, match="ended before its arrays were written"):
+        started.wait(30)
+    assert list((tmp_path / "1").rglob("*ocdbt*")) == []
+    started.release()  # too late
     engine.close()
 
 
@@ -588,7 +607,9 @@ def test_metadata_that_is_not_json_is_refused(tmp_path: Path, value: Any) -> Non
             ckpt.save(1, state={"a": 1}, metadata={"x": value})
 
 
-@pytest.mark.parametrize("name", ["exchange_timeout_seconds", "save_timeout_seconds"])
+@pytest.mark.parametrize(
+    "name", ["exchange_timeout_seconds", "save_timeout_seconds", "restore_timeout_seconds"]
+)
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), None, "60"])
 def test_every_wait_has_a_deadline(name: str, value: Any) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=name):

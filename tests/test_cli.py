@@ -19,6 +19,7 @@ import pytest
 import datarax_dist as dd
 from datarax_dist import cli
 from datarax_dist import format as fmt
+from datarax_dist.cli import output
 
 REPOSITORY = str(Path(dd.__file__).resolve().parent.parent)
 
@@ -266,7 +267,7 @@ def test_usage_errors_exit_2(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         [],
         ["nothing"],
         ["ls"],
-        ["ls", "gs://bucket/run"],
+        ["ls", "s3://bucket/run"],
         ["show", f"{run}@newest"],
         ["verify", str(run), "--level", "most"],
         ["launch", "--hosts", "0", "--", "true"],
@@ -286,7 +287,7 @@ def test_a_root_may_have_an_at_sign(run: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_names_from_storage_cannot_control_the_terminal() -> None:
-    assert cli._clean("a\x1b[2Jb\rc\nä") == "a\\x1b[2Jb\\rc\nä"
+    assert output.clean("a\x1b[2Jb\rc\nä") == "a\\x1b[2Jb\\rc\nä"
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

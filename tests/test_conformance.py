@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import targets
 
+from datarax_dist.buckets import BucketStore
 from datarax_dist.errors import StorageError
 from datarax_dist.storage import LocalStore, Store
 from datarax_dist.testing import (
     HOST_GROUP_CHECKS,
     STORE_CHECKS,
+    MemoryBucket,
     MemoryStore,
     SimulatedHosts,
     check_host_group,
@@ -40,8 +42,23 @@ def test_local_store_never_renames_onto_an_empty_directory(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
-def test_memory_store(check: Check) -> None:
-    check(MemoryStore)
+@pytest.mark.parametrize("make", [MemoryStore, MemoryBucket])
+def test_memory_store(check: Check, make: Callable[[], Store]) -> None:
+    check(make)
+
+
+@pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)
+def test_bucket_store(check: Check, bucket: str) -> None:
+    check(lambda: BucketStore(f"gs://{bucket}/runs/one"))
+
+
+def test_a_bucket_without_a_prefix_is_a_root(bucket: str) -> None:
+    store = BucketStore(f"gs://{bucket}")
+    store.put("7/COMMIT.json", b"x")
+    assert store.children("") == ["7/"]
+    assert [entry.key for entry in store.list("7")] == ["7/COMMIT.json"]
+    store.delete("7")
+    assert store.list("") == []
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 5])

@@ -62,9 +62,9 @@ PUBLIC = {
     """,
     "datarax_dist.substrax_store": "SubstraxStore",
     "datarax_dist.testing": """
-        HOST_GROUP_CHECKS PHASES STORE_CHECKS ExactlyOnceError ExactlyOnceReport FakeClock HostError
-        HostResult MemoryArrays MemoryStore SimulatedHosts check_exactly_once check_host_group
-        fail_at free_port kill_at run_hosts
+        HOST_GROUP_CHECKS PHASES STORE_CHECKS ExactlyOnceError ExactlyOnceReport FakeClock FakeGCS
+        HostError HostResult MemoryArrays MemoryBucket MemoryStore SimulatedHosts check_exactly_once
+        check_host_group fail_at free_port kill_at run_hosts
     """,
 }
 

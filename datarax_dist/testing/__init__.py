@@ -1,8 +1,10 @@
 """What users need to test their own jobs: real local hosts, faults at named phases, hosts and
-stores in memory, and conformance suites.
+stores in memory, a bucket on this machine, and conformance suites.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from datarax_dist.testing.conformance import HOST_GROUP_CHECKS, STORE_CHECKS, check_host_group
 from datarax_dist.testing.exactly_once import (
@@ -12,7 +14,16 @@ from datarax_dist.testing.exactly_once import (
 )
 from datarax_dist.testing.faults import PHASES, fail_at, kill_at
 from datarax_dist.testing.launcher import HostError, HostResult, free_port, run_hosts
-from datarax_dist.testing.simulated import FakeClock, MemoryArrays, MemoryStore, SimulatedHosts
+from datarax_dist.testing.simulated import (
+    FakeClock,
+    MemoryArrays,
+    MemoryBucket,
+    MemoryStore,
+    SimulatedHosts,
+)
+
+if TYPE_CHECKING:
+    from datarax_dist.testing.fake_gcs import FakeGCS
 
 __all__ = [
     "HOST_GROUP_CHECKS",
@@ -23,9 +34,11 @@ __all__ = [
     "ExactlyOnceError",
     "ExactlyOnceReport",
     "FakeClock",
+    "FakeGCS",
     "HostError",
     "HostResult",
     "MemoryArrays",
+    "MemoryBucket",
     "MemoryStore",
     "SimulatedHosts",
     "fail_at",
@@ -33,3 +46,11 @@ __all__ = [
     "kill_at",
     "run_hosts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FakeGCS":  # needs aiohttp, which `datarax-dist launch` does not
+        from datarax_dist.testing.fake_gcs import FakeGCS
+
+        return FakeGCS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

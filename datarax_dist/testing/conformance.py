@@ -22,7 +22,7 @@ from typing import Any
 from datarax_dist import format as fmt
 from datarax_dist.errors import CheckpointError, PeerError, PeerLostError, StepExistsError
 from datarax_dist.hosts import HostGroup
-from datarax_dist.storage import Store, SupportsRename
+from datarax_dist.storage import Store, SupportsRename, SupportsReplace
 
 __all__ = ["HOST_GROUP_CHECKS", "STORE_CHECKS", "check_host_group"]
 
@@ -130,10 +130,57 @@ def digest_is_of_the_content(make: Callable[[], Store]) -> None:
     store = make()
     data = bytes(range(256)) * 9000
     store.put("big", data)
-    assert store.digest("big") == (len(data), fmt.digest(data))
-    assert store.digest("big", len(data)) == (len(data), fmt.digest(data))
+    kind = store.digest_kind
+    assert store.digest("big") == (len(data), fmt.digest(data, kind))
+    assert store.digest("big", len(data)) == (len(data), fmt.digest(data, kind))
+    for like in (fmt.digest(b"", "crc32"), fmt.digest(b"", "md5")):
+        assert store.digest("big", like=like) == (len(data), fmt.digest(data, like))
     assert store.digest("big", 3)[0] == len(data)
-    assert store.digest("big", 3)[1] in ("", fmt.digest(data))
+    assert store.digest("big", 3)[1] in ("", fmt.digest(data, kind))
+
+
+def a_digest_in_a_listing_is_of_the_content(make: Callable[[], Store]) -> None:
+    store = make()
+    for data in (b"", b"x", bytes(range(256)) * 300):
+        store.put("a/file", data)
+        [entry] = store.list("a")
+        assert entry.digest in ("", fmt.digest(data, store.digest_kind))
+
+
+def delete_takes_the_last_file_last(make: Callable[[], Store]) -> None:
+    store = make()
+    for key in ("7/STEP.json", "7/a", "7/d/b", "70/a"):
+        store.put(key, b"x")
+    store.delete("7", last="STEP.json")
+    assert [entry.key for entry in store.list("")] == ["70/a"]
+
+
+def replace_needs_the_expected_content(make: Callable[[], Store]) -> None:
+    store = make()
+    if not isinstance(store, SupportsReplace):
+        return
+    assert not store.replace("7/COMMIT.json", b"void", b"mine"), "there is nothing to replace"
+    store.put("7/COMMIT.json", b"void")
+    assert not store.replace("7/COMMIT.json", b"other", b"mine")
+    assert store.get("7/COMMIT.json") == b"void"
+    assert store.replace("7/COMMIT.json", b"void", b"mine")
+    assert store.replace("7/COMMIT.json", b"void", b"mine"), "the reply may have been lost"
+    assert not store.replace("7/COMMIT.json", b"void", b"theirs")
+    assert store.get("7/COMMIT.json") == b"mine"
+
+
+def copy_leaves_the_source(make: Callable[[], Store]) -> None:
+    store = make()
+    if not isinstance(store, SupportsReplace):
+        return
+    for key in ("7/STEP.json", "7/a b#1", "7/d/b", "7/COMMIT.json", "70/a"):
+        store.put(key, key.encode())
+    store.copy("7", "7.aside", first="STEP.json", last="COMMIT.json")
+    for prefix in ("7", "7.aside"):
+        found = {e.key.removeprefix(f"{prefix}/"): store.get(e.key) for e in store.list(prefix)}
+        assert found == {
+            name: f"7/{name}".encode() for name in ("STEP.json", "a b#1", "d/b", "COMMIT.json")
+        }
 
 
 def delete_removes_a_file_or_all_below_and_nothing_else(make: Callable[[], Store]) -> None:
@@ -190,6 +237,10 @@ STORE_CHECKS: tuple[Callable[[Callable[[], Store]], None], ...] = (
     list_shows_every_file_below_with_its_size,
     listing_while_others_write_neither_fails_nor_loses_what_stays,
     digest_is_of_the_content,
+    a_digest_in_a_listing_is_of_the_content,
+    delete_takes_the_last_file_last,
+    replace_needs_the_expected_content,
+    copy_leaves_the_source,
     delete_removes_a_file_or_all_below_and_nothing_else,
     sync_of_what_was_put_does_nothing_visible,
     rename_moves_everything_and_never_onto_something,

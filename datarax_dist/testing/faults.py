@@ -20,7 +20,7 @@ from datarax_dist import telemetry
 
 __all__ = ["PHASES", "fail_at", "kill_at"]
 
-PHASES = telemetry.SAVE_PHASES + telemetry.RESTORE_PHASES
+PHASES = telemetry.SAVE_PHASES + telemetry.BUCKET_PHASES + telemetry.RESTORE_PHASES
 
 
 def _at(phase: str, host: int, occurrence: int, act: Callable[[], None]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from datarax_dist.errors import StorageError
 from datarax_dist.hosts import HostGroup, LocalBoard
 from datarax_dist.storage import Entry
 
-__all__ = ["FakeClock", "MemoryArrays", "MemoryStore", "SimulatedHosts"]
+__all__ = ["FakeClock", "MemoryArrays", "MemoryBucket", "MemoryStore", "SimulatedHosts"]
 
 
 class FakeClock:
@@ -59,8 +59,8 @@ class SimulatedHosts:
             return list(pool.map(one, self.groups))
 
 
-class MemoryStore:
-    """A store in memory, shared by all simulated hosts. `log` lists what was done, in order.
+class _MemoryFiles:
+    """Files in memory, shared by all simulated hosts. `log` lists what was done, in order.
 
     It can be cut off: after `crash_after(n)` the n-th operation that changes it, and every one
     after that, raises `StorageError`, as if all hosts had died there. `lose_power` then empties the
@@ -68,6 +68,7 @@ class MemoryStore:
     """
 
     root = "memory"
+    digest_kind = "crc32"
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -130,18 +131,24 @@ class MemoryStore:
         start = f"{prefix}/" if prefix else ""
         with self._lock:
             return [
-                Entry(key, len(data))
+                self._entry(key, data)
                 for key, data in sorted(self.files.items())
                 if key.startswith(start) or key == prefix
             ]
 
-    def digest(self, key: str, expected_size: int | None = None) -> tuple[int, str]:
-        data = self.files[key]
-        return len(data), fmt.digest(data)
+    def _entry(self, key: str, data: bytes) -> Entry:
+        return Entry(key, len(data))
 
-    def delete(self, prefix: str) -> None:
+    def digest(
+        self, key: str, expected_size: int | None = None, *, like: str = ""
+    ) -> tuple[int, str]:
+        data = self.files[key]
+        return len(data), fmt.digest(data, like or self.digest_kind)
+
+    def delete(self, prefix: str, *, last: str | None = None) -> None:
         with self._lock:
-            for key in [k for k in self.files if k == prefix or k.startswith(f"{prefix}/")]:
+            keys = [k for k in self.files if k == prefix or k.startswith(f"{prefix}/")]
+            for key in sorted(keys, key=lambda key: key == f"{prefix}/{last}"):
                 self._change()  # file by file: it can be cut in the middle
                 del self.files[key]
                 self._volatile.discard(key)
@@ -153,6 +160,10 @@ class MemoryStore:
             for key in keys:
                 self._volatile.discard(key)
                 self.log.append(("sync", key))
+
+
+class MemoryStore(_MemoryFiles):
+    """A file system in memory: `_MemoryFiles` whose directories can be renamed."""
 
     def rename(self, source: str, destination: str) -> None:
         with self._lock:
@@ -171,6 +182,40 @@ class MemoryStore:
             self.log.append(("rename", destination))
 
 
+class MemoryBucket(_MemoryFiles):
+    """A bucket in memory: no renaming, digests in listings, and a file can be replaced on a
+    condition. What is written is durable at once.
+    """
+
+    root = "gs://memory"
+    digest_kind = "md5"
+
+    def lose_power(self) -> None:
+        self._volatile.clear()
+
+    def _entry(self, key: str, data: bytes) -> Entry:
+        return Entry(key, len(data), fmt.digest(data, "md5"))
+
+    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
+        with self._lock:
+            if self.files.get(key) not in (expected, data):
+                return False
+            self._change()
+            self.files[key] = data
+            self.log.append(("replace", key))
+            return True
+
+    def copy(self, source: str, destination: str, *, first: str, last: str) -> None:
+        with self._lock:
+            keys = [key for key in self.files if key.startswith(f"{source}/")]
+        ends = {f"{source}/{first}": 0, f"{source}/{last}": 2}
+        for key in sorted(keys, key=lambda key: ends.get(key, 1)):
+            with self._lock:
+                self._change()
+                self.files[destination + key.removeprefix(source)] = self.files[key]
+        self.log.append(("copy", destination))
+
+
 class MemoryArrays:
     """An array writer: files of each host, and one of the primary after all hosts."""
 
@@ -179,9 +224,11 @@ class MemoryArrays:
         self._host = host
         self._content = content
         self._work: Callable[[], None] = lambda: None
+        self._released = False
 
     def start(self, prefix: str, all_written: Callable[[], None]) -> MemoryArrays:
         def work() -> None:
+            assert self._released, "nobody may write before the step is claimed"
             for name, data in self._content.items():
                 self._store.write(f"{prefix}/state/ocdbt.process_{self._host}/{name}", data)
             all_written()
@@ -190,6 +237,14 @@ class MemoryArrays:
 
         self._work = work
         return self
+
+    def release(self) -> None:
+        self._released = True
+
+    def cancel(self) -> None:
+        """Before `release` nothing was written, and nothing will be."""
+        if not self._released:
+            self._work = lambda: None
 
     def wait(self, timeout_seconds: float) -> None:
         work, self._work = self._work, lambda: None

@@ -1,0 +1,146 @@
+"""The promises in a bucket, on real `jax.distributed` processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import numpy as np
+import pytest
+import targets
+
+from datarax_dist import telemetry
+from datarax_dist.buckets import BucketStore
+from datarax_dist.inspection import inspect_run
+from datarax_dist.testing import FakeGCS, run_hosts
+
+pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
+
+SHAPES = {1: ((2,), ("y",)), 2: ((2, 2), ("a", "b")), 4: ((4, 2), ("a", "b"))}
+# On the primary only; `stage` is over before anything is written, `publish` is a rename.
+PRIMARY_PHASES = ("save:stage", "save:verify", "save:commit", "save:committed", "save:retire")
+PHASES = [
+    phase for phase in (*telemetry.SAVE_PHASES, *telemetry.BUCKET_PHASES) if phase != "save:publish"
+]
+
+
+@pytest.fixture
+def root(bucket: str) -> str:
+    return f"gs://{bucket}/runs/one"
+
+
+@pytest.mark.parametrize("before", [2, 4])
+def test_a_step_of_n_hosts_restores_on_1_2_and_4_with_another_mesh(
+    gcs: FakeGCS, bucket: str, root: str, before: int
+) -> None:
+    saved = run_hosts(
+        targets.save_steps,
+        before,
+        devices_per_host=2,
+        args=(root, (2 * before,), ("x",), [1, 2]),
+        timeout_seconds=90,
+    )
+    assert [host.error for host in saved] == [None] * before
+    assert all(host.value[0] == saved[0].value[0] for host in saved)
+    digests = saved[0].value[0]
+    for hosts, (shape, names) in SHAPES.items():
+        back = run_hosts(
+            targets.restore_step,
+            hosts,
+            devices_per_host=2,
+            args=(root, shape, names),
+            timeout_seconds=90,
+        )
+        assert [host.error for host in back] == [None] * hosts
+        assert {host.value[:2] for host in back} == {(2, digests[2])}
+        assert sorted(record for host in back for record in host.value[2]) == list(range(16, 24))
+    # A byte of what each host has written, in turn: all hosts fall back, and say so.
+    random = np.random.default_rng(before)
+    for host in range(before):
+        part = f"runs/one/2/state/ocdbt.process_{host}/"
+        name = max(n for n in gcs.objects(bucket) if n.startswith(part))
+        original = gcs.objects(bucket)[name].content
+        gcs.flip(bucket, name, int(random.integers(len(original))), int(random.integers(8)))
+        if host in (0, before - 1):
+            back = run_hosts(
+                targets.restore_step,
+                2,
+                devices_per_host=2,
+                args=(root, (2, 2), ("a", "b")),
+                timeout_seconds=90,
+            )
+            assert [h.error for h in back] == [None, None]
+            found = {h.value[:2] for h in back}
+            assert found <= {(1, digests[1]), (2, digests[2])}, "never anything else"
+            assert len(found) == 1, "the same on all hosts"
+            if found == {(1, digests[1])}:
+                assert all("step 2" in h.value[3] for h in back)
+        gcs.put(bucket, name, original)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else(
+    bucket: str, root: str, phase: str
+) -> None:
+    """The primary dies in the phases that only it has; in the others the hosts take turns."""
+    host = 0 if phase in PRIMARY_PHASES or PHASES.index(phase) % 2 else 1
+    if phase == "save:claim":
+        host = 0
+    BucketStore(root).put("tensorboard/events", b"mine")
+    targets.save_steps(root, (4,), ("x",), [1])
+    killed = run_hosts(
+        targets.save_and_retain,
+        2,
+        args=(root, [2, 3]),
+        env={"DATARAX_DIST_KILL_AT": f"{phase}@{host}#1"},
+        timeout_seconds=90,
+        grace_seconds=2,
+    )
+    assert killed[host].exit_code == -9, "the phase was never reached"
+    store = BucketStore(root)
+    newest = max(inspect_run(store).committed)
+    assert newest in (1, 2)
+    assert newest == 2 or phase not in ("save:committed", "save:retire")
+    assert newest == 1 or phase in ("save:commit", "save:committed", "save:retire", "save:written")
+    assert targets.restore_step(root, (4,), ("x",))[:2] == (
+        newest,
+        targets.expected_digest(newest),
+    )
+    committed = inspect_run(store).committed
+    left = {name.rstrip("/") for name in store.children("")}
+    assert left == {str(step) for step in committed} | {"RUN.json", "tensorboard"}
+    targets.save_steps(root, (4,), ("x",), [newest + 1])
+    assert max(inspect_run(store).committed) == newest + 1
+
+
+def test_two_jobs_of_two_hosts_never_damage_what_the_other_has_committed(root: str) -> None:
+    steps = [1, 2, 3, 4]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(
+                run_hosts, targets.save_what_is_free, 2, args=(root, steps), timeout_seconds=120
+            )
+            for _ in range(2)
+        ]
+        ended = [job.result() for job in jobs]
+    saved: list[int] = []
+    for job in ended:
+        assert [host.error for host in job] == [None, None]
+        assert job[0].value == job[1].value, "all hosts of a job see the same"
+        saved += [step for step, how in job[0].value if how == "saved"]
+    assert len(saved) == len(set(saved)), "a step was saved by both"
+    committed = inspect_run(BucketStore(root)).committed
+    assert set(committed) == set(saved)
+    for step in committed:
+        found = targets.restore_step(root, (4,), ("x",), step)
+        assert found[:2] == (step, targets.expected_digest(step))
+
+
+@pytest.mark.parametrize("permission", ["storage.objects.create", "storage.objects.list"])
+def test_a_permission_that_is_missing_is_named_on_all_hosts(
+    gcs: FakeGCS, root: str, permission: str
+) -> None:
+    gcs.deny(permission)
+    hosts = run_hosts(targets.save_steps, 2, args=(root, (2,), ("x",), [1]), timeout_seconds=90)
+    for host in hosts:
+        assert host.error is not None
+        assert permission in host.error.message
