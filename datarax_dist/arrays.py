@@ -176,8 +176,9 @@ class _Engine:
             barrier_sync_fn=self._barrier,
             create_directories_asynchronously=False,
         )
+        self._handler = _handler(processes, options, save_bytes=limit)
         self._orbax = ocp.AsyncCheckpointer(
-            _handler(processes, options, save_bytes=limit),
+            self._handler,
             multiprocessing_options=processes,
             async_options=asynchronous,
             temporary_path_class=_InPlace,
@@ -191,6 +192,11 @@ class _Engine:
 
     def save(self, path: str, arrays: Any, all_written: Callable[[], None]) -> None:
         self._all_written = all_written
+        # Every host may make the directory of its array metadata. By default the others wait ten
+        # minutes for the primary to do so, even if that has failed. The store is one for the whole
+        # process, and every new Orbax handler sets it back.
+        if (store := self._handler._handler_impl._array_metadata_store) is not None:
+            store.set_primary_host(None)
         size = _BUCKET_FILE_BYTES if is_bucket(path) else None
         arguments = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=size)
         self._orbax.save(epath.Path(path), args=arguments)

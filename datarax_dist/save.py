@@ -258,12 +258,15 @@ class Saver:
         decided: dict[str, Any] = {"staging": fmt.step_name(step), "nonce": nonce, "claimed": True}
         if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
             return {**decided, "run": known.run, "claimed": False}
-        run = self._claim_run()
-        self._check_free(run, step, replace)
+        there = store.children("")
+        run = self._claim_run(there)
+        self._check_free(run, step, replace, there)
         if isinstance(store, SupportsRename):
             decided["staging"] = fmt.aside_name(step, "staging", nonce)
         else:
-            self._learn_names(run)
+            self._learn_names(run, there)
+            if self._known.is_free(step):
+                return {**decided, "run": run, "claimed": False}
             decided |= self._clear(run, step, nonce)
         self.write_claim(run, step, nonce, len(payloads), decided["staging"])
         return {**decided, "run": run}
@@ -281,10 +284,10 @@ class Saver:
                 step=step,
             )
 
-    def _learn_names(self, run: str) -> None:
+    def _learn_names(self, run: str, names: Sequence[str]) -> None:
         """In a bucket: which steps have anything, so that later saves need not ask."""
-        names = [fmt.parse_step_name(name.rstrip("/")) for name in self._store.children("")]
-        there = {step: self._known.steps.get(step) for step in names if step is not None}
+        steps = [fmt.parse_step_name(name.rstrip("/")) for name in names]
+        there = {step: self._known.steps.get(step) for step in steps if step is not None}
         self._known = _Known(run, there, tidy=self._known.tidy)
 
     def _clear(self, run: str, step: int, nonce: str) -> dict[str, Any]:
@@ -313,9 +316,8 @@ class Saver:
         retention.clear_given_up(store, step)
         return {**found, "void": void.decode()}
 
-    def _check_free(self, run: str, step: int, replace: bool) -> None:
+    def _check_free(self, run: str, step: int, replace: bool, there: Sequence[str]) -> None:
         store, name = self._store, fmt.step_name(step)
-        there = store.children("")
         holders = [
             child[:-1]
             for child in there
@@ -361,11 +363,11 @@ class Saver:
                 found.add(step)
         return sorted(found)
 
-    def _claim_run(self) -> str:
-        """Returns the run of the root; makes one in a new root."""
+    def _claim_run(self, there: Sequence[str]) -> str:
+        """Returns the run of the root, in which `there` is; makes one in a new root."""
         store = self._store
-        run = find_run(store)
-        if run is not None and fmt.RUN_NAME in store.children(""):
+        run = find_run(store) if there else None
+        if run is not None and fmt.RUN_NAME in there:
             return run
         new = run or secrets.token_hex(16)
         if store.create(fmt.RUN_NAME, fmt.dump_run(new, self._clock.now())):

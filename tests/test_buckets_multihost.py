@@ -105,11 +105,13 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
         newest,
         targets.expected_digest(newest),
     )
-    committed = inspect_run(store).committed
-    left = {name.rstrip("/") for name in store.children("")}
-    assert left == {str(step) for step in committed} | {"RUN.json", "tensorboard"}
     targets.save_steps(root, (4,), ("x",), [newest + 1])
-    assert max(inspect_run(store).committed) == newest + 1
+    found = inspect_run(store)
+    assert max(found.committed) == newest + 1
+    # A void marker alone may stay: this process, which has saved step 1, is alive.
+    assert {c.state for c in found.candidates} <= {"committed", "void"}
+    names = {c.name for c in found.candidates}
+    assert {name.rstrip("/") for name in store.children("")} == names | {"RUN.json", "tensorboard"}
 
 
 def test_two_jobs_of_two_hosts_never_damage_what_the_other_has_committed(root: str) -> None:

@@ -215,7 +215,7 @@ def test_after_falling_back_the_damaged_step_can_be_saved_again_and_is_not_count
 def test_what_cannot_be_read_just_now_is_an_error_and_not_a_reason_to_go_back(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Any, key: str, expected_size: int | None = None) -> Any:
+    def refuse(self: Any, key: str, expected_size: int | None = None, **more: Any) -> Any:
         raise StorageError("Too many open files", errno=24)
 
     monkeypatch.setattr(LocalStore, "digest", refuse)
