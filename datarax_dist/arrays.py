@@ -415,6 +415,7 @@ def _prepare_buckets() -> None:
     shared = epath_backend.fsspec_backend.fs("gs://")
     shared.dircache.use_listings_cache = False
     shared.invalidate_cache()
+    shared.consistency = "md5"  # it compares what it has sent with what the bucket has got
 
 
 @contextlib.contextmanager
@@ -434,9 +435,20 @@ def _wrapped(action: str, path: str) -> Iterator[None]:
         if number is None and is_bucket(path):
             number, hint = advice(error, bucket_and_prefix(path)[0]) or (None, _BUCKET_HINT)
         raise StorageError(
-            f"Could not {action} the arrays: {describe(error, 1000)}. {hint}",
+            f"Could not {action} the arrays: {_cause(error)}. {hint}",
             errno=number,
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """Returns what an error says, and before it what was its first cause: Orbax tells that last, or
+    not at all.
+    """
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    told = describe(error, 1000)
+    return told if first is error else f"{describe(first, 400)} ({told})"
 
 
 def _restore_args(leaf: LeafSpec, target: Any) -> Any:

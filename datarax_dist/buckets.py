@@ -38,6 +38,7 @@ _STALL_SECONDS = 15.0  # without a byte: the request is made again
 _DAMAGED_TRIES = 3  # what is damaged as often is damaged in the bucket
 _FIRST_PAUSE_SECONDS = 0.5
 _BATCH = 100  # the most that one batch request may delete
+_PARALLEL = 16
 _CHUNK_BYTES = 32 << 20
 _RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 _RETRIED = {str(status) for status in _RETRY_STATUS}
@@ -393,7 +394,7 @@ class BucketStore:
         rest = [key for key in keys if key not in final]
         for wave in (rest, final):
             chunks = [wave[i : i + _BATCH] for i in range(0, len(wave), _BATCH)]
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
                 list(pool.map(self._delete_keys, chunks))
 
     def _delete_keys(self, keys: Sequence[str]) -> None:
@@ -447,14 +448,10 @@ class BucketStore:
             read=read,
         )
 
-    def copy(self, source: str, destination: str, *, first: str, last: str) -> None:
-        keys = [entry.key for entry in self.list(source)]
-        ends = [f"{source}/{first}", f"{source}/{last}"]
-        waves = [ends[:1], [key for key in keys if key not in ends], ends[1:]]
-        for wave in waves:
-            pairs = [(k, destination + k.removeprefix(source)) for k in wave if k in keys]
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                list(pool.map(self._copy_one, pairs))
+    def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
+        pairs = [(f"{source}/{name}", f"{destination}/{name}") for name in names]
+        with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
+            list(pool.map(self._copy_one, pairs))
 
     def _copy_one(self, pair: tuple[str, str]) -> None:
         source, destination = (self._name(key) for key in pair)
@@ -469,13 +466,19 @@ class BucketStore:
                     raise _Damaged(f"an answer that cannot be read: {error}") from error
 
             with self._errors("copy", pair[0]):
-                reply = self._request(
-                    "POST",
-                    "b/{}/o/{}/rewriteTo/b/{}/o/{}",
-                    *(self.bucket, source, self.bucket, destination),
-                    rewriteToken=token,
-                    read=read,
-                )
+                try:
+                    reply = self._request(
+                        "POST",
+                        "b/{}/o/{}/rewriteTo/b/{}/o/{}",
+                        *(self.bucket, source, self.bucket, destination),
+                        rewriteToken=token,
+                        ifGenerationMatch="0",
+                        read=read,
+                    )
+                except FileExistsError:  # ours, and the reply was lost; or another writer's
+                    return
+                except FileNotFoundError as error:
+                    raise KeyError(pair[0]) from error
             if reply["done"]:
                 return
             token = reply["token"]

@@ -10,20 +10,22 @@ Caller's thread (`Saver.begin`):
   3. start     The array writer copies what it needs; training may go on.
 
 Worker thread (`StartedSave.finish`):
+     claim     In a bucket the primary writes the claim only here, so that `save` need not wait for
+               the bucket, and no host writes before it has.
      tidy      Primary: what this run's crashed saves have left is removed.
-     claim     In a bucket, where a step is written in place: the primary creates the claim here,
-               so that `save` need not wait for the bucket, and nobody writes before it has.
   4. positions The position shards that this host owns.
   5. arrays    The array writer finishes. Its last act on the primary (merging) waits for all hosts'
                arrays.
-  6. hash      Sizes and crc32c of what this host wrote; files and directories are fsynced.
+  6. hash      Sizes and digests of what this host wrote; files and directories are fsynced.
   7. record    The host record, `hosts/host_<h>-of-<n>.json`.
   8. written   All hosts contribute the digest of their record. Primary:
      verify    the listing is the union of the records, nothing missing, nothing more;
-     commit    `COMMIT.json`, the last file, is created, durable. In a bucket this is what makes
-               the step count;
-     publish   the staging directory gets its final name (file systems only). Now, and not before,
-               the step counts.
+     commit    `COMMIT.json`, the last file, is created, durable;
+     publish   the staging directory gets its final name. Now, and not before, the step counts.
+               A bucket cannot rename. There `publish` comes first: what was staged is copied, by
+               the bucket itself, to the final name, each object on the condition that there is
+               none; then the marker is created there, and that is what makes the step count. So a
+               writer that was believed dead can never change what another one has committed.
   9. outcome   Every host learns the same outcome. A host that fails anywhere says so at once, and
                all the others hear it.
  10. retire    Primary: retention, marker first. It cannot fail the save.
@@ -235,9 +237,9 @@ class Saver:
         if decided.get("unseen") and previous_error is not None:
             raise previous_error
         assert request is not None
-        in_place = not isinstance(self._store, SupportsRename)
+        in_bucket = not isinstance(self._store, SupportsRename)
         operation = self._group.begin(
-            f"save of step {step}", consequence=lambda phase: _consequence(step, phase, in_place)
+            f"save of step {step}", consequence=lambda phase: _consequence(step, phase, in_bucket)
         )
         started = StartedSave(
             self, request, decided, operation, phases, replace or step in self.suspects
@@ -255,20 +257,18 @@ class Saver:
         nonce = secrets.token_hex(8)
         store, known = self._store, self._known
         replace = replace or step in self.suspects
-        decided: dict[str, Any] = {"staging": fmt.step_name(step), "nonce": nonce, "claimed": True}
+        staging = fmt.aside_name(step, "staging", nonce)
+        decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
         if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
-            return {**decided, "run": known.run, "claimed": False}
+            return {**decided, "run": known.run}
         there = store.children("")
         run = self._claim_run(there)
         self._check_free(run, step, replace, there)
         if isinstance(store, SupportsRename):
-            decided["staging"] = fmt.aside_name(step, "staging", nonce)
+            self.write_claim(run, step, nonce, len(payloads), staging)
+            decided["claimed"] = True
         else:
             self._learn_names(run, there)
-            if self._known.is_free(step):
-                return {**decided, "run": run, "claimed": False}
-            decided |= self._clear(run, step, nonce)
-        self.write_claim(run, step, nonce, len(payloads), decided["staging"])
         return {**decided, "run": run}
 
     def write_claim(self, run: str, step: int, nonce: str, hosts: int, staging: str) -> None:
@@ -276,45 +276,13 @@ class Saver:
         self.claim = fmt.dump_claim(
             fmt.StepClaim(run, step, nonce, hosts, writer_identity(), self._clock.now())
         )
-        if not self._store.create(f"{staging}/{fmt.STEP_NAME}", self.claim):
-            self.forget()
-            raise StepExistsError(
-                f"Another job is saving step {step} in {self._store.root}, or has begun to. Only"
-                " one job at a time may write to a run.",
-                step=step,
-            )
+        self._store.create(f"{staging}/{fmt.STEP_NAME}", self.claim)
 
     def _learn_names(self, run: str, names: Sequence[str]) -> None:
         """In a bucket: which steps have anything, so that later saves need not ask."""
         steps = [fmt.parse_step_name(name.rstrip("/")) for name in names]
         there = {step: self._known.steps.get(step) for step in steps if step is not None}
         self._known = _Known(run, there, tidy=self._known.tidy)
-
-    def _clear(self, run: str, step: int, nonce: str) -> dict[str, Any]:
-        """In a bucket: makes room for a step whose directory is there already. Returns what is to
-        be known of that.
-        """
-        store, name = self._store, fmt.step_name(step)
-        assert isinstance(store, SupportsReplace)
-        if not (names := store.children(name)):
-            return {}
-        if is_committed(store, name, names):
-            # What was the step stays the step, under another name, until its successor is there.
-            aside = fmt.aside_name(step, "replaced", nonce)
-            store.copy(name, aside, first=fmt.STEP_NAME, last=fmt.COMMIT_NAME)
-            store.delete(f"{name}/{fmt.COMMIT_NAME}")
-            found: dict[str, Any] = {"aside": True}
-        else:
-            found = {}
-        void = retention.give_up(store, run, step, nonce, self._clock.now())
-        if void is None:
-            raise StepExistsError(
-                f"Another job has committed step {step} in {store.root}, or saves it at this"
-                " moment. Only one job at a time may write to a run.",
-                step=step,
-            )
-        retention.clear_given_up(store, step)
-        return {**found, "void": void.decode()}
 
     def _check_free(self, run: str, step: int, replace: bool, there: Sequence[str]) -> None:
         store, name = self._store, fmt.step_name(step)
@@ -401,9 +369,9 @@ class _Known:
         return self.run is not None and step not in self.steps
 
 
-def _consequence(step: int, phase: str, in_place: bool) -> str:
-    unknown = {"", "save:publish", "save:committed"} | ({"save:commit"} if in_place else set())
-    if phase in unknown:
+def _consequence(step: int, phase: str, in_bucket: bool) -> str:
+    last = "save:commit" if in_bucket else "save:publish"
+    if phase in ("", last, "save:committed"):
         return f"Step {step} may be committed or not; earlier steps are as they were."
     return f"Step {step} was not committed; earlier steps are as they were."
 
@@ -524,11 +492,10 @@ class StartedSave:
         self._staging: str = decided["staging"]
         self._nonce: str = decided["nonce"]
         self._claimed: bool = decided["claimed"]
-        self._void: str | None = decided.get("void")
         self._write: ArrayWrite | None = None
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
-        self._aside: bool = decided.get("aside", False)
+        self._aside = False
 
     def start(self) -> None:
         """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
@@ -547,20 +514,6 @@ class StartedSave:
         self.operation.contribute("arrays", None)
         if self._group.is_primary:
             self.operation.gather("arrays", self._deadline)
-            self._check_claim()
-
-    def _check_claim(self) -> None:
-        """In a bucket, where two jobs that save one step would write into one directory: the one
-        that was given up stops before it merges.
-        """
-        if isinstance(self._store, SupportsRename):
-            return
-        try:
-            if self._store.get(f"{self._staging}/{fmt.STEP_NAME}") == self._saver.claim:
-                return
-        except KeyError:
-            pass
-        raise self._other_writer()
 
     def outcome(self) -> Any:
         """Step 9: waits for the decision, wherever this host's own work is. Any thread."""
@@ -595,10 +548,13 @@ class StartedSave:
 
     def _retire(self) -> Sequence[int]:
         """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
-        if self._keep is None and not self._aside:
+        in_place = isinstance(self._store, SupportsRename)
+        if self._keep is None and not self._aside and in_place:
             return []
         with self.phases.span("retention"):
             try:
+                if not in_place:  # what was staged was copied
+                    self._store.delete(self._staging, last=fmt.STEP_NAME)
                 if self._aside:
                     retention.delete_replaced(self._store, self.step)
                 good = set(self._saver.committed_steps()) - self._saver.suspects
@@ -625,12 +581,12 @@ class StartedSave:
     def _work(self) -> None:
         if self._failure is not None:
             return
-        if self._group.is_primary:
-            with self.phases.span("tidy"):
-                self._remove_leftovers()
         if not self._claimed:
             with self.phases.span("claim"):
                 self._claim()
+        if self._group.is_primary:
+            with self.phases.span("tidy"):
+                self._remove_leftovers()
         if self._write is not None:
             self._write.release()
         with self.phases.span("positions"):
@@ -698,7 +654,7 @@ class StartedSave:
         leftovers = [
             left
             for left in retention.find_leftovers(store, self.run, known=committed, now=now)
-            if left.name != self._staging and (left.step != self.step or not self._aside)
+            if left.name != self._staging
         ]
         retention.remove_leftovers(store, leftovers, run=self.run, now=now)
         known.tidy = True
@@ -741,17 +697,18 @@ class StartedSave:
                 raise StorageError(
                     f"Step {self.step} is not committed: of what the hosts say they have written to"
                     f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
-                    " Is this one file system, shared by all hosts?"
+                    " Is this one file system, shared by all hosts? Has another job removed it?"
                 ) from error
             wanted = {entry.path: entry for entry in (*files, *records)}
-            if wrong := self._differences(wanted) and self._differences(wanted):
-                raise StorageError(
-                    f"Step {self.step} is not committed: the listing of {store.root}/{staging} and"
-                    f" what the hosts wrote differ in {', '.join(wrong[:10])}. Does another job"
-                    " write to this run? Is this one storage, shared by all hosts?"
-                )
-            for key, content in self._request.last.items():
-                store.put(f"{staging}/{key}", content)
+            self._check_listing(staging, wanted)
+        in_bucket = isinstance(store, SupportsReplace)
+        directory, void = staging, None
+        if in_bucket:
+            with self.phases.span("publish"):
+                directory = fmt.step_name(self.step)
+                void = self._copy_into_place(directory, wanted)
+        for key, content in self._request.last.items():
+            store.put(f"{directory}/{key}", content)
         marker = fmt.CommitMarker(
             run=self.run,
             step=self.step,
@@ -764,14 +721,13 @@ class StartedSave:
             committed_at=self._saver._clock.now(),
             versions=self._request.versions,
         )
-        name = fmt.step_name(self.step)
         with self.phases.span("commit"):
             self.operation.check("commit")
-            if not self._create_marker(fmt.dump_marker(marker)):
+            if not self._create_marker(directory, fmt.dump_marker(marker), void):
                 raise self._other_writer()
-        if staging != name:
+        if not in_bucket:
             with self.phases.span("publish"):
-                self._publish(name)
+                self._publish(fmt.step_name(self.step))
         self.phases.reach("committed")
         logger.info(
             "committed step %d of %s (%d bytes, %d hosts)",
@@ -782,23 +738,69 @@ class StartedSave:
         )
         return marker
 
-    def _differences(self, wanted: Mapping[str, fmt.FileEntry]) -> list[str]:
-        """Returns where the listing is not the union of the records: missing, more, or other."""
-        prefix, last = f"{self._staging}/", self._request.last
-        listing = self._store.list(self._staging)
-        there = {entry.key.removeprefix(prefix) for entry in listing}
-        if self._void is not None:
-            there.discard(fmt.COMMIT_NAME)
-        expected = [entry for path, entry in wanted.items() if path not in last]
-        more = there.difference(entry.path for entry in expected)
-        return sorted({*more, *compare(listing, self._staging, expected)})
+    def _check_listing(
+        self, directory: str, wanted: Mapping[str, fmt.FileEntry], *, void: bytes | None = None
+    ) -> None:
+        """Raises unless a directory holds what the records name: nothing missing, more, other."""
+        expected = [e for path, e in wanted.items() if path not in self._request.last]
+        names = {entry.path for entry in expected} | ({fmt.COMMIT_NAME} if void else set())
 
-    def _create_marker(self, data: bytes) -> bool:
-        key = f"{self._staging}/{fmt.COMMIT_NAME}"
-        if self._void is None:
+        def differences() -> list[str]:
+            listing = self._store.list(directory)
+            there = {entry.key.removeprefix(f"{directory}/") for entry in listing}
+            return sorted({*(there - names), *compare(listing, directory, expected)})
+
+        # Twice: a listing may be damaged on its way.
+        if wrong := differences() and differences():
+            raise StorageError(
+                f"Step {self.step} is not committed: the listing of {self._store.root}/{directory}"
+                f" and what the hosts wrote differ in {', '.join(wrong[:10])}. Does another job"
+                " write to this run? Is this one storage, shared by all hosts?"
+            )
+
+    def _create_marker(self, directory: str, data: bytes, void: bytes | None) -> bool:
+        key = f"{directory}/{fmt.COMMIT_NAME}"
+        if void is None:
             return self._store.create(key, data)
         assert isinstance(self._store, SupportsReplace)
-        return self._store.replace(key, self._void.encode(), data)
+        return self._store.replace(key, void, data)
+
+    def _copy_into_place(self, name: str, wanted: Mapping[str, fmt.FileEntry]) -> bytes | None:
+        """In a bucket: copies what was staged to the step's own name, where whatever a save that
+        did not end has left is removed before. Returns the void marker that is to be replaced.
+        """
+        store = self._store
+        assert isinstance(store, SupportsReplace)
+        void = self._make_room(name)
+        if not store.create(f"{name}/{fmt.STEP_NAME}", self._saver.claim):
+            raise self._other_writer()
+        late = {fmt.STEP_NAME, *self._request.last}
+        store.copy(self._staging, name, [path for path in wanted if path not in late])
+        self._check_listing(name, wanted, void=void)
+        return void
+
+    def _make_room(self, name: str) -> bytes | None:
+        store = self._store
+        assert isinstance(store, SupportsReplace)
+        if not (names := store.children(name)):
+            return None
+        if is_committed(store, name, names):
+            if not self._replace:
+                raise self._other_writer()
+            # What was the step stays the step, under another name, until its successor is there.
+            aside = fmt.aside_name(self.step, "replaced", self._nonce)
+            keys = [entry.key.removeprefix(f"{name}/") for entry in store.list(name)]
+            ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
+            for wave in (ends[:1], [key for key in keys if key not in ends], ends[1:]):
+                store.copy(name, aside, [key for key in wave if key in keys])
+            store.delete(f"{name}/{fmt.COMMIT_NAME}")
+            self._aside = True
+        now = self._saver._clock.now()
+        void = retention.give_up(store, self.run, self.step, self._nonce, now)
+        if void is None:
+            raise self._other_writer()
+        retention.clear_given_up(store, self.step)
+        return void
 
     def _publish(self, name: str) -> None:
         """Gives the staging directory its final name, at once and only if there is none: of two
@@ -834,13 +836,9 @@ class StartedSave:
         """
         if self._group.count > 1:
             return
-        store = self._store
+        left = retention.Leftover(self._staging, self.step, True)
         try:
-            names = store.children(self._staging)
-            is_step = self._staging == fmt.step_name(self.step)
-            if names and not (is_step and is_committed(store, self._staging, names)):
-                left = retention.Leftover(self._staging, self.step, True)
-                now = self._saver._clock.now()
-                retention.remove_leftovers(store, [left], run=self.run, now=now)
+            if self._store.children(self._staging):
+                retention.remove_leftovers(self._store, [left])
         except StorageError as error:
             logger.warning("could not remove what step %d has staged: %s", self.step, error)

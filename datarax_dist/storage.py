@@ -8,8 +8,8 @@ Keys are relative, with `/`. What every store must keep:
 - `sync` makes files that others wrote (Orbax, TensorStore) durable: their data, and their names.
 
 `SupportsRename` is an ability of file systems: a staged directory appears under its final name at
-once. `SupportsReplace` is one of buckets: there a step is written in place, and what stands for its
-marker decides alone who may commit it.
+once. `SupportsReplace` is one of buckets: there what was staged is copied, and what stands for the
+marker decides alone whose step it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -116,9 +116,9 @@ class SupportsReplace(Protocol):
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
         """Writes `data` if `key` holds `expected`; returns whether this call (and no other) did."""
 
-    def copy(self, source: str, destination: str, *, first: str, last: str) -> None:
-        """Copies everything below a prefix to another one, without reading it here; the file
-        `first` of it before all others, `last` after them.
+    def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
+        """Copies the files `names` below a prefix to another one, without reading them here. Never
+        onto something: what is there stays, and that is no error.
         """
 
 

@@ -17,7 +17,7 @@ import pytest
 from targets import Counter
 
 import datarax_dist as dd
-from datarax_dist import buckets, errors
+from datarax_dist import buckets, errors, telemetry
 from datarax_dist import format as fmt
 from datarax_dist.buckets import BucketStore
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
@@ -205,10 +205,14 @@ def test_the_marker_is_the_last_object_written_and_the_first_deleted(
     assert written[-1] == "runs/one/2/COMMIT.json"
     assert written[-2] == "runs/one/2/commit_success.txt"
     assert written[0] == "runs/one/2/STEP.json"
-    batches = [r for r in done if r.kind == "batch"]
-    assert [batch.parts for batch in batches] == [1, max(b.parts for b in batches), 1]
-    assert gcs.objects(root.split("/")[2]).keys() >= {"runs/one/2/COMMIT.json"}
-    assert not [n for n in gcs.objects(root.split("/")[2]) if n.startswith("runs/one/1/")]
+    copied = [r.name for r in done if r.kind == "copy"]
+    assert written.index("runs/one/2/STEP.json") == len(written) - 3, "then nothing but the marker"
+    assert all(name.startswith("runs/one/2/") for name in copied)
+    deleted = [batch.parts for batch in done if batch.kind == "batch"]
+    staged, old = deleted[:2], deleted[2:]
+    assert staged[1] == 1, "the claim of what was staged goes last"
+    assert (old[0], old[-1]) == (1, 1), "the marker of the old step first, its claim last"
+    assert {name.split("/")[2] for name in gcs.objects(root.split("/")[2])} == {"2", "RUN.json"}
 
 
 def test_a_lost_reply_to_the_marker_is_one_success(gcs: FakeGCS, root: str) -> None:
@@ -270,6 +274,50 @@ def test_of_four_jobs_that_save_one_step_at_most_one_says_so_and_that_one_is_the
             assert there == ([step] if winners else [])
             if winners:
                 assert ckpt.restore(step=step).state["w"].tolist() == [winners[0]] * 9
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        *("save:claim", "save:positions", "save:hash", "save:record"),
+        *("save:written", "save:verify", "save:publish", "save:commit"),
+    ],
+)
+def test_a_job_that_was_believed_dead_and_comes_back_changes_nothing_of_what_another_has_committed(
+    root: str, phase: str
+) -> None:
+    """The first job stands still in a phase; meanwhile another one saves the same step."""
+    save(root, 1)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stand_still(at: str, host: int) -> None:
+        if at == phase and not reached.is_set():
+            reached.set()
+            assert go_on.wait(60)
+
+    second = state_of(7)
+    forget = telemetry.observe(stand_still)
+    try:
+        with dd.Checkpointer(root) as late:
+            handle = late.save(2, state=state_of(2), metadata={"step": 2})
+            assert handle is not None
+            assert reached.wait(60)
+            with dd.Checkpointer(root) as ckpt:
+                ckpt.save(2, state=second, metadata={"step": 7}).result()  # type: ignore[union-attr]
+            go_on.set()
+            with pytest.raises(errors.CheckpointError, match=r"[Aa]nother job"):
+                handle.result()
+    finally:
+        go_on.set()
+        forget()
+    restored = restore(root)
+    assert restored.step == 2
+    assert restored.report.refused == {}
+    assert restored.metadata == {"step": 7}
+    assert dd.tree_digest(restored.state) == dd.tree_digest(second)
+    save(root, 3)
+    with dd.Checkpointer(root) as ckpt:
+        assert {c.state for c in ckpt.inspect().candidates} == {"committed"}
 
 
 def test_any_changed_object_is_noticed_and_the_step_before_is_taken(

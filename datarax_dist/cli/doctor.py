@@ -309,7 +309,10 @@ def _checks(store: Store) -> list[_Check]:
     if not isinstance(store, SupportsRename):
         left_out.add(suite.rename_moves_everything_and_never_onto_something)
     if not isinstance(store, SupportsReplace):
-        left_out |= {suite.replace_needs_the_expected_content, suite.copy_leaves_the_source}
+        left_out |= {
+            suite.replace_needs_the_expected_content,
+            suite.copy_leaves_the_source_and_what_is_there,
+        }
     return [check for check in suite.STORE_CHECKS if check not in left_out]
 
 

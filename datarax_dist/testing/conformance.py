@@ -169,18 +169,27 @@ def replace_needs_the_expected_content(make: Callable[[], Store]) -> None:
     assert store.get("7/COMMIT.json") == b"mine"
 
 
-def copy_leaves_the_source(make: Callable[[], Store]) -> None:
+def copy_leaves_the_source_and_what_is_there(make: Callable[[], Store]) -> None:
     store = make()
     if not isinstance(store, SupportsReplace):
         return
-    for key in ("7/STEP.json", "7/a b#1", "7/d/b", "7/COMMIT.json", "70/a"):
-        store.put(key, key.encode())
-    store.copy("7", "7.aside", first="STEP.json", last="COMMIT.json")
-    for prefix in ("7", "7.aside"):
-        found = {e.key.removeprefix(f"{prefix}/"): store.get(e.key) for e in store.list(prefix)}
-        assert found == {
-            name: f"7/{name}".encode() for name in ("STEP.json", "a b#1", "d/b", "COMMIT.json")
-        }
+    names = ["STEP.json", "a b#1", "d/b"]
+    for name in (*names, "not copied"):
+        store.put(f"7.x/{name}", name.encode())
+    store.put("7/d/b", b"somebody else's")
+    store.copy("7.x", "7", names)
+    store.copy("7.x", "7", [])
+    assert {e.key: store.get(e.key) for e in store.list("7")} == {
+        "7/STEP.json": b"STEP.json",
+        "7/a b#1": b"a b#1",
+        "7/d/b": b"somebody else's",
+    }
+    assert sorted(store.children("7.x")) == ["STEP.json", "a b#1", "d/", "not copied"]
+    try:
+        store.copy("7.x", "8", ["nothing"])
+    except KeyError:
+        return
+    raise AssertionError("nothing was copied")
 
 
 def delete_removes_a_file_or_all_below_and_nothing_else(make: Callable[[], Store]) -> None:
@@ -240,7 +249,7 @@ STORE_CHECKS: tuple[Callable[[Callable[[], Store]], None], ...] = (
     a_digest_in_a_listing_is_of_the_content,
     delete_takes_the_last_file_last,
     replace_needs_the_expected_content,
-    copy_leaves_the_source,
+    copy_leaves_the_source_and_what_is_there,
     delete_removes_a_file_or_all_below_and_nothing_else,
     sync_of_what_was_put_does_nothing_visible,
     rename_moves_everything_and_never_onto_something,

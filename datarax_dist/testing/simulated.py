@@ -8,7 +8,7 @@ results = hosts.run(lambda group: group.exchange("vote", group.index, timeout_se
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -205,14 +205,13 @@ class MemoryBucket(_MemoryFiles):
             self.log.append(("replace", key))
             return True
 
-    def copy(self, source: str, destination: str, *, first: str, last: str) -> None:
-        with self._lock:
-            keys = [key for key in self.files if key.startswith(f"{source}/")]
-        ends = {f"{source}/{first}": 0, f"{source}/{last}": 2}
-        for key in sorted(keys, key=lambda key: ends.get(key, 1)):
+    def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
+        for name in names:
             with self._lock:
-                self._change()
-                self.files[destination + key.removeprefix(source)] = self.files[key]
+                data = self.files[f"{source}/{name}"]
+                if f"{destination}/{name}" not in self.files:
+                    self._change()
+                    self.files[f"{destination}/{name}"] = data
         self.log.append(("copy", destination))
 
 
