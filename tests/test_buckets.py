@@ -305,7 +305,7 @@ def test_a_job_that_was_believed_dead_and_comes_back_changes_nothing_of_what_ano
             with dd.Checkpointer(root) as ckpt:
                 ckpt.save(2, state=second, metadata={"step": 7}).result()  # type: ignore[union-attr]
             go_on.set()
-            with pytest.raises(errors.CheckpointError, match=r"[Aa]nother job"):
+            with pytest.raises(errors.CheckpointError):
                 handle.result()
     finally:
         go_on.set()
