@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -348,6 +349,37 @@ def test_any_changed_object_is_noticed_and_the_step_before_is_taken(
             assert restored.step == 1 or how == "rotten", (name, how)
             gcs.put(bucket, name, original)
     assert same(restore(root), 2)
+
+
+def test_a_run_may_be_copied_between_a_bucket_and_a_file_system(
+    gcs: FakeGCS, bucket: str, root: str, tmp_path: Path
+) -> None:
+    """As `gcloud storage cp -r` does; records have digests of the kind of where they were made."""
+    save(root, 1, 2)
+    for name, found in gcs.objects(bucket).items():
+        path = tmp_path / "down" / name.removeprefix("runs/one/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(found.content)
+    down = str(tmp_path / "down")
+    assert same(restore(down), 2)
+    save(down, 3)
+    for path in (tmp_path / "down").rglob("*"):
+        if path.is_file():
+            name = str(path.relative_to(tmp_path / "down"))
+            gcs.put(bucket, f"up/{name}", path.read_bytes())
+    up = f"gs://{bucket}/up"
+    assert same(restore(up), 3)
+    for where in (down, up):
+        victim = "3/state/manifest.ocdbt"
+        if where == down:
+            content = bytearray((tmp_path / "down" / victim).read_bytes())
+            content[-1] ^= 1
+            (tmp_path / "down" / victim).write_bytes(content)
+        else:
+            content = bytearray(gcs.objects(bucket)[f"up/{victim}"].content)
+            content[-1] ^= 1
+            gcs.put(bucket, f"up/{victim}", bytes(content))
+        assert same(restore(where), 2)
 
 
 # Permissions, limits, another host's writes

@@ -16,6 +16,7 @@ import pytest
 import targets
 
 import datarax_dist as dd
+from datarax_dist.testing import FakeGCS
 
 HERE = Path(__file__).parent
 
@@ -30,6 +31,13 @@ def test_the_code_in_the_readme_runs() -> None:
 @pytest.mark.parametrize(("place", "code"), docs_code.blocks())
 def test_the_code_in_the_docs_runs(place: str, code: str) -> None:
     docs_code.run(code)
+
+
+@pytest.mark.parametrize(("place", "code"), docs_code.blocks("bucket"))
+def test_the_code_in_the_docs_that_needs_a_bucket_runs(gcs: FakeGCS, place: str, code: str) -> None:
+    gcs.make_bucket("my-bucket")
+    docs_code.run(code)
+    assert "runs/42/1/COMMIT.json" in gcs.objects("my-bucket")
 
 
 @pytest.mark.parametrize(

@@ -429,3 +429,28 @@ def test_a_step_that_has_only_its_old_name_can_be_deleted() -> None:
     retention.delete_step(store, 7)
     assert inspect_run(store).committed == []
     assert list(store.files) == ["RUN.json"]
+
+
+@stores
+@pytest.mark.parametrize("key", ["2/COMMIT.json", "2/hosts/host_00000-of-00001.json"])
+@pytest.mark.parametrize(("number", "taken"), [(5, 1), (13, None), (110, None)])
+def test_a_record_that_can_never_be_read_is_damage_and_one_that_cannot_be_read_now_is_not(
+    make: Any, key: str, number: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    hosts = SimulatedHosts(1)
+    for step in (1, 2):
+        hosts.run(lambda group, step=step: save(store, group, step))
+    get = store.get
+
+    def refuse(asked: str) -> bytes:
+        if asked == key:
+            raise StorageError("no", errno=number)
+        return bytes(get(asked))
+
+    monkeypatch.setattr(store, "get", refuse)
+    [result] = SimulatedHosts(1).run(lambda group: restore(store, group))
+    if taken is None:
+        assert isinstance(result, StorageError)
+    else:
+        assert result[0] == taken

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datarax_dist import __version__
-from datarax_dist.cli.doctor import doctor
+from datarax_dist.cli.diagnosis import doctor
 from datarax_dist.cli.launch import LAUNCH_HELP, launch
 from datarax_dist.cli.output import (
     FAILED,

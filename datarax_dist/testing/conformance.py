@@ -14,6 +14,7 @@ same one.
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
@@ -67,20 +68,15 @@ def create_that_is_tried_again_knows_its_own_content(make: Callable[[], Store]) 
 def one_of_many_creators_wins(make: Callable[[], Store]) -> None:
     store = make()
     start = threading.Barrier(8)
-    won: list[int] = []
 
-    def race(number: int) -> None:
+    def race(number: int) -> bool:
         start.wait()
-        if store.create("marker", f"writer {number}".encode()):
-            won.append(number)
+        return store.create("marker", f"writer {number}".encode())
 
-    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.get("marker") == f"writer {won[0]}".encode()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(race, range(8)))
+    assert won.count(True) == 1
+    assert store.get("marker") == f"writer {won.index(True)}".encode()
 
 
 def children_are_names_and_directories(make: Callable[[], Store]) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import functools
 import importlib.util
+import itertools
 import os
 import secrets
 import shutil
@@ -92,13 +93,14 @@ def diagnose(root: str, *, write: bool) -> Iterator[Finding]:
         StorageError: there is no such bucket, or it cannot be reached at all.
     """
     store = open_store(root)
-    yield from _environment(root)
-    if isinstance(store, BucketStore):
-        yield from _bucket(store)
-    else:
-        yield from _directory(root, write)
-    yield _steps(store)
-    if write:
+    denied = False
+    looks = _bucket(store) if isinstance(store, BucketStore) else _directory(root, write)
+    for finding in itertools.chain(_environment(root), looks, _steps(store)):
+        denied |= finding.level == "denied"
+        yield finding
+    if write and denied:
+        yield Finding("info", "writing", "is not tried before the permissions are there")
+    elif write:
         yield from _writes(root)
 
 
@@ -118,15 +120,16 @@ def _environment(root: str) -> Iterator[Finding]:
             yield Finding("info", name, f"this is not Google's service, but {address}")
 
 
-def _steps(store: Store) -> Finding:
+def _steps(store: Store) -> Iterator[Finding]:
     try:
         inspection = inspect_run(store)
     except CheckpointError as error:
         denied = getattr(error, "errno", None) == errno.EACCES
-        return Finding("denied" if denied else "error", "steps", str(error))
+        yield Finding("denied" if denied else "error", "steps", str(error))
+        return
     other = len(inspection.candidates) - len(inspection.committed)
     text = f"{len(inspection.committed)} committed"
-    return Finding("ok", "steps", text + (f", {other} others (datarax-dist ls)" if other else ""))
+    yield Finding("ok", "steps", text + (f", {other} others (datarax-dist ls)" if other else ""))
 
 
 # Buckets

@@ -1,0 +1,196 @@
+"""`datarax-dist doctor`: a good root is said to be good, and what is missing is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datarax_dist import cli
+from datarax_dist.buckets import BucketStore
+from datarax_dist.cli import diagnosis
+from datarax_dist.testing import FakeGCS, conformance
+
+NEEDED = ("list", "get", "create", "delete")
+
+
+@pytest.fixture
+def root(bucket: str) -> str:
+    return f"gs://{bucket}/run"
+
+
+def findings(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, dict[str, tuple[str, str]]]:
+    capsys.readouterr()
+    code = cli.main(["doctor", "--json", *arguments])
+    told = json.loads(capsys.readouterr().out)
+    return code, {f["check"]: (f["level"], f["text"]) for f in told["findings"]}
+
+
+def test_a_good_bucket_passes_and_nothing_stays_in_it(
+    gcs: FakeGCS, root: str, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gcs.bucket_settings(bucket, softDeletePolicy={"retentionDurationSeconds": "0"})
+    code, found = findings(capsys, "--write", root)
+    assert code == 0
+    assert {level for level, _ in found.values()} <= {"ok", "info"}
+    assert found["one of many creators wins"][0] == "ok"
+    assert found["an upload that was damaged on its way is refused"][0] == "ok"
+    assert gcs.objects(bucket) == {}
+    assert cli.main(["doctor", root]) == 0
+    told = capsys.readouterr()
+    assert "ok       storage.objects.list" in told.out
+    assert "add --write" in told.err
+
+
+def test_without_write_nothing_is_written(gcs: FakeGCS, root: str) -> None:
+    gcs.clear_requests()
+    assert cli.main(["doctor", root]) == 0
+    assert {r.kind for r in gcs.requests} <= {"list", "permissions", "bucket", "read"}
+
+
+@pytest.mark.parametrize("permission", NEEDED)
+@pytest.mark.parametrize("write", [False, True])
+def test_a_missing_permission_is_named(
+    gcs: FakeGCS, root: str, capsys: pytest.CaptureFixture[str], permission: str, write: bool
+) -> None:
+    gcs.deny(f"storage.objects.{permission}")
+    code, found = findings(capsys, *(["--write"] if write else []), root)
+    assert code == 12
+    level, text = found[f"storage.objects.{permission}"]
+    assert level == "denied"
+    assert "roles/storage.objectUser" in text
+    assert "one of many creators wins" not in found, "nothing is tried that cannot work"
+    others = [found[f"storage.objects.{name}"][0] for name in NEEDED if name != permission]
+    assert others == ["ok"] * 3
+
+
+def test_settings_that_cannot_be_read_are_a_warning(
+    gcs: FakeGCS, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gcs.deny("storage.buckets.get")
+    code, found = findings(capsys, "--write", root)
+    assert (code, found["storage.buckets.get"][0]) == (0, "warning")
+
+
+@pytest.mark.parametrize(
+    ("settings", "check", "level", "code"),
+    [
+        ({"softDeletePolicy": {"retentionDurationSeconds": "86400"}}, "soft delete", "warning", 0),
+        ({"versioning": {"enabled": True}}, "versioning", "warning", 0),
+        ({"retentionPolicy": {"retentionPeriod": "60"}}, "retention of the bucket", "error", 3),
+        ({"defaultEventBasedHold": True}, "retention of the bucket", "error", 3),
+        ({"billing": {"requesterPays": True}}, "requester pays", "error", 3),
+        ({"lifecycle": {"rule": [{"action": {"type": "Delete"}}]}}, "lifecycle", "warning", 0),
+        ({"storageClass": "ARCHIVE"}, "storage class", "warning", 0),
+    ],
+)
+def test_settings_that_cost_money_or_forbid_deletion_are_named(
+    gcs: FakeGCS,
+    root: str,
+    bucket: str,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    check: str,
+    level: str,
+    code: int,
+) -> None:
+    assert check not in findings(capsys, root)[1] or check in ("soft delete", "versioning")
+    gcs.bucket_settings(bucket, **settings)
+    ended, found = findings(capsys, root)
+    assert (ended, found[check][0]) == (code, level)
+
+
+@pytest.mark.parametrize(("skew", "level", "code"), [(60, "warning", 0), (-4000, "error", 3)])
+def test_a_wrong_clock_is_told(
+    gcs: FakeGCS,
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+    skew: float,
+    level: str,
+    code: int,
+) -> None:
+    gcs.clock_skew_seconds = skew
+    ended, found = findings(capsys, root)
+    assert (ended, found["clock"][0]) == (code, level)
+    assert ("ahead" if skew > 0 else "behind") in found["clock"][1]
+
+
+def test_a_bucket_that_does_not_keep_conditions_fails(
+    root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(self: BucketStore, key: str, data: bytes) -> bool:
+        self._upload(key, data)
+        return True
+
+    monkeypatch.setattr(BucketStore, "create", create)
+    code, found = findings(capsys, "--write", root)
+    assert code == 3
+    assert found["one of many creators wins"][0] == "error"
+    assert found["create never replaces"][0] == "error"
+
+
+def test_a_bucket_that_is_not_there_is_10(capsys: pytest.CaptureFixture[str], gcs: FakeGCS) -> None:
+    assert cli.main(["doctor", "gs://no-such-bucket/run"]) == 10
+    assert "no bucket gs://no-such-bucket" in capsys.readouterr().err
+
+
+def test_tensorflow_beside_orbax_is_an_error(
+    root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_spec(name: str) -> Any:
+        return name == "tensorflow" or None
+
+    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", find_spec)  # type: ignore[attr-defined]
+    code, found = findings(capsys, root)
+    assert (code, found["TensorFlow"][0]) == (3, "error")
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    assert findings(capsys, root)[0] == 0
+
+
+def test_a_directory_passes_and_nothing_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    assert cli.main(["doctor", str(root)]) == 10
+    code, found = findings(capsys, "--write", str(root))
+    assert code == 0
+    assert found["rename moves everything and never onto something"][0] == "ok"
+    assert not root.exists()
+    root.mkdir()
+    (root / "mine").write_text("x")
+    assert findings(capsys, "--write", str(root))[0] == 0
+    assert [path.name for path in root.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "code"),
+    [("fuse.gcsfuse", "error", 3), ("tmpfs", "warning", 0), ("nfs4", "info", 0)],
+)
+def test_a_file_system_that_cannot_keep_a_run_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    level: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(diagnosis, "_kind_of_file_system", lambda path: kind)
+    ended, found = findings(capsys, str(tmp_path))
+    assert (ended, found["file system"][0]) == (code, level)
+
+
+def test_every_check_of_the_suite_is_run_somewhere() -> None:
+    left_out = {
+        conformance.listing_while_others_write_neither_fails_nor_loses_what_stays,
+        conformance.sync_of_what_was_put_does_nothing_visible,
+    }
+    run = {
+        check
+        for root in ("gs://bucket/run", "/run")
+        for check in diagnosis._checks(diagnosis.open_store(root))
+    }
+    assert run == set(conformance.STORE_CHECKS) - left_out
