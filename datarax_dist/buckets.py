@@ -210,10 +210,7 @@ class BucketStore:
                 raise KeyError(key) from error
 
     def put(self, key: str, data: bytes) -> None:
-        # A new object needs no permission to delete one, and most are new. It is made again when a
-        # reply was lost, which must not count as an overwriting.
-        if not self.create(key, data):
-            self._upload(key, data)
+        self._upload(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         try:

@@ -276,7 +276,7 @@ class Saver:
         self.claim = fmt.dump_claim(
             fmt.StepClaim(run, step, nonce, hosts, writer_identity(), self._clock.now())
         )
-        self._store.create(f"{staging}/{fmt.STEP_NAME}", self.claim)
+        self._store.put(f"{staging}/{fmt.STEP_NAME}", self.claim)
 
     def _learn_names(self, run: str, names: Sequence[str]) -> None:
         """In a bucket: which steps have anything, so that later saves need not ask."""
@@ -548,12 +548,12 @@ class StartedSave:
 
     def _retire(self) -> Sequence[int]:
         """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
-        in_place = isinstance(self._store, SupportsRename)
-        if self._keep is None and not self._aside and in_place:
+        renamed = isinstance(self._store, SupportsRename)
+        if self._keep is None and not self._aside and renamed:
             return []
         with self.phases.span("retention"):
             try:
-                if not in_place:  # what was staged was copied
+                if not renamed:  # what was staged was copied
                     self._store.delete(self._staging, last=fmt.STEP_NAME)
                 if self._aside:
                     retention.delete_replaced(self._store, self.step)
@@ -561,6 +561,7 @@ class StartedSave:
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
+                self._saver._known.tidy = False
                 return []
             deleted = retention.retire(self._store, steps, reached=self.phases.reach)
             for step in deleted:

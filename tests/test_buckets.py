@@ -206,12 +206,14 @@ def test_the_marker_is_the_last_object_written_and_the_first_deleted(
     assert written[-1] == "runs/one/2/COMMIT.json"
     assert written[-2] == "runs/one/2/commit_success.txt"
     assert written[0] == "runs/one/2/STEP.json"
+    staged = [r.name for r in done if r.kind in ("insert", "chunk") and "/2.staging-" in r.name]
+    assert staged[0].endswith("/STEP.json"), "nobody writes before the step is claimed"
     copied = [r.name for r in done if r.kind == "copy"]
     assert written.index("runs/one/2/STEP.json") == len(written) - 3, "then nothing but the marker"
     assert all(name.startswith("runs/one/2/") for name in copied)
     deleted = [batch.parts for batch in done if batch.kind == "batch"]
-    staged, old = deleted[:2], deleted[2:]
-    assert staged[1] == 1, "the claim of what was staged goes last"
+    left, old = deleted[:2], deleted[2:]
+    assert left[1] == 1, "the claim of what was staged goes last"
     assert (old[0], old[-1]) == (1, 1), "the marker of the old step first, its claim last"
     assert {name.split("/")[2] for name in gcs.objects(root.split("/")[2])} == {"2", "RUN.json"}
 
@@ -587,6 +589,34 @@ def test_what_is_damaged_on_its_way_is_asked_for_again(
         store.put(f"8/{number}", data)
         assert store.get(f"8/{number}") == data
         assert fault.hits == 1
+
+
+def test_whichever_reply_to_a_restore_is_damaged_on_its_way_the_newest_step_is_restored(
+    gcs: FakeGCS, bucket: str, root: str, soon: None
+) -> None:
+    save(root, 1, 2)
+    probe = gcs.fail("delay", bucket=bucket, times=0)
+    assert same(restore(root), 2)
+    assert probe.seen > 25
+    for number in range(1, probe.seen + 1):
+        fault = gcs.fail("corrupted", bucket=bucket, number=number)
+        restored = restore(root)
+        assert same(restored, 2), number
+        assert restored.report.refused == {}, number
+        gcs.heal(fault)
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "array_metadatas/process_0"])
+def test_what_orbax_uploads_is_compared_with_what_the_bucket_has_got(
+    gcs: FakeGCS, root: str, name: str
+) -> None:
+    save(root, 1)
+    fault = gcs.fail("corrupted", kind="chunk", name=f"state/{name}$")
+    with dd.Checkpointer(root) as ckpt:
+        with pytest.raises(errors.StorageError, match="hecksum"):
+            ckpt.save(2, state=state_of(2)).result()  # type: ignore[union-attr]
+        assert ckpt.all_steps() == [1]
+    assert fault.hits == 1
 
 
 def test_a_bucket_that_does_not_answer_is_given_up_at_the_deadline(
