@@ -426,8 +426,9 @@ class _MovedError(Exception):
 
 
 def _is_checksum(wrong: Mapping[str, str]) -> bool:
-    """Whether a checksum of the arrays' own did not match, though the files are as recorded."""
-    return any("DATA_LOSS" in reason or "checksum" in reason for reason in wrong.values())
+    """Whether the arrays' own checks say that they are damaged, though the files are as recorded."""
+    signs = ("DATA_LOSS", "checksum", "Data corruption")
+    return any(sign in reason for sign in signs for reason in wrong.values())
 
 
 def _lines(refused: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -454,3 +455,68 @@ def test_a_record_that_can_never_be_read_is_damage_and_one_that_cannot_be_read_n
         assert isinstance(result, StorageError)
     else:
         assert result[0] == taken
+
+
+def test_a_step_that_another_writer_commits_while_room_is_made_for_ours_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a bucket: the other one commits between our look and the void marker."""
+    store = MemoryBucket()
+    SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    before = dict(store.files)
+    looked = lambda store, name, names=None: False  # noqa: E731 - not yet committed
+    monkeypatch.setattr("datarax_dist.save.is_committed", looked)
+    [result] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    assert isinstance(result, CheckpointError)
+    assert before.items() <= store.files.items()
+    assert whole(store, 5)
+
+
+def test_of_two_writers_that_both_find_room_for_one_step_the_first_to_claim_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryBucket()
+    SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    monkeypatch.setattr("datarax_dist.save.Saver._check_free", lambda *_: None)
+    monkeypatch.setattr("datarax_dist.save.StartedSave._make_room", lambda *_: None)
+    [result] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    assert isinstance(result, CheckpointError)
+    assert whole(store, 5)
+
+
+def test_a_listing_that_was_damaged_on_its_way_is_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryBucket()
+    SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    marker = inspect_run(store).candidates[0].marker
+    assert marker is not None
+    files = read_records(store, "5", marker.records, marker.run, 5)
+    listing, asked = store.list, itertools.count()
+
+    def lacking(prefix: str) -> Any:  # the first one lacks a file
+        return listing(prefix)[: -1 if next(asked) == 0 else None]
+
+    monkeypatch.setattr(store, "list", lacking)
+    assert verify_files(store, "5", files, "sizes") == {}
+    assert next(asked) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_save_is_not_failed_by_a_listing_that_was_damaged_on_its_way(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the primary compares with the records: of what is staged, and of the step."""
+    store = MemoryBucket()
+    listing, compared = store.list, itertools.count()
+
+    def lacking(prefix: str) -> Any:
+        found = listing(prefix)
+        whole_step = prefix == "5" or "hosts/host_00000-of-00001.json" in str(found)
+        return found[:-1] if whole_step and next(compared) == number else found
+
+    monkeypatch.setattr(store, "list", lacking)
+    [report] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    assert not isinstance(report, Exception), report
+    monkeypatch.undo()
+    assert whole(store, 5)

@@ -165,6 +165,23 @@ def replace_needs_the_expected_content(make: Callable[[], Store]) -> None:
     assert store.get("7/COMMIT.json") == b"mine"
 
 
+def one_of_many_replacers_wins(make: Callable[[], Store]) -> None:
+    store = make()
+    if not isinstance(store, SupportsReplace):
+        return
+    store.put("marker", b"void")
+    start = threading.Barrier(8)
+
+    def race(number: int) -> bool:
+        start.wait()
+        return store.replace("marker", b"void", f"writer {number}".encode())
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(race, range(8)))
+    assert won.count(True) == 1
+    assert store.get("marker") == f"writer {won.index(True)}".encode()
+
+
 def copy_leaves_the_source_and_what_is_there(make: Callable[[], Store]) -> None:
     store = make()
     if not isinstance(store, SupportsReplace):
@@ -245,6 +262,7 @@ STORE_CHECKS: tuple[Callable[[Callable[[], Store]], None], ...] = (
     a_digest_in_a_listing_is_of_the_content,
     delete_takes_the_last_file_last,
     replace_needs_the_expected_content,
+    one_of_many_replacers_wins,
     copy_leaves_the_source_and_what_is_there,
     delete_removes_a_file_or_all_below_and_nothing_else,
     sync_of_what_was_put_does_nothing_visible,
