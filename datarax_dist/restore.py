@@ -426,7 +426,7 @@ class _MovedError(Exception):
 
 
 def _is_checksum(wrong: Mapping[str, str]) -> bool:
-    """Whether the arrays' own checks say that they are damaged, though the files are as recorded."""
+    """Whether the arrays' own checks say that they are damaged, whatever the records say."""
     signs = ("DATA_LOSS", "checksum", "Data corruption")
     return any(sign in reason for sign in signs for reason in wrong.values())
 

@@ -520,3 +520,44 @@ def test_a_save_is_not_failed_by_a_listing_that_was_damaged_on_its_way(
     assert not isinstance(report, Exception), report
     monkeypatch.undo()
     assert whole(store, 5)
+
+
+def test_a_copy_that_is_not_whole_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryBucket()
+    copy = store.copy
+    monkeypatch.setattr(
+        store, "copy", lambda source, destination, names: copy(source, destination, names[:-1])
+    )
+    [result] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    assert isinstance(result, StorageError)
+    assert "5/COMMIT.json" not in store.files
+
+
+def half_published(store: MemoryBucket) -> str:
+    """Leaves what a save of step 5 leaves that ended while it was copied; returns the run."""
+    SimulatedHosts(1).run(lambda group: save(store, group, 5))
+    run = inspect_run(store).run
+    assert run is not None
+    store.delete("5/COMMIT.json")
+    return run
+
+
+def test_a_save_whose_leftovers_were_removed_cannot_commit_after_all() -> None:
+    store = MemoryBucket()
+    run = half_published(store)
+    left = retention.Leftover("5", 5, False)
+    assert retention.remove_leftovers(store, [left], run=run, now=0.0) == ["5"]
+    assert [entry.key for entry in store.list("5")] == ["5/COMMIT.json"]
+    assert not store.create("5/COMMIT.json", b"the marker of the save that was believed dead")
+    assert inspect_run(store).committed == []
+
+
+def test_a_void_marker_alone_stays_for_a_day() -> None:
+    store = MemoryBucket()
+    run = half_published(store)
+    retention.remove_leftovers(store, [retention.Leftover("5", 5, False)], run=run, now=1000.0)
+    soon, late = 1000.0 + 3600, 1000.0 + 25 * 3600
+    assert retention.find_leftovers(store, run, now=soon) == []
+    [found] = retention.find_leftovers(store, run, now=late)
+    retention.remove_leftovers(store, [found], run=run, now=late)
+    assert store.list("5") == []
