@@ -167,8 +167,9 @@ def _judge_settings(bucket: str, settings: Mapping[str, Any]) -> Iterator[Findin
         yield Finding(
             "warning",
             "soft delete",
-            f"is on: deleted checkpoints are stored, and billed, for {seconds / 86400:.0f} more"
-            f" days. To turn it off: {update} --clear-soft-delete",
+            f"is on: what is deleted is stored, and billed, for {seconds / 86400:.0f} more days."
+            " That is each step after its deletion, and once more its staged copy, which is deleted"
+            f" as soon as the step is committed. To turn it off: {update} --clear-soft-delete",
         )
     else:
         yield Finding("ok", "soft delete", "is off")

@@ -1,0 +1,115 @@
+"""How the rows of shards are joined, and which host owns which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import loaders
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from datarax_dist.data import (
+    replay,
+    shards,
+    tracked,
+)
+from datarax_dist.data.ownership import own_by_rows
+from datarax_dist.errors import (
+    InvalidArgumentError,
+    PositionError,
+)
+
+
+def test_rows_are_joined_leaf_by_leaf_and_columns_of_text_too() -> None:
+    def batches(shard: int, count: int) -> Any:
+        one = {
+            "x": np.full((2, 3), shard),
+            "y": [f"a{shard}", None],
+            "pair": (np.ones(2), [b"c", b"d"]),
+        }
+        return replay(lambda: iter([one]))
+
+    batch = next(shards(batches, 2))
+    assert batch["x"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
+    assert batch["y"] == ["a0", None, "a1", None]
+    assert batch["pair"][0].shape == (4,)
+    assert batch["pair"][1] == [b"c", b"d"] * 2
+
+
+def test_records_without_a_batch_axis_are_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="nothing with an axis of records"):
+        next(shards(lambda s, n: replay(lambda: iter([np.int32(1)])), 2))
+
+
+def test_lists_inside_a_batch_are_columns_and_a_list_of_arrays_is_a_batch_of_parts() -> None:
+    def batches(shard: int, count: int) -> Any:
+        tokens = [[shard], [shard, shard]]
+        return replay(lambda: iter([{"t": tokens, "r": [np.arange(shard), np.arange(3)], "n": 7}]))
+
+    batch = next(shards(batches, 2))
+    assert batch["t"] == [[0], [0, 0], [1], [1, 1]]
+    assert [len(row) for row in batch["r"]] == [0, 3, 1, 3]
+    assert batch["n"] == 7
+    pair = next(shards(lambda s, n: replay(lambda: iter([[np.ones(2), np.zeros((2, 5))]])), 2))
+    assert [part.shape for part in pair] == [(4,), (4, 5)]
+
+
+def test_jax_arrays_and_keys_are_joined_as_they_are() -> None:
+    def batches(shard: int, count: int) -> Any:
+        return replay(lambda: iter([{"k": jax.random.split(jax.random.key(shard), 2)}]))
+
+    batch = next(shards(batches, 2))
+    assert batch["k"].shape == (4,)
+    assert jax.random.key_data(batch["k"][2]).tolist() == (
+        jax.random.key_data(jax.random.split(jax.random.key(1), 2)[0]).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda s: {"a": np.zeros(2, np.float32 if s else np.int64)}, "a has other dtypes"),
+        (lambda s: {"a": np.zeros(2), **({"b": np.zeros(2)} if s else {})}, "0 and 1 have other"),
+        (lambda s: {"a": np.zeros(2), "shard": s}, "shard has no axis of records, and other"),
+    ],
+)
+def test_batches_that_do_not_fit_together_are_named(make: Any, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        next(shards(lambda s, n: replay(lambda: iter([make(s)])), 2))
+
+
+def test_a_second_epoch_over_the_same_iterator_is_not_silently_empty() -> None:
+    for loader in (shards(loaders.Stream, 4), tracked([np.ones(1)], 0)):
+        assert len(list(loader)) > 0
+        with pytest.raises(PositionError, match="This epoch has ended"):
+            list(loader)
+
+
+# Who owns what.
+
+
+def test_hosts_that_hold_the_same_rows_own_the_same_shards() -> None:
+    # Four hosts, a mesh of (data 2, model 2): 0 and 1 hold the first half, 2 and 3 the second.
+    rows = {0: [(0, 4)], 1: [(0, 4)], 2: [(4, 8)], 3: [(4, 8)]}
+    owned = [own_by_rows(4, rows, 8, host) for host in range(4)]
+    assert [o.reads for o in owned] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [sorted(o.writes) for o in owned] == [[0, 1], [], [2, 3], []]
+
+
+def test_a_host_that_needs_a_part_of_a_shard() -> None:
+    rows = {host: [(host, host + 1)] for host in range(8)}
+    with pytest.raises(PositionError, match=r"part of data shard 0 only.*multiples of 8"):
+        own_by_rows(4, rows, 8, 0)
+    with pytest.raises(PositionError, match="No host needs data shard 1"):
+        own_by_rows(2, {0: [(0, 4)]}, 8, 0)
+
+
+def test_a_sharding_gives_this_process_its_rows() -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+    for spec in (PartitionSpec("data"), PartitionSpec(("data", "model")), PartitionSpec()):
+        loader = shards(loaders.Stream, 8, sharding=NamedSharding(mesh, spec))
+        assert loader.owned() == list(range(8))
+    with pytest.raises(InvalidArgumentError, match="NamedSharding"):
+        shards(loaders.Stream, 8, sharding=PartitionSpec("data")).owned()
