@@ -177,7 +177,7 @@ class BucketStore:
         if (known := advice(error, self.bucket)) is not None:
             return known
         if str(getattr(error, "code", "")) in ("400", "412") or isinstance(error, ValueError):
-            return errno.EIO, "The bucket refused the request as it is."
+            return errno.EPERM, "The bucket refused the request as it is."
         return errno.ETIMEDOUT, _NO_ANSWER
 
     def _no_bucket(self, error: Exception) -> StorageError:
@@ -312,7 +312,7 @@ class BucketStore:
         if "md5Hash" in item and "crc32c" in item:  # composed objects have no md5
             crc, md5 = (base64.b64decode(item[field]) for field in ("crc32c", "md5Hash"))
             digest = f"{crc.hex()}-{md5.hex()}"
-        return Entry(key, int(item.get("size", 0)), digest)
+        return Entry(key, int(item.get("size", 0)), digest, str(item.get("generation", "")))
 
     def _pages(
         self, prefix: str, start: str, delimiter: str | None = None
@@ -386,42 +386,47 @@ class BucketStore:
         return size, digester.text()
 
     def delete(self, prefix: str, *, last: str | None = None) -> None:
-        keys = [entry.key for entry in self._entries(prefix)]
-        final = [key for key in keys if last is not None and key == f"{prefix}/{last}"]
-        rest = [key for key in keys if key not in final]
-        for wave in (rest, final):
-            chunks = [wave[i : i + _BATCH] for i in range(0, len(wave), _BATCH)]
-            with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
-                list(pool.map(self._delete_keys, chunks))
+        entries = self._entries(prefix)
+        final = [e for e in entries if last is not None and e.key == f"{prefix}/{last}"]
+        self._delete_all([(entry.key, "") for entry in entries if entry not in final])
+        self._delete_all([(entry.key, "") for entry in final])
 
-    def _delete_keys(self, keys: Sequence[str]) -> None:
-        """Deletes up to a hundred objects in one request."""
+    def delete_listed(self, entries: Sequence[Entry]) -> None:
+        self._delete_all([(entry.key, entry.generation) for entry in entries])
+
+    def _delete_all(self, keys: Sequence[tuple[str, str]]) -> None:
+        chunks = [keys[i : i + _BATCH] for i in range(0, len(keys), _BATCH)]
+        with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
+            list(pool.map(self._delete_keys, chunks))
+
+    def _delete_keys(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Deletes up to a hundred objects, each of a generation or of any, in one request."""
         pause = _FIRST_PAUSE_SECONDS
         for _ in range(6):
-            with self._errors("delete", keys[0] if len(keys) == 1 else "..."):
+            with self._errors("delete", keys[0][0] if len(keys) == 1 else "..."):
                 keys = self._delete_batch(keys)
             if not keys:
                 return
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause *= 2
         raise StorageError(
-            f"Could not delete {self._root}/{keys[0]} and {len(keys) - 1} others: the bucket has"
+            f"Could not delete {self._root}/{keys[0][0]} and {len(keys) - 1} others: the bucket has"
             " refused it several times (too many requests, or an error of its own). It is tried"
             " again with the next save.",
             errno=errno.EAGAIN,
         )
 
-    def _delete_batch(self, keys: Sequence[str]) -> Sequence[str]:
+    def _delete_batch(self, keys: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
         """Returns the keys that are to be deleted again."""
         bucket, boundary = quote(self.bucket, safe=""), f"batch-{random.getrandbits(96):024x}"
         body = "".join(
             f"--{boundary}\r\nContent-Type: application/http\r\nContent-ID: <{number}>\r\n\r\n"
-            f"DELETE /storage/v1/b/{bucket}/o/{quote(self._name(key), safe='')} HTTP/1.1\r\n\r\n"
-            "\r\n"
-            for number, key in enumerate(keys)
+            f"DELETE /storage/v1/b/{bucket}/o/{quote(self._name(key), safe='')}"
+            f"{f'?ifGenerationMatch={generation}' if generation else ''} HTTP/1.1\r\n\r\n\r\n"
+            for number, (key, generation) in enumerate(keys)
         )
 
-        def read(headers: Mapping[str, Any], content: bytes) -> Sequence[str]:
+        def read(headers: Mapping[str, Any], content: bytes) -> Sequence[tuple[str, str]]:
             parts = re.split(rb"HTTP/1\.[01] (?=[0-9]{3})", content)[1:]
             if len(parts) != len(keys):
                 raise _Damaged(f"{len(parts)} answers to {len(keys)} requests")
@@ -430,11 +435,11 @@ class BucketStore:
                 status = int(part[:3])
                 if status in _RETRY_STATUS:
                     again.append(key)
-                elif status >= 300 and status != 404:
+                elif status >= 300 and status not in (404, 412):
                     text = part.decode(errors="replace")
                     told = re.search(r'"message": *"([^"]*)"', text)
                     kind = "Forbidden" if status == 403 else f"HTTP {status}"
-                    raise OSError(f"{kind}: {key}: {told[1] if told else text[:300]}")
+                    raise OSError(f"{kind}: {key[0]}: {told[1] if told else text[:300]}")
             return again
 
         return self._request(

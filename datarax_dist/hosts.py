@@ -361,7 +361,9 @@ class Operation:
                 rows = self._board.read(f"{self._prefix}{phase}/")
                 arrived = {int(key.rsplit("/", 1)[1]) for key in rows}
                 missing = [host for host in range(self._group.count) if host not in arrived] or [0]
-                raise self._lost(phase, missing, self._clock.monotonic() - begin)
+                lost = self._lost(phase, missing, self._clock.monotonic() - begin)
+                # From here on nobody can succeed; if somebody has in this moment, that stands.
+                self.fail(phase, lost)
         outcome = json.loads(value)
         if "error" not in outcome:
             return outcome.get("result")

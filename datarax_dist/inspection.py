@@ -91,11 +91,21 @@ def inspect_run(store: Store) -> Inspection:
     """Returns every directory of a root that looks like a step, newest first, with what it is and
     why. Reads markers only.
     """
+    before: Any = None
     for _ in range(_TRIES):
         names = store.children("")
         inspection = _inspect(store, names)
-        if not isinstance(store, SupportsRename) or store.children("") == names:
-            break  # nothing was renamed or removed meanwhile, by a job that is saving
+        if isinstance(store, SupportsRename):
+            if store.children("") == names:
+                break  # nothing was renamed or removed meanwhile, by a job that is saving
+        else:
+            # In a bucket markers come and go inside the directories. Looked at one after another,
+            # the new step may have had none yet, and the old one none any more.
+            steps = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
+            states = [(c.name, c.state, c.digest) for c in inspection.candidates]
+            if states == before or all(c.state == "committed" for c in steps):
+                break
+            before = states
     return inspection
 
 
@@ -267,6 +277,9 @@ def verify_files(
         try:
             key = f"{directory}/{entry.path}"
             found = store.digest(key, entry.size, like=entry.digest)
+            if found != (entry.size, entry.digest) and not isinstance(store, SupportsRename):
+                # It may have been damaged on its way: what is wrong is so twice.
+                found = store.digest(key, entry.size, like=entry.digest)
         except (KeyError, StorageError) as error:
             if errors.is_passing(error):
                 raise

@@ -83,9 +83,9 @@ def delete_step(
     logger.info("deleted step %d of %s", step, store.root)
 
 
-def delete_replaced(store: Store, step: int) -> None:
-    """Deletes what was this step before it was saved again."""
-    for child in store.children(""):
+def delete_replaced(store: Store, step: int, name: str | None = None) -> None:
+    """Deletes what was this step before it was saved again; only the directory `name` of that."""
+    for child in store.children("") if name is None else [f"{name}/"]:
         if fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced"):
             _delete_directory(store, step, child[:-1])
 
@@ -122,12 +122,32 @@ def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes 
     return void if store.replace(key, there, void) else None
 
 
-def clear_given_up(store: Store, step: int) -> None:
-    """Deletes what is below a step that `give_up` was called for, all but that."""
+def clear_given_up(store: Store, step: int, void: bytes, *, void_too: bool = False) -> bool:
+    """Deletes what is below a step that `give_up` has returned `void` for, the claim last.
+
+    Only what was there while `void` was: a writer that goes on from here replaces that first. So
+    whoever stands still in the middle of this, and comes back late, deletes nothing of another's.
+
+    Args:
+        void_too: delete `void` at the end.
+
+    Returns:
+        Whether the step is still the caller's: nobody has replaced `void`.
+    """
+    assert isinstance(store, SupportsReplace)
     name = fmt.step_name(step)
-    rest = [child for child in store.children(name) if child != fmt.COMMIT_NAME]
-    for child in sorted(rest, key=lambda child: child == fmt.STEP_NAME):
-        store.delete(f"{name}/{child.rstrip('/')}")
+    claim, marker = f"{name}/{fmt.STEP_NAME}", f"{name}/{fmt.COMMIT_NAME}"
+    listing = store.list(name)
+    try:
+        if store.get(marker) != void:
+            return False
+    except KeyError:
+        return False
+    store.delete_listed([entry for entry in listing if entry.key not in (claim, marker)])
+    store.delete_listed([entry for entry in listing if entry.key == claim])
+    if void_too:
+        store.delete_listed([entry for entry in listing if entry.key == marker])
+    return True
 
 
 def find_leftovers(
@@ -221,12 +241,11 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
         _delete_directory(store, leftover.step, leftover.name)
         return True
     assert run is not None
-    if give_up(store, run, leftover.step, secrets.token_hex(8), now) is None:
+    void = give_up(store, run, leftover.step, secrets.token_hex(8), now)
+    if void is None:
         return False  # committed after all
-    clear_given_up(store, leftover.step)
-    if leftover.abandoned:  # nobody is left whom the void marker would stop
-        store.delete(f"{leftover.name}/{fmt.COMMIT_NAME}")
-    return True
+    # Where it is abandoned, nobody is left whom the void marker would stop.
+    return clear_given_up(store, leftover.step, void, void_too=leftover.abandoned)
 
 
 def retire(store: Store, steps: Sequence[int], *, reached: Callable[[str], Any]) -> list[int]:

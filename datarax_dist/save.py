@@ -34,6 +34,7 @@ Worker thread (`StartedSave.finish`):
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -187,9 +188,9 @@ class Saver:
             {
                 c.step: c.state == "committed"
                 for c in inspection.candidates
-                if c.name == fmt.step_name(c.step)
+                if c.name == fmt.step_name(c.step) or c.state == "committed"
             },
-            tidy=all(c.state not in ("staged", "deleting") for c in inspection.candidates),
+            tidy=all(c.state not in ("staged", "deleting", "void") for c in inspection.candidates),
         )
 
     def forget(self) -> None:
@@ -280,7 +281,7 @@ class Saver:
 
     def _learn_names(self, run: str, names: Sequence[str]) -> None:
         """In a bucket: which steps have anything, so that later saves need not ask."""
-        steps = [fmt.parse_step_name(name.rstrip("/")) for name in names]
+        steps = [_step_of(name) for name in names]
         there = {step: self._known.steps.get(step) for step in steps if step is not None}
         self._known = _Known(run, there, tidy=self._known.tidy)
 
@@ -299,11 +300,14 @@ class Saver:
                     step=step,
                 )
         elif name in (child.rstrip("/") for child in there) and not self._is_ours(run, name):
-            raise StepExistsError(
-                f"{store.root}/{name} is there already and was not written by datarax_dist;"
-                " nothing was changed. Move it away, or save another step.",
-                step=step,
-            )
+            raise self.not_ours(name, step)
+
+    def not_ours(self, name: str, step: int) -> StepExistsError:
+        return StepExistsError(
+            f"{self._store.root}/{name} is there already and was not written by datarax_dist;"
+            " nothing was changed. Move it away, or save another step.",
+            step=step,
+        )
 
     def _is_ours(self, run: str, name: str) -> bool:
         claim = retention.read_claim(self._store, name)
@@ -322,8 +326,12 @@ class Saver:
             return inspect_run(store).committed
         found = set()
         for name in store.children(""):
-            step = fmt.parse_step_name(name.rstrip("/"))
+            step = _step_of(name)
             if step is None:
+                continue
+            if fmt.parse_step_name(name.rstrip("/")) is None:
+                if is_committed(store, name[:-1]):
+                    found.add(step)
                 continue
             if known.steps.get(step) is None:
                 known.steps[step] = inspect_step(store, step, name[:-1]).state == "committed"
@@ -367,6 +375,12 @@ class _Known:
 
     def is_free(self, step: int) -> bool:
         return self.run is not None and step not in self.steps
+
+
+def _step_of(name: str) -> int | None:
+    """Returns the step that a directory is, or was until its successor was there."""
+    step, aside = fmt.parse_step_name(name.rstrip("/")), fmt.parse_aside_name(name.rstrip("/"))
+    return aside[0] if aside is not None and aside[1] == "replaced" else step
 
 
 def _consequence(step: int, phase: str, in_bucket: bool) -> str:
@@ -556,7 +570,7 @@ class StartedSave:
                 if not renamed:  # what was staged was copied
                     self._store.delete(self._staging, last=fmt.STEP_NAME)
                 if self._aside:
-                    retention.delete_replaced(self._store, self.step)
+                    retention.delete_replaced(self._store, self.step, self._aside_name())
                 good = set(self._saver.committed_steps()) - self._saver.suspects
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
@@ -657,8 +671,8 @@ class StartedSave:
             for left in retention.find_leftovers(store, self.run, known=committed, now=now)
             if left.name != self._staging
         ]
-        retention.remove_leftovers(store, leftovers, run=self.run, now=now)
-        known.tidy = True
+        removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
+        known.tidy = len(removed) == len(leftovers)
 
     def _hash(self, own: Mapping[str, bytes]) -> list[fmt.FileEntry]:
         """Step 6: everything that this host wrote. What no host's name is on, the primary answers
@@ -706,6 +720,7 @@ class StartedSave:
         directory, void = staging, None
         if in_bucket:
             with self.phases.span("publish"):
+                self._check_time()
                 directory = fmt.step_name(self.step)
                 void = self._copy_into_place(directory, wanted)
         for key, content in self._request.last.items():
@@ -724,8 +739,12 @@ class StartedSave:
         )
         with self.phases.span("commit"):
             self.operation.check("commit")
-            if not self._create_marker(directory, fmt.dump_marker(marker), void):
+            self._check_time()
+            data = fmt.dump_marker(marker)
+            if not self._create_marker(directory, data, void):
                 raise self._other_writer()
+            if in_bucket:
+                self._check_still_there(directory, wanted, data)
         if not in_bucket:
             with self.phases.span("publish"):
                 self._publish(fmt.step_name(self.step))
@@ -776,31 +795,82 @@ class StartedSave:
         if not store.create(f"{name}/{fmt.STEP_NAME}", self._saver.claim):
             raise self._other_writer()
         late = {fmt.STEP_NAME, *self._request.last}
-        store.copy(self._staging, name, [path for path in wanted if path not in late])
+        try:
+            store.copy(self._staging, name, [path for path in wanted if path not in late])
+        except KeyError as error:
+            raise self._staging_removed() from error
         self._check_listing(name, wanted, void=void)
         return void
+
+    def _check_time(self) -> None:
+        if self._seconds_left() <= 0:
+            raise StorageError(
+                f"Step {self.step} is not committed: its save has not ended at its deadline. Is the"
+                " storage slow? Options.save_timeout_seconds sets the deadline.",
+                errno=errno.ETIMEDOUT,
+            )
+
+    def _check_still_there(
+        self, name: str, wanted: Mapping[str, fmt.FileEntry], marker: bytes
+    ) -> None:
+        """In a bucket: this host may have stood still before it made the marker, for so long that
+        another job has saved this step, and deleted it again. Then the marker goes, too.
+        """
+        store = self._store
+        assert isinstance(store, SupportsReplace)
+        for _ in range(2):  # a listing may be damaged on its way
+            listing = store.list(name)
+            if not compare(listing, name, wanted.values()):
+                return
+        key = f"{name}/{fmt.COMMIT_NAME}"
+        if store.get(key) == marker:
+            store.delete_listed([entry for entry in listing if entry.key == key])
+        raise self._other_writer()
+
+    def _aside_name(self) -> str:
+        return fmt.aside_name(self.step, "replaced", self._nonce)
 
     def _make_room(self, name: str) -> bytes | None:
         store = self._store
         assert isinstance(store, SupportsReplace)
         if not (names := store.children(name)):
             return None
+        now = self._saver._clock.now()
         if is_committed(store, name, names):
             if not self._replace:
                 raise self._other_writer()
-            # What was the step stays the step, under another name, until its successor is there.
-            aside = fmt.aside_name(self.step, "replaced", self._nonce)
-            keys = [entry.key.removeprefix(f"{name}/") for entry in store.list(name)]
-            ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
-            for wave in (ends[:1], [key for key in keys if key not in ends], ends[1:]):
-                store.copy(name, aside, [key for key in wave if key in keys])
-            store.delete(f"{name}/{fmt.COMMIT_NAME}")
-            self._aside = True
-        now = self._saver._clock.now()
-        void = retention.give_up(store, self.run, self.step, self._nonce, now)
-        if void is None:
+            void = self._step_aside(name, fmt.dump_void(self.run, self.step, self._nonce, now))
+        elif not self._saver._is_ours(self.run, name):
+            raise self._saver.not_ours(name, self.step)
+        else:
+            given_up = retention.give_up(store, self.run, self.step, self._nonce, now)
+            if given_up is None:
+                raise self._other_writer()
+            void = given_up
+        if not retention.clear_given_up(store, self.step, void):
             raise self._other_writer()
-        retention.clear_given_up(store, self.step)
+        return void
+
+    def _step_aside(self, name: str, void: bytes) -> bytes:
+        """What was the step stays the step, under another name, until its successor is there."""
+        store, aside, key = self._store, self._aside_name(), f"{name}/{fmt.COMMIT_NAME}"
+        assert isinstance(store, SupportsReplace)
+        old = store.get(key)
+        listing = store.list(name)
+        entries = {entry.key.removeprefix(f"{name}/"): entry for entry in listing}
+        ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
+        for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):
+            store.copy(name, aside, [path for path in wave if path in entries])
+        files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
+        again = [entry.key for entry in store.list(name)]
+        if compare(store.list(aside), aside, files) or again != [e.key for e in listing]:
+            raise StorageError(
+                f"Step {self.step} is not saved again: what it was could not be copied to"
+                f" {store.root}/{aside}, and stays as it is. Does another job write to this run?"
+            )
+        if not store.replace(key, old, void):
+            raise self._other_writer()
+        self._aside = True
         return void
 
     def _publish(self, name: str) -> None:
@@ -814,15 +884,18 @@ class StartedSave:
         if committed and not self._replace:
             raise self._other_writer()
         if committed or self._saver._is_ours(self.run, name):  # what has lost its marker, too
-            store.rename(name, fmt.aside_name(self.step, "replaced", self._nonce))
+            store.rename(name, self._aside_name())
             self._aside = True
         try:
             store.rename(self._staging, name)
         except KeyError as error:
-            raise StorageError(
-                f"Another job has removed what this one staged in {store.root}/{self._staging}."
-                " Only one job at a time may write to a run."
-            ) from error
+            raise self._staging_removed() from error
+
+    def _staging_removed(self) -> StorageError:
+        return StorageError(
+            f"Another job has removed what this one staged in {self._store.root}/{self._staging}."
+            " Only one job at a time may write to a run."
+        )
 
     def _other_writer(self) -> StepExistsError:
         return StepExistsError(

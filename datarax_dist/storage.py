@@ -46,13 +46,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file in a listing: key relative to the root, size in bytes, and its digest where the
-    storage tells it without reading (buckets do).
+    """A file in a listing: key relative to the root, size in bytes; and, where the storage tells
+    these without reading (buckets do), its digest, and which writing of this key it is.
     """
 
     key: str
     size: int
     digest: str = ""
+    generation: str = ""
 
 
 class Store(Protocol):
@@ -115,6 +116,11 @@ class SupportsReplace(Protocol):
 
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
         """Writes `data` if `key` holds `expected`; returns whether this call (and no other) did."""
+
+    def delete_listed(self, entries: Sequence[Entry]) -> None:
+        """Removes files as they were listed: what was written again since stays, and that is no
+        error.
+        """
 
     def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
         """Copies the files `names` below a prefix to another one, without reading them here. Never

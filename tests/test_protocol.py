@@ -44,9 +44,10 @@ def save(
     keep: Any = None,
     content: bytes = b"x",
     replace: bool = False,
+    options: config.Options = OPTIONS,
 ) -> Any:
     phases = Phases("save", group.index)
-    saver = Saver(store, group, SystemClock(), OPTIONS, keep)
+    saver = Saver(store, group, SystemClock(), options, keep)
     request = SaveRequest(
         step=step,
         writer=MemoryArrays(store, group.index, {"a": content * (group.index + 1)}),
@@ -561,3 +562,150 @@ def test_a_void_marker_alone_stays_for_a_day() -> None:
     [found] = retention.find_leftovers(store, run, now=late)
     retention.remove_leftovers(store, [found], run=run, now=late)
     assert store.list("5") == []
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, store: Any, method: str, act: Any) -> None:
+    """Lets something happen the first time that a method of the store is about to run."""
+    original, first = getattr(store, method), itertools.count()
+
+    def stalled(*arguments: Any, **more: Any) -> Any:
+        if next(first) == 0:
+            act()
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(store, method, stalled)
+
+
+def job(store: Any, step: int, **more: Any) -> Any:
+    [result] = SimulatedHosts(1).run(lambda group: save(store, group, step, **more))
+    return result
+
+
+def test_a_job_that_stands_still_while_it_tidies_up_deletes_nothing_of_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a bucket: another job takes over what a crash has left, and commits."""
+    store = MemoryBucket()
+    half_published(store)
+    second: list[Any] = []
+    meanwhile(monkeypatch, store, "delete_listed", lambda: second.append(job(store, 5)))
+    first = job(store, 5)
+    assert second[0].step == 5
+    assert isinstance(first, CheckpointError)
+    assert whole(store, 5)
+
+
+@pytest.mark.parametrize("method", ["replace", "copy", "delete_listed", "list"])
+def test_of_two_jobs_that_save_a_step_again_what_one_has_committed_stays(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryBucket()
+    job(store, 4)
+    job(store, 5)
+    second: list[Any] = []
+    meanwhile(monkeypatch, store, method, lambda: second.append(job(store, 5, replace=True)))
+    first = job(store, 5, replace=True)
+    assert 5 in inspect_run(store).committed
+    assert whole(store, 5)
+    assert (
+        isinstance(first, CheckpointError)
+        or isinstance(second[0], CheckpointError)
+        or (method in ("copy", "list"))
+    ), "one after the other, or one of them fails"
+
+
+def test_a_job_that_stands_still_before_its_marker_does_not_commit_what_is_gone_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryBucket()
+    create, first = store.create, itertools.count()
+
+    def stalled(key: str, data: bytes) -> bool:
+        if key == "5/COMMIT.json" and next(first) == 0:
+            assert job(store, 5).step == 5
+            assert job(store, 6, keep=config.latest(1)).step == 6
+        return create(key, data)
+
+    monkeypatch.setattr(store, "create", stalled)
+    assert isinstance(job(store, 5), CheckpointError)
+    assert [(c.name, c.state) for c in inspect_run(store).candidates] == [("6", "committed")]
+
+
+def test_a_restore_while_another_job_saves_and_retires_never_finds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryBucket()
+    job(store, 5)
+    children = store.children
+    first = itertools.count()
+
+    def stalled(prefix: str) -> list[str]:
+        found = children(prefix)
+        if prefix == "" and next(first) == 0:
+            monkeypatch.setattr(store, "children", children)
+            assert job(store, 6, keep=config.latest(1)).step == 6
+        return found
+
+    monkeypatch.setattr(store, "children", stalled)
+    assert inspect_run(store).committed == [6]
+
+
+def test_a_directory_that_is_not_ours_and_came_after_we_looked_is_not_touched() -> None:
+    store = MemoryBucket()
+    hosts = SimulatedHosts(1)
+
+    def work(group: HostGroup) -> Any:
+        saver = Saver(store, group, SystemClock(), OPTIONS, None)
+
+        def one(step: int) -> Any:
+            request = SaveRequest(step, MemoryArrays(store, group.index, {"a": b"x" * 100}))
+            return saver.begin(step, lambda: request, Phases("save", group.index)).finish()
+
+        one(4)
+        store.put("5/_CHECKPOINT_METADATA", b"{}")
+        store.put("5/default/precious", b"x")
+        return one(5)
+
+    [result] = hosts.run(work)
+    assert isinstance(result, CheckpointError)
+    assert "was not written by datarax_dist" in str(result)
+    assert store.children("5") == ["_CHECKPOINT_METADATA", "default/"]
+
+
+def test_a_step_that_lives_under_its_other_name_is_retired_like_any() -> None:
+    store = MemoryBucket()
+    job(store, 5)
+    names = [entry.key.removeprefix("5/") for entry in store.list("5")]
+    aside = "5.replaced-0123456789abcdef"
+    store.copy("5", aside, names)
+    store.delete("5")
+    assert inspect_run(store).committed == [5]
+    assert isinstance(job(store, 5), CheckpointError), "it is committed"
+    assert job(store, 6, keep=config.latest(1)).deleted == (5,)
+    assert inspect_run(store).committed == [6]
+
+
+def test_a_save_that_is_not_over_at_its_deadline_ends_alike_on_all_hosts_and_commits_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bucket copies so slowly that another host has given up meanwhile."""
+    store = MemoryBucket()
+    copy, given_up = store.copy, threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        assert given_up.wait(30)
+        copy(*arguments)
+
+    monkeypatch.setattr(store, "copy", slow)
+    options = config.Options(exchange_timeout_seconds=20, save_timeout_seconds=0.5)
+
+    def one(group: HostGroup) -> Any:
+        try:
+            return save(store, group, 5, options=options)
+        finally:
+            if group.index == 1:
+                given_up.set()
+
+    results = SimulatedHosts(2).run(one)
+    assert [type(result) for result in results] == [PeerLostError, PeerLostError]
+    assert inspect_run(store).committed == []

@@ -182,6 +182,18 @@ class MemoryStore(_MemoryFiles):
             self.log.append(("rename", destination))
 
 
+class _Written(dict[str, bytes]):
+    """Files, and for each which writing it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generations: dict[str, int] = {}
+
+    def __setitem__(self, key: str, data: bytes) -> None:
+        super().__setitem__(key, data)
+        self.generations[key] = self.generations.get(key, 0) + 1
+
+
 class MemoryBucket(_MemoryFiles):
     """A bucket in memory: no renaming, digests in listings, and a file can be replaced on a
     condition. What is written is durable at once.
@@ -190,11 +202,25 @@ class MemoryBucket(_MemoryFiles):
     root = "gs://memory"
     digest_kind = "md5"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.files = self._written = _Written()
+
     def lose_power(self) -> None:
         self._volatile.clear()
 
     def _entry(self, key: str, data: bytes) -> Entry:
-        return Entry(key, len(data), fmt.digest(data, "md5"))
+        generation = str(self._written.generations[key])
+        return Entry(key, len(data), fmt.digest(data, "md5"), generation)
+
+    def delete_listed(self, entries: Sequence[Entry]) -> None:
+        with self._lock:
+            for entry in entries:
+                if entry.key in self.files and self._entry(entry.key, b"").generation == (
+                    entry.generation
+                ):
+                    self._change()
+                    del self.files[entry.key]
 
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
         with self._lock:
