@@ -274,6 +274,8 @@ class OrbaxArrays:
                 item=spec.build(values), restore_args=spec.build(arguments)
             )
             restored = spec_leaves(spec, handler.restore(epath.Path(path), args=wish))
+            for leaf in chosen:
+                _check_kind(leaf, restored[numbers[leaf.path]])
             return {
                 leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in chosen
             }
@@ -501,6 +503,20 @@ def _restore_args(leaf: LeafSpec, target: Any) -> Any:
         global_shape=leaf.shape,
         dtype=np.dtype(leaf.dtype),
     )
+
+
+def _check_kind(leaf: LeafSpec, value: Any) -> None:
+    """Raises when Orbax gives something else than was saved. It does where its array metadata could
+    not be found: a typed PRNG key comes back as plain numbers.
+    """
+    found = getattr(value, "dtype", np.dtype("O"))
+    is_key = jax.numpy.issubdtype(found, jax.dtypes.prng_key)
+    if is_key != (leaf.kind == "key"):
+        raise StorageError(
+            f"{leaf.name} was saved as a {leaf.kind}, and Orbax reads it as {found}: its array"
+            " metadata, which tells a typed PRNG key from plain numbers, cannot be read.",
+            errno=None,
+        )
 
 
 def default_sharding(shape: Sequence[int]) -> jax.sharding.Sharding:

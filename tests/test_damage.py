@@ -404,3 +404,22 @@ def test_reading_while_another_job_saves_and_deletes_finds_a_good_step_every_tim
             thread.join()
     assert steps == sorted(steps)
     assert len(set(steps)) > 3
+
+
+def test_a_key_whose_kind_cannot_be_read_is_an_error_and_not_plain_numbers(tmp_path: Path) -> None:
+    """Orbax keeps the kind in its array metadata, and goes on without when it finds none."""
+    from datarax_dist import arrays, trees
+    from datarax_dist import format as fmt
+
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state={"key": jax.random.key(3), "w": np.ones(3)})
+    spec = trees.TreeSpec.from_json(
+        fmt.unseal((tmp_path / "1" / fmt.TREE_NAME).read_bytes(), fmt.TREE_NAME)
+    )
+    engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())
+    wanted = [(leaf, None) for leaf in spec.leaves]
+    assert len(engine.restore("1/state", spec, wanted)) == 2
+    shutil.rmtree(tmp_path / "1" / "state" / "array_metadatas")
+    with pytest.raises(StorageError, match="typed PRNG key"):
+        engine.restore("1/state", spec, wanted)
+    engine.close()
