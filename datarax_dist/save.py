@@ -37,19 +37,23 @@ import contextlib
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from datarax_dist import format as fmt
 from datarax_dist import retention
+from datarax_dist.agreement import (
+    check_agreement,
+    check_positions,
+    digests_told,
+    positions_told,
+)
 from datarax_dist.clock import Clock
 from datarax_dist.config import KeepPolicy, Options
 from datarax_dist.errors import (
     CorruptStepError,
-    InvalidArgumentError,
     PeerError,
-    PositionError,
     StepExistsError,
     StorageError,
 )
@@ -220,7 +224,7 @@ class Saver:
                 "step": request.step,
                 "hosts": self._group.count,
                 "agreement": dict(request.agreement),
-                "digests": _digests(request.local_digests),
+                "digests": digests_told(request.local_digests),
                 "positions": positions_told(request.counts, request.written, request.held),
                 "unseen": previous_error is not None,
             }
@@ -388,97 +392,6 @@ def _consequence(step: int, phase: str, in_bucket: bool) -> str:
     if phase in ("", last, "save:committed"):
         return f"Step {step} may be committed or not; earlier steps are as they were."
     return f"Step {step} was not committed; earlier steps are as they were."
-
-
-def _digests(digests: Mapping[str, str]) -> dict[str, str]:
-    """A few digests travel by name, so that an error can name the leaf; many travel as one."""
-    if len(digests) <= 500:
-        return dict(digests)
-    return {f"one of {len(digests)} leaves": fmt.crc_text(fmt.crc32c(fmt.dumps(dict(digests))))}
-
-
-def check_agreement(payloads: Sequence[Mapping[str, Any]]) -> None:
-    """Raises when the hosts are not about to save the same."""
-    first = payloads[0]
-    for host, other in enumerate(payloads):
-        if other["step"] != first["step"]:
-            steps = {h: p["step"] for h, p in enumerate(payloads)}
-            raise PeerError(
-                f"prepare: the hosts save different steps: {steps}. Every host must call save()"
-                " with the same step. Nothing was written.",
-                phase="prepare",
-                failures={h: f"step {s}" for h, s in steps.items() if s != first["step"]},
-            )
-        for part in sorted({*first["agreement"], *other["agreement"]}):
-            ours, theirs = first["agreement"].get(part), other["agreement"].get(part)
-            if ours != theirs:
-                raise PeerError(
-                    f"prepare: host {host} differs from host 0 in {part}: {theirs!r} instead of"
-                    f" {ours!r}. Nothing was written.",
-                    phase="prepare",
-                    failures={host: f"{part}: {theirs!r}"},
-                )
-        differing = [
-            name
-            for name, digest in first["digests"].items()
-            if other["digests"].get(name) != digest
-        ]
-        if differing:
-            shown = ", ".join(differing[:10])
-            raise InvalidArgumentError(
-                f"These leaves of the state belong to one host each, and host {host} has other"
-                f" values than host 0: {shown}. Make them global arrays"
-                " (jax.make_array_from_process_local_data), or give them as `data`. Nothing was"
-                " written."
-            )
-
-
-def positions_told(
-    counts: Mapping[str, int],
-    written: Mapping[str, Sequence[int]],
-    held: Mapping[str, Mapping[int, str]],
-) -> dict[str, Any]:
-    """Returns what the primary needs to know of a host's positions; see `SaveRequest`."""
-    return {
-        item: {
-            "count": count,
-            "written": list(written[item]),
-            "held": {str(shard): digest for shard, digest in held[item].items()},
-        }
-        for item, count in counts.items()
-    }
-
-
-def check_positions(told: Sequence[Mapping[str, Any]]) -> None:
-    """Raises when hosts that read the same data shard are not at the same place, or when a position
-    would be written by no host, or by two.
-    """
-    for item, first in told[0].items():
-        held: dict[str, tuple[int, str]] = {}
-        writers: dict[int, int] = {}
-        for host, items in enumerate(told):
-            mine = items[item]
-            for shard, digest in mine["held"].items():
-                other, theirs = held.setdefault(shard, (host, digest))
-                if digest != theirs:
-                    raise PositionError(
-                        f"prepare: host {host} is at another place of data item {item!r}, position"
-                        f" {shard}, than host {other}, which reads the same records. Hosts that"
-                        " read the same must take the same number of batches. Nothing was written."
-                    )
-            for shard in mine["written"]:
-                if shard in writers:
-                    raise PositionError(
-                        f"prepare: hosts {writers[shard]} and {host} both own data shard {shard} of"
-                        f" {item!r}. Nothing was written."
-                    )
-                writers[shard] = host
-        if missing := sorted(set(range(first["count"])).difference(writers)):
-            raise PositionError(
-                f"prepare: no host owns data shard {missing[0]} of {item!r} ({len(missing)} of"
-                f" {first['count']} are missing). Do all hosts give shards() the same count and"
-                " sharding? Nothing was written."
-            )
 
 
 class StartedSave:
@@ -741,10 +654,11 @@ class StartedSave:
             self.operation.check("commit")
             self._check_time()
             data = fmt.dump_marker(marker)
-            if not self._create_marker(directory, data, void):
-                raise self._other_writer()
-            if in_bucket:
-                self._check_still_there(directory, wanted, data)
+            with self._told_what_may_be():
+                if not self._create_marker(directory, data, void):
+                    raise self._other_writer()
+                if in_bucket:
+                    self._check_still_there(directory, wanted, data)
         if not in_bucket:
             with self.phases.span("publish"):
                 self._publish(fmt.step_name(self.step))
@@ -785,6 +699,19 @@ class StartedSave:
         assert isinstance(self._store, SupportsReplace)
         return self._store.replace(key, void, data)
 
+    @contextlib.contextmanager
+    def _told_what_may_be(self) -> Iterator[None]:
+        """In a bucket a marker whose creation fails may be there all the same. Errors that travel
+        to other hosts say so; this is for a single one.
+        """
+        try:
+            yield
+        except StorageError as error:
+            if self._group.count > 1 or isinstance(self._store, SupportsRename):
+                raise
+            told = _consequence(self.step, self.phases.current, True)
+            raise StorageError(f"{error} {told}", errno=error.errno) from error
+
     def _copy_into_place(self, name: str, wanted: Mapping[str, fmt.FileEntry]) -> bytes | None:
         """In a bucket: copies what was staged to the step's own name, where whatever a save that
         did not end has left is removed before. Returns the void marker that is to be replaced.
@@ -823,9 +750,14 @@ class StartedSave:
             if not compare(listing, name, wanted.values()):
                 return
         key = f"{name}/{fmt.COMMIT_NAME}"
-        if store.get(key) == marker:
-            store.delete_listed([entry for entry in listing if entry.key == key])
-        raise self._other_writer()
+        with contextlib.suppress(KeyError):  # it is gone, too
+            if store.get(key) == marker:
+                store.delete_listed([entry for entry in listing if entry.key == key])
+        raise StepExistsError(
+            f"Another job has deleted or replaced what this one has saved as step {self.step} in"
+            f" {store.root}, before this save was over. Only one job at a time may write to a run.",
+            step=self.step,
+        )
 
     def _aside_name(self) -> str:
         return fmt.aside_name(self.step, "replaced", self._nonce)

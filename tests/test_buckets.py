@@ -230,6 +230,19 @@ def test_a_lost_reply_to_the_marker_is_one_success(gcs: FakeGCS, root: str) -> N
     assert same(restore(root), 1)
 
 
+def test_a_marker_of_which_nothing_can_be_learnt_is_not_called_uncommitted(
+    gcs: FakeGCS, root: str, soon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(root, 1)
+    monkeypatch.setattr(buckets, "_DEADLINE_SECONDS", 1.0)
+    gcs.fail("applied_then_dropped", kind="insert", name="2/COMMIT")
+    gcs.fail("error", kind="read", name="2/COMMIT", times=None)
+    with pytest.raises(errors.StorageError, match=r"Step 2 may be committed or not; earlier"):
+        save(root, 2)
+    gcs.heal()
+    assert same(restore(root), 2)
+
+
 @pytest.mark.parametrize("mode", ["", "applied_then_dropped", "applied_then_error", "error"])
 def test_of_eight_writers_racing_for_one_marker_one_wins(
     gcs: FakeGCS, root: str, mode: Any

@@ -19,9 +19,8 @@ import pytest
 import targets
 
 import datarax_dist as dd
-from datarax_dist import codec
+from datarax_dist import agreement, codec
 from datarax_dist import format as fmt
-from datarax_dist import save as save_protocol
 from datarax_dist.data import (
     Checkpointable,
     CheckpointableIterator,
@@ -805,7 +804,7 @@ def test_a_position_error_changes_no_loader_and_no_state(tmp_path: Path) -> None
 
 def told(reads: list[list[int]], writes: list[list[int]], at: list[int], count: int) -> Any:
     return [
-        save_protocol.positions_told(
+        agreement.positions_told(
             {"a": count}, {"a": mine}, {"a": {shard: str(place) for shard in held}}
         )
         for held, mine, place in zip(reads, writes, at, strict=True)
@@ -813,10 +812,10 @@ def told(reads: list[list[int]], writes: list[list[int]], at: list[int], count: 
 
 
 def test_positions_of_all_hosts_are_whole_and_hosts_with_the_same_rows_agree() -> None:
-    save_protocol.check_positions(told([[0, 1], [0, 1]], [[0, 1], []], [5, 5], 2))
+    agreement.check_positions(told([[0, 1], [0, 1]], [[0, 1], []], [5, 5], 2))
     with pytest.raises(PositionError, match=r"host 1 is at another place.*than host 0"):
-        save_protocol.check_positions(told([[0, 1], [0, 1]], [[0, 1], []], [5, 6], 2))
+        agreement.check_positions(told([[0, 1], [0, 1]], [[0, 1], []], [5, 6], 2))
     with pytest.raises(PositionError, match="hosts 0 and 1 both own data shard 1"):
-        save_protocol.check_positions(told([[0, 1], [1]], [[0, 1], [1]], [5, 5], 2))
+        agreement.check_positions(told([[0, 1], [1]], [[0, 1], [1]], [5, 5], 2))
     with pytest.raises(PositionError, match=r"no host owns data shard 2.*1 of 3"):
-        save_protocol.check_positions(told([[0], [1]], [[0], [1]], [5, 5], 3))
+        agreement.check_positions(told([[0], [1]], [[0], [1]], [5, 5], 3))

@@ -17,6 +17,7 @@ from datarax_dist.errors import (
     CorruptStepError,
     PeerError,
     PeerLostError,
+    StepExistsError,
     StorageError,
     StructureMismatchError,
 )
@@ -629,6 +630,25 @@ def test_a_job_that_stands_still_before_its_marker_does_not_commit_what_is_gone_
     monkeypatch.setattr(store, "create", stalled)
     assert isinstance(job(store, 5), CheckpointError)
     assert [(c.name, c.state) for c in inspect_run(store).candidates] == [("6", "committed")]
+
+
+def test_a_step_that_another_job_deletes_while_its_save_ends_is_not_called_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryBucket()
+    create = store.create
+
+    def deleted_at_once(key: str, data: bytes) -> bool:
+        made = create(key, data)
+        if key == "5/COMMIT.json":
+            retention.delete_step(store, 5)
+        return made
+
+    monkeypatch.setattr(store, "create", deleted_at_once)
+    failure = job(store, 5)
+    assert isinstance(failure, StepExistsError)
+    assert "Another job has deleted" in str(failure)
+    assert not inspect_run(store).committed
 
 
 def test_a_restore_while_another_job_saves_and_retires_never_finds_nothing(

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from datarax_dist import agreement
 from datarax_dist import format as fmt
-from datarax_dist import save
 from datarax_dist.data import batches, positions
 from datarax_dist.data.ownership import acting_as_host
 from datarax_dist.errors import InvalidArgumentError
@@ -301,11 +301,11 @@ class _Job:
             with acting_as_host(host, self._hosts):
                 captured.append(positions.capture(loader, host, self._hosts, at, self._paces[host]))
         try:
-            save.check_agreement(
+            agreement.check_agreement(
                 [{"step": at, "agreement": c.agreement, "digests": {}} for c in captured]
             )
-            save.check_positions(
-                [save.positions_told(c.counts, c.written, c.held) for c in captured]
+            agreement.check_positions(
+                [agreement.positions_told(c.counts, c.written, c.held) for c in captured]
             )
         except Exception as error:
             raise ExactlyOnceError(
