@@ -95,17 +95,20 @@ def inspect_run(store: Store) -> Inspection:
     for _ in range(_TRIES):
         names = store.children("")
         inspection = _inspect(store, names)
-        if isinstance(store, SupportsRename):
-            if store.children("") == names:
-                break  # nothing was renamed or removed meanwhile, by a job that is saving
-        else:
-            # In a bucket markers come and go inside the directories. Looked at one after another,
-            # the new step may have had none yet, and the old one none any more.
-            steps = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
-            states = [(c.name, c.state, c.digest) for c in inspection.candidates]
-            if states == before or all(c.state == "committed" for c in steps):
-                break
-            before = states
+        # In a bucket markers come and go inside the directories. Looked at one after another, the
+        # new step may have had none yet, and the old one none any more.
+        steps = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
+        states = [(c.name, c.state, c.digest) for c in inspection.candidates]
+        settled = (
+            isinstance(store, SupportsRename)
+            or states == before
+            or all(c.state == "committed" for c in steps)
+        )
+        # Nothing was renamed, made or removed meanwhile, by a job that is saving; and the listing
+        # was not damaged on its way, which would hide a step.
+        if settled and store.children("") == names:
+            break
+        before = states
     return inspection
 
 

@@ -504,6 +504,22 @@ def test_a_listing_that_was_damaged_on_its_way_is_read_again(
     assert next(asked) == 2
 
 
+@pytest.mark.parametrize("seen", [["4/", "RUN.json"], ["4/", "7/", "RUN.json"], []])
+def test_a_listing_that_was_damaged_on_its_way_hides_no_step(
+    seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryBucket()
+    job(store, 4)
+    job(store, 5)
+    children, asked = store.children, itertools.count()
+
+    def damaged(prefix: str) -> list[str]:
+        return seen if prefix == "" and next(asked) == 0 else children(prefix)
+
+    monkeypatch.setattr(store, "children", damaged)
+    assert inspect_run(store).committed == [4, 5]
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_save_is_not_failed_by_a_listing_that_was_damaged_on_its_way(
     number: int, monkeypatch: pytest.MonkeyPatch
