@@ -8,8 +8,8 @@ fault: the n-th request of its operation, for each n. A save is one of step 2, w
 `keep=latest(2)`, so that it also deletes step 0. Then a new `Checkpointer` restores without faults,
 and the bucket is looked at. What must never be: a save that reported success and is not there, a
 save that reported a failure of a kind that leaves nothing and is there, another value than the one
-saved, hosts that do not agree, or an operation that does not end in its time. Exits 1 if one of
-these was seen.
+saved, a restore of an older step, hosts that do not agree, or an operation that does not end in its
+time. Exits 1 if one of these was seen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import json
 import logging
 import sys
@@ -32,7 +33,7 @@ MODES = ("error", "drop", "applied_then_dropped", "truncated", "corrupted", "sta
 OPERATIONS = ("save", "restore")
 STALL_SECONDS = 20.0
 DEADLINE_SECONDS = 150.0
-TROUBLES = ("lost", "ghost", "wrong value", "disagree", "late", "unclear error")
+TROUBLES = ("lost", "ghost", "wrong value", "older step", "disagree", "late", "unclear error")
 _THREADS = 8
 _STALLED_THREADS = 32
 
@@ -51,7 +52,13 @@ def state_of(step: int) -> dict[str, Any]:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     numbers = np.random.default_rng(step).standard_normal((16, 128)).astype(np.float32)
-    return {"w": place(numbers, "x"), "b": place(numbers[0]), "n": numbers[1], "s": f"step {step}"}
+    return {
+        "w": place(numbers, "x"),
+        "b": place(numbers[0]),
+        "key": jax.random.key(step),
+        "n": numbers[1],
+        "s": f"step {step}",
+    }
 
 
 class Loader:
@@ -124,15 +131,18 @@ def restore(bucket: str) -> str:
 
 def equal_here(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Compares what this host holds: nothing collective may run on threads that take turns."""
+    import jax
 
     def parts(value: Any) -> list[Any]:
+        if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return ["key", np.asarray(jax.random.key_data(value))]
         shards = getattr(value, "addressable_shards", None)
         return [value] if shards is None else [np.asarray(shard.data) for shard in shards]
 
     return one.keys() == other.keys() and all(
         np.array_equal(mine, theirs)
         for name in one
-        for mine, theirs in zip(parts(one[name]), parts(other[name]), strict=True)
+        for mine, theirs in itertools.zip_longest(parts(one[name]), parts(other[name]))
     )
 
 
@@ -171,7 +181,7 @@ def judge(operation: str, hosts: Sequence[tuple[str, str, float]]) -> str:
     if operation == "restore":
         if len(told) != 1:
             return "disagree" if any(text.startswith("step") for text in told) else "error"
-        return "restored" if told == {"step 1"} else "error"
+        return {"step 1": "restored", "step 0": "older step"}.get(*told, "error")
     if told == {"committed"}:
         # TensorStore sends no checksums over HTTP: an upload of its that is damaged on its way is
         # noticed when it is read.

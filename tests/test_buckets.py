@@ -320,7 +320,7 @@ def test_a_job_that_was_believed_dead_and_comes_back_changes_nothing_of_what_ano
             assert handle is not None
             assert reached.wait(60)
             with dd.Checkpointer(root) as ckpt:
-                ckpt.save(2, state=second, metadata={"step": 7}).result()  # type: ignore[union-attr]
+                ckpt.save(2, state=second, metadata={"step": 7}).result()
             go_on.set()
             with pytest.raises(errors.CheckpointError):
                 handle.result()
@@ -412,14 +412,14 @@ def test_a_save_without_a_permission_says_which_and_where_to_get_it(
     gcs.deny(permission)
     with dd.Checkpointer(root) as ckpt:
         with pytest.raises(errors.CheckpointError) as caught:
-            ckpt.save(2, state=state_of(2)).result()  # type: ignore[union-attr]
+            ckpt.save(2, state=state_of(2)).result()
         text = str(caught.value)
         assert permission in text
         assert root.split("/")[2] in text
         assert "roles/storage.objectUser" in text
         assert isinstance(caught.value, OSError)
         gcs.allow_all()
-        ckpt.save(3, state=state_of(3), metadata={"step": 3}).result()  # type: ignore[union-attr]
+        ckpt.save(3, state=state_of(3), metadata={"step": 3}).result()
     assert same(restore(root), 3)
 
 
@@ -441,7 +441,7 @@ def test_the_arrays_alone_without_a_permission_say_so_too(gcs: FakeGCS, root: st
     gcs.fail("error", status=403, client="tensorstore", times=None)
     with dd.Checkpointer(root) as ckpt:
         with pytest.raises(errors.StorageError, match="lack a permission"):
-            ckpt.save(2, state=state_of(2)).result()  # type: ignore[union-attr]
+            ckpt.save(2, state=state_of(2)).result()
         with pytest.raises(errors.StorageError, match="lack a permission"):
             ckpt.restore()
 
@@ -520,11 +520,11 @@ def test_requests_do_not_grow_with_the_number_of_arrays(gcs: FakeGCS, root: str)
     gcs.latency_seconds = 0.03
     numbers = {}
     with dd.Checkpointer(root) as ckpt:
-        ckpt.save(0, state={"w": np.ones(3)}).result()  # type: ignore[union-attr]
+        ckpt.save(0, state={"w": np.ones(3)}).result()
         for arrays in (10, 400):
             state = {f"a{n}": jax.numpy.full(9, n) for n in range(arrays)}
-            _, seen = counted(gcs, lambda s=state, n=arrays: ckpt.save(n, state=s).result())  # type: ignore[misc, union-attr]
-            restored, read = counted(gcs, lambda s=state, n=arrays: ckpt.restore(step=n, state=s))  # type: ignore[misc]
+            _, seen = counted(gcs, lambda s=state, n=arrays: ckpt.save(n, state=s).result())
+            restored, read = counted(gcs, lambda s=state, n=arrays: ckpt.restore(step=n, state=s))
             assert dd.tree_digest(restored.state) == dd.tree_digest(state)
             numbers[arrays] = (len(seen), len(read))
     for few, many in zip(numbers[10], numbers[400], strict=True):
@@ -536,7 +536,7 @@ def test_verifying_sizes_reads_no_array_data(gcs: FakeGCS, root: str) -> None:
 
     save(root, 1)
     for level in ("sizes", "marker"):
-        _, seen = counted(gcs, lambda level=level: cli.main(["verify", root, "--level", level]))  # type: ignore[misc]
+        _, seen = counted(gcs, lambda level=level: cli.main(["verify", root, "--level", level]))
         assert not [r.name for r in seen if r.kind == "read" and "/state/" in r.name]
         assert not [r.name for r in seen if r.client.startswith("tensorstore")]
     _, seen = counted(gcs, lambda: cli.main(["verify", root, "--level", "full"]))
@@ -556,7 +556,7 @@ def test_a_save_that_nobody_else_disturbs_asks_for_nothing_on_the_callers_thread
     gcs: FakeGCS, root: str
 ) -> None:
     with dd.Checkpointer(root) as ckpt:
-        ckpt.save(1, state=state_of(1)).result()  # type: ignore[union-attr]
+        ckpt.save(1, state=state_of(1)).result()
         gcs.latency_seconds = 1.0  # no request can have been answered before that
         gcs.clear_requests()
         begin = time.monotonic()
@@ -644,7 +644,7 @@ def test_what_orbax_uploads_is_compared_with_what_the_bucket_has_got(
     fault = gcs.fail("corrupted", kind="chunk", name=f"state/{name}$")
     with dd.Checkpointer(root) as ckpt:
         with pytest.raises(errors.StorageError, match="hecksum"):
-            ckpt.save(2, state=state_of(2)).result()  # type: ignore[union-attr]
+            ckpt.save(2, state=state_of(2)).result()
         assert ckpt.all_steps() == [1]
     assert fault.hits == 1
 

@@ -6,7 +6,6 @@ import concurrent.futures
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from datarax_dist.testing import FakeGCS, run_hosts
 pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
 
 REPOSITORY = Path(__file__).parent.parent
-SHAPES = {1: ((2,), ("y",)), 2: ((2, 2), ("a", "b")), 4: ((4, 2), ("a", "b"))}
 # On the primary only; `stage` is over before anything is written, `publish` is a rename.
 PRIMARY_PHASES = ("save:stage", "save:verify", "save:commit", "save:committed", "save:retire")
 PHASES = [
@@ -31,51 +29,6 @@ PHASES = [
 @pytest.fixture
 def root(bucket: str) -> str:
     return f"gs://{bucket}/runs/one"
-
-
-@pytest.mark.parametrize("before", [2, 4])
-def test_a_step_of_n_hosts_restores_on_1_2_and_4_with_another_mesh(
-    gcs: FakeGCS, bucket: str, root: str, before: int
-) -> None:
-    saved = run_hosts(
-        targets.save_steps,
-        before,
-        devices_per_host=2,
-        args=(root, (2 * before,), ("x",), [1, 2]),
-        timeout_seconds=90,
-    )
-    assert [host.error for host in saved] == [None] * before
-    assert all(host.value[0] == saved[0].value[0] for host in saved)
-    digests = saved[0].value[0]
-    for hosts, (shape, names) in SHAPES.items():
-        back = run_hosts(
-            targets.restore_step,
-            hosts,
-            devices_per_host=2,
-            args=(root, shape, names),
-            timeout_seconds=90,
-        )
-        assert [host.error for host in back] == [None] * hosts
-        assert {host.value[:2] for host in back} == {(2, digests[2])}
-        assert sorted(record for host in back for record in host.value[2]) == list(range(16, 24))
-    # A byte of what the last host has written: all hosts fall back, and say so.
-    part = f"runs/one/2/state/ocdbt.process_{before - 1}/d/"
-    name = max((n for n in gcs.objects(bucket) if n.startswith(part)), key=size_in(gcs, bucket))
-    gcs.flip(bucket, name, size_in(gcs, bucket)(name) // 2, 3)
-    back = run_hosts(
-        targets.restore_step,
-        2,
-        devices_per_host=2,
-        args=(root, (2, 2), ("a", "b")),
-        timeout_seconds=90,
-    )
-    assert [h.error for h in back] == [None, None]
-    assert {h.value[:2] for h in back} == {(1, digests[1])}
-    assert all("step 2" in h.value[3] for h in back)
-
-
-def size_in(gcs: FakeGCS, bucket: str) -> Callable[[str], int]:
-    return lambda name: len(gcs.objects(bucket)[name].content)
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -144,7 +144,7 @@ def test_tensorflow_beside_orbax_is_an_error(
     def find_spec(name: str) -> Any:
         return name == "tensorflow" or None
 
-    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", find_spec)  # type: ignore[attr-defined]
+    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", find_spec)
     code, found = findings(capsys, root)
     assert (code, found["TensorFlow"][0]) == (3, "error")
     monkeypatch.setenv("EPATH_USE_TF", "false")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import targets
 
 from datarax_dist import telemetry
+from datarax_dist.buckets import BucketStore
 from datarax_dist.inspection import inspect_run
-from datarax_dist.storage import LocalStore
+from datarax_dist.storage import LocalStore, Store
 from datarax_dist.testing import run_hosts
 
 pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
@@ -17,40 +21,66 @@ pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
 SHAPES = {1: ((2,), ("y",)), 2: ((2, 2), ("a", "b")), 4: ((4, 2), ("a", "b"))}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run is. `flip` damages one byte in the middle of a file below the root."""
+
+    root: str
+    store: Store
+    flip: Callable[[str], None]
+
+
+@pytest.fixture(params=["file system", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "bucket":
+        gcs, bucket = request.getfixturevalue("gcs"), request.getfixturevalue("bucket")
+
+        def flip_object(key: str) -> None:
+            name = f"runs/one/{key}"
+            gcs.flip(bucket, name, len(gcs.objects(bucket)[name].content) // 2, 3)
+
+        root = f"gs://{bucket}/runs/one"
+        return Place(root, BucketStore(root), flip_object)
+
+    def flip_file(key: str) -> None:
+        content = bytearray((tmp_path / "run" / key).read_bytes())
+        content[len(content) // 2] ^= 8
+        (tmp_path / "run" / key).write_bytes(content)
+
+    root = str(tmp_path / "run")
+    return Place(root, LocalStore(root), flip_file)
+
+
 @pytest.mark.parametrize("before", [2, 4])
 def test_a_step_of_n_hosts_restores_on_1_2_and_4_with_another_mesh(
-    tmp_path: Path, before: int
+    place: Place, before: int
 ) -> None:
-    root = str(tmp_path / "run")
-    saved = run_hosts(
-        targets.save_steps,
-        before,
-        devices_per_host=2,
-        args=(root, (2 * before,), ("x",), [1, 2]),
-        timeout_seconds=90,
-    )
-    assert [host.error for host in saved] == [None] * before
-    digest = saved[0].value[0][2]
-    assert all(host.value[0] == saved[0].value[0] for host in saved)
-    for hosts, (shape, names) in SHAPES.items():
-        back = run_hosts(
-            targets.restore_step,
+    def run(target: Any, hosts: int, *arguments: Any) -> Any:
+        ended = run_hosts(
+            target,
             hosts,
             devices_per_host=2,
-            args=(root, shape, names),
+            args=(place.root, *arguments),
             timeout_seconds=90,
         )
-        assert [host.error for host in back] == [None] * hosts
-        assert {host.value[:2] for host in back} == {(2, digest)}
-        assert sorted(record for host in back for record in host.value[2]) == list(range(16, 24))
-    [bare] = run_hosts(
-        targets.restore_step,
-        1,
-        devices_per_host=2,
-        args=(root, (2,), ("y",), 1, False),
-        timeout_seconds=90,
-    )
-    assert bare.value[:2] == (1, saved[0].value[0][1])
+        assert [host.error for host in ended] == [None] * hosts
+        return [host.value for host in ended]
+
+    saved = run(targets.save_steps, before, (2 * before,), ("x",), [1, 2])
+    assert all(value[0] == saved[0][0] for value in saved)
+    digests = saved[0][0]
+    for hosts, mesh in SHAPES.items():
+        back = run(targets.restore_step, hosts, *mesh)
+        assert {value[:2] for value in back} == {(2, digests[2])}
+        assert sorted(record for value in back for record in value[2]) == list(range(16, 24))
+    bare = targets.restore_step(place.root, (4,), ("x",), 1, False)
+    assert bare[:2] == (1, digests[1])
+    # One bit of what the last host has written: all hosts fall back, and say so.
+    entries = place.store.list(f"2/state/ocdbt.process_{before - 1}/d")
+    place.flip(max(entries, key=lambda entry: entry.size).key)
+    back = run(targets.restore_step, 2, *SHAPES[2])
+    assert {value[:2] for value in back} == {(1, digests[1])}
+    assert all("step 2" in value[3] for value in back)
 
 
 @pytest.mark.parametrize("host", [0, 1])
@@ -59,12 +89,8 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
     tmp_path: Path, phase: str, host: int
 ) -> None:
     only_primary = phase in PRIMARY_PHASES
-    if only_primary and host:
-        host, occurrence, last = (
-            0,
-            2,
-            3,
-        )  # these exist on the primary only: killed there in the next save
+    if only_primary and host:  # these exist on the primary only: killed there in the next save
+        host, occurrence, last = 0, 2, 3
     else:
         occurrence, last = 1, 2
     root = tmp_path / "run"
