@@ -35,6 +35,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint._src.serialization import types as serialization_types
 
 from datarax_dist import codec
+from datarax_dist import format as fmt
 from datarax_dist.buckets import advice, bucket_and_prefix
 from datarax_dist.config import Options, is_bucket
 from datarax_dist.errors import (
@@ -316,7 +317,7 @@ class OrbaxWriter:
         described = {"item_handlers": names, "custom_metadata": {}}
         return {
             "_CHECKPOINT_METADATA": json.dumps(described).encode(),
-            "commit_success.txt": b"COMMIT.json tells\n",
+            fmt.ORBAX_COMMIT_NAME: b"COMMIT.json tells\n",
         }
 
     def parts(self, host: int) -> list[str]:

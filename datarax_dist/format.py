@@ -22,6 +22,7 @@ from datarax_dist.errors import FormatVersionError, InvalidArgumentError
 
 __all__ = [
     "COMMIT_NAME",
+    "ORBAX_COMMIT_NAME",
     "FORMAT_VERSION",
     "RUN_NAME",
     "STEP_NAME",
@@ -40,6 +41,7 @@ RUN_NAME = "RUN.json"
 STEP_NAME = "STEP.json"  # the first file of a step directory: whose it is
 TREE_NAME = "TREE.json"  # the structure of the state and its leaves that are not arrays
 COMMIT_NAME = "COMMIT.json"  # the last file: the step counts
+ORBAX_COMMIT_NAME = "commit_success.txt"  # tells plain Orbax that a step in a bucket is whole
 MAX_RECORD_BYTES = 256 << 20
 MAX_POSITION_BYTES = 64 << 20  # of the JSON of one position
 MAX_BLOB_BYTES = 2 << 30  # of one position
@@ -90,6 +92,18 @@ class HostRecord:
     hosts: int
     files: Sequence[FileEntry]
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class VoidMarker:
+    """`COMMIT.json` of a given-up save, in a bucket.
+
+    Attributes:
+        at: when it was made, in seconds since 1970.
+    """
+
+    run: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,11 +461,16 @@ def dump_void(run: str, step: int, nonce: str, at: float) -> bytes:
     return seal({"void": nonce, "run": run, "step": step, "at": at})
 
 
-def parse_void(data: bytes) -> float | None:
-    """Returns when a void marker was made; None for anything else that stands there."""
+def parse_void(data: bytes) -> VoidMarker | None:
+    """Returns None for anything else that stands there."""
     try:
         body = unseal(data, COMMIT_NAME)
-        return float(_get(body, "at", (int, float), COMMIT_NAME)) if "void" in body else None
+        if "void" not in body:
+            return None
+        return VoidMarker(
+            run=_get(body, "run", str, COMMIT_NAME),
+            at=float(_get(body, "at", (int, float), COMMIT_NAME)),
+        )
     except (InvalidRecordError, FormatVersionError):
         return None
 

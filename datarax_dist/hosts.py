@@ -307,7 +307,7 @@ class Operation:
             self.check(phase)
             left = deadline - self._clock.monotonic()
             if left <= 0:
-                lost = self._lost(phase, missing, self._clock.monotonic() - begin)
+                lost = self._lost(phase, missing, self._clock.monotonic() - begin, known=phase)
                 self.fail(phase, lost)
                 raise lost
             if len(missing) <= _FEW:  # woken when it comes; a failure is looked for in between
@@ -327,7 +327,7 @@ class Operation:
         while self._board.wait(f"{self._prefix}{phase}/0", _CHECK_SECONDS) is None:
             self.check(phase)
             if self._clock.monotonic() > deadline:
-                raise self._lost(phase, [0], self._clock.monotonic() - begin)
+                raise self._lost(phase, [0], self._clock.monotonic() - begin, known="")
 
     def lead(self, phase: str, leader: Leader, deadline: float) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
@@ -360,8 +360,9 @@ class Operation:
             if self._clock.monotonic() >= deadline + 10.0:
                 rows = self._board.read(f"{self._prefix}{phase}/")
                 arrived = {int(key.rsplit("/", 1)[1]) for key in rows}
-                missing = [host for host in range(self._group.count) if host not in arrived] or [0]
-                lost = self._lost(phase, missing, self._clock.monotonic() - begin)
+                missing = [host for host in range(self._group.count) if host not in arrived]
+                # Who waits here does not know how far the primary is, not even on the primary.
+                lost = self._lost(phase, missing, self._clock.monotonic() - begin, known="")
                 # From here on nobody can succeed; if somebody has in this moment, that stands.
                 self.fail(phase, lost)
         outcome = json.loads(value)
@@ -388,14 +389,25 @@ class Operation:
             failures={host: text},
         )
 
-    def _lost(self, phase: str, missing: Sequence[int], seconds: float) -> PeerLostError:
+    def _lost(
+        self, phase: str, missing: Sequence[int], seconds: float, *, known: str
+    ) -> PeerLostError:
+        """Args:
+        missing: the hosts that have not arrived; none when host 0 has not decided.
+        known: the phase the primary is in, as far as that is known.
+        """
         there = [host for host in range(self._group.count) if host not in missing]
         told = (
             f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; arrived: hosts"
             f" {_ranges(there)}; missing: hosts {_ranges(missing)}. Look at the logs of the missing"
             " hosts: they died, hang, or did not make the same call."
         )
-        known = phase if self._group.is_primary else ""
+        if not missing:
+            missing = [0]
+            told = (
+                f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; all hosts have arrived,"
+                " and host 0 has not said how it ended. Look at its log: it died, or hangs."
+            )
         return PeerLostError(
             f"{told} {self._consequence(known)}".rstrip(),
             phase=phase,

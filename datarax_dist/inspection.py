@@ -151,7 +151,21 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
         )
         for c in found
     ]
-    return Inspection(run, sorted(judged, key=lambda c: (c.step, c.name), reverse=True))
+    return Inspection(run, sorted(_one_each(judged), key=lambda c: (c.step, c.name), reverse=True))
+
+
+def _one_each(found: Sequence[Candidate]) -> list[Candidate]:
+    """Of several directories that were a step, before saves that have not ended, the newest is."""
+    newest: dict[int, tuple[float, str]] = {}
+    for c in found:
+        if c.state == "committed" and c.marker is not None:
+            newest[c.step] = max(newest.get(c.step, (0.0, "")), (c.marker.committed_at, c.name))
+    return [
+        Candidate(c.step, c.name, "deleting", f"an older step {c.step}: it was saved again")
+        if c.state == "committed" and newest[c.step][1] != c.name
+        else c
+        for c in found
+    ]
 
 
 def _inspect_aside(store: Store, step: int, role: str, name: str) -> Candidate:

@@ -325,18 +325,29 @@ class Restorer:
     ) -> tuple[dict[str, str], Any]:
         attempt = _Attempt()
         votes: list[dict[str, str]] = []
+
+        def look(votes: list[dict[str, str]]) -> dict[str, Any]:
+            # Another job may have saved the step again while it was loaded: then some of what was
+            # loaded is of the old one, some of the new one.
+            loaded = candidate.state == "committed" and not any(votes)
+            return {"votes": votes, "moved": loaded and has_moved(self._store, candidate)}
+
         # What comes from a bucket may be damaged on its way: it is damaged there if it is so twice.
         tries = 1 if isinstance(self._store, SupportsRename) else 2
         with phases.span("load"):
             for _ in range(tries):
                 if attempt.apply is None:
                     attempt = self._try_load(candidate, load)
-                votes = self._group.exchange(
+                told = self._group.exchange(
                     "load",
                     attempt.wrong,
                     error=attempt.failure,
+                    leader=look,
                     timeout_seconds=self._options.restore_timeout_seconds,
                 )
+                if told["moved"]:
+                    raise _MovedError
+                votes = told["votes"]
                 if not any(votes):
                     break
         wrong = {path: reason for vote in votes for path, reason in vote.items()}

@@ -5,16 +5,18 @@ a writer that still believes in it fails, rather than commits half of it. Then i
 deleted, then the content, and last the claim `STEP.json`, so that what is left is known as ours and
 anyone can finish. Nothing that does not carry a claim of this run is ever touched.
 
-In a bucket a save that its host believes to be dead may still commit: so before what it left is
-touched, a void marker is put where `COMMIT.json` would be (`give_up`). Whichever of the two is
-created first stands.
+A bucket cannot rename, and there every host that is believed dead may come back. So before what a
+save left is touched, a void marker is put where `COMMIT.json` would be (`give_up`): whichever of
+the two is created first stands. And everything is deleted as it was listed, generation by
+generation, after another look at the marker: what was written since is another one's, and stays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ __all__ = [
     "delete_step",
     "find_leftovers",
     "give_up",
+    "is_ours",
     "plan_retention",
     "read_claim",
     "remove_leftovers",
@@ -50,11 +53,16 @@ class Leftover:
     Attributes:
         abandoned: nobody can be writing to it: its writer is certainly gone, or it was being
             deleted.
+        claim: whose it is, where it says so.
+        keep_claim: remove all but the claim, which stays for a day: what a host that comes back
+            writes after this is known as ours by it.
     """
 
     name: str
     step: int
     abandoned: bool
+    claim: fmt.StepClaim | None = None
+    keep_claim: bool = False
 
 
 def plan_retention(
@@ -77,29 +85,83 @@ def delete_step(
     Args:
         reached: told "retire" when the marker is gone and the content is not.
     """
-    delete_replaced(store, step)  # first: without its successor it would be the step again
-    if f"{fmt.step_name(step)}/" in store.children(""):
+    # What it was before goes first: without its successor it would be the step again. And last,
+    # where another job was just about to save the step again.
+    names = store.children("")
+    _delete_asides(store, step, names)
+    if f"{fmt.step_name(step)}/" in names:
         _delete_directory(store, step, fmt.step_name(step), reached)
+    if not isinstance(store, SupportsRename):
+        _delete_asides(store, step, store.children(""))
     logger.info("deleted step %d of %s", step, store.root)
 
 
-def delete_replaced(store: Store, step: int, name: str | None = None) -> None:
-    """Deletes what was this step before it was saved again; only the directory `name` of that."""
-    for child in store.children("") if name is None else [f"{name}/"]:
-        if fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced"):
-            _delete_directory(store, step, child[:-1])
+def _asides(step: int, names: Sequence[str]) -> list[str]:
+    children = [name.rstrip("/") for name in names]
+    return [name for name in children if fmt.parse_aside_name(name) == (step, "replaced")]
+
+
+def _delete_asides(store: Store, step: int, names: Sequence[str]) -> None:
+    for name in _asides(step, names):
+        _delete_directory(store, step, name)
+
+
+def delete_replaced(store: Store, step: int, names: Sequence[str]) -> None:
+    """Deletes what was this step before it was saved again, as far as it is among `names`."""
+    for name in _asides(step, names):
+        _delete_directory(store, step, name, replaced=True)
 
 
 def _delete_directory(
-    store: Store, step: int, name: str, reached: Callable[[str], None] = lambda phase: None
-) -> None:
-    if isinstance(store, SupportsRename) and fmt.parse_aside_name(name) != (step, "deleting"):
+    store: Store,
+    step: int,
+    name: str,
+    reached: Callable[[str], None] = lambda phase: None,
+    *,
+    replaced: bool = False,
+) -> bool:
+    """Deletes a directory.
+
+    Args:
+        replaced: only because the step is committed under its own name.
+
+    Returns:
+        Whether it is gone; it stays when another job has put something in its place.
+    """
+    if not isinstance(store, SupportsRename):
+        return _delete_objects(store, step, name, reached, replaced)
+    if fmt.parse_aside_name(name) != (step, "deleting"):
         aside = fmt.aside_name(step, "deleting", secrets.token_hex(8))
         store.rename(name, aside)
         name = aside
     store.delete(f"{name}/{fmt.COMMIT_NAME}")
     reached("retire")
     store.delete(name, last=fmt.STEP_NAME)
+    return True
+
+
+def _delete_objects(
+    store: Store, step: int, name: str, reached: Callable[[str], None], replaced: bool
+) -> bool:
+    assert isinstance(store, SupportsReplace)
+    claim, marker = f"{name}/{fmt.STEP_NAME}", f"{name}/{fmt.COMMIT_NAME}"
+    signs = (marker, f"{name}/{fmt.ORBAX_COMMIT_NAME}")
+    listing = store.list(name)
+    old: bytes | None = None
+    if replaced and any(entry.key == marker for entry in listing):
+        with contextlib.suppress(KeyError):
+            old = store.get(marker)
+    store.delete_listed([entry for entry in listing if entry.key in signs])
+    reached("retire")
+    if fmt.COMMIT_NAME in store.children(name):
+        return False  # saved again, or about to be
+    if old is not None and not is_committed(store, fmt.step_name(step)):
+        # Another job replaces the step in this moment, and may count on what it was.
+        store.create(marker, old)
+        return False
+    store.delete_listed([entry for entry in listing if entry.key not in (*signs, claim)])
+    store.delete_listed([entry for entry in listing if entry.key == claim])
+    return True
 
 
 def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes | None:
@@ -151,32 +213,45 @@ def clear_given_up(store: Store, step: int, void: bytes, *, void_too: bool = Fal
 
 
 def find_leftovers(
-    store: Store, run: str | None, *, known: Container[int] = (), now: float | None = None
+    store: Store,
+    run: str | None,
+    *,
+    known: Container[int] = (),
+    now: float | None = None,
+    ended: Mapping[str, Any] | None = None,
 ) -> list[Leftover]:
     """Returns what crashed saves and deletions of this run left behind. Reads only.
 
     Args:
         known: steps that are committed, and need not be looked at.
         now: the time, to judge how old void markers are; None leaves these alone.
+        ended: a writer whose saves have all ended, on all of its hosts.
     """
 
     def look(name: str) -> Leftover | None:
         step, aside = fmt.parse_step_name(name), fmt.parse_aside_name(name)
         if step is not None:
-            return None if step in known else _leftover(store, run, name, step, "", now)
-        return None if aside is None else _leftover(store, run, name, *aside, now)
+            return None if step in known else _leftover(store, run, name, step, "", now, ended)
+        return None if aside is None else _leftover(store, run, name, *aside, now, ended)
 
     looked = for_each(store, look, [c[:-1] for c in store.children("") if c.endswith("/")])
     return [left for left in looked if left is not None]
 
 
 def _leftover(
-    store: Store, run: str | None, name: str, step: int, role: str, now: float | None
+    store: Store,
+    run: str | None,
+    name: str,
+    step: int,
+    role: str,
+    now: float | None,
+    ended: Mapping[str, Any] | None,
 ) -> Leftover | None:
     names = store.children(name)
-    if role == "replaced" and not is_committed(store, fmt.step_name(step)):
+    renames, own = isinstance(store, SupportsRename), fmt.step_name(step)
+    if role == "replaced" and not is_committed(store, own) and is_committed(store, name, names):
         return None  # it is still the step
-    if role == "" and (isinstance(store, SupportsRename) or is_committed(store, name, names)):
+    if role == "" and (renames or is_committed(store, name, names)):
         return None  # a step; or one that has lost its marker, which no crash of ours leaves behind
     if not names and role:
         # Made a moment ago, maybe, by a save that goes on; or all deleted.
@@ -184,19 +259,64 @@ def _leftover(
     if role == "" and names == [fmt.COMMIT_NAME]:
         return _void_leftover(store, name, step, now)
     claim = read_claim(store, name)
-    if claim is None or run is None or claim.run != run:
+    if run is None or (claim.run if claim else _run_of(store, name, names)) != run:
         return None
-    abandoned = role in ("replaced", "deleting") or is_certainly_dead(claim.writer)
-    return Leftover(name, step, abandoned)
+    if role == "replaced" and not renames:
+        # Of the save that has committed; any other may be under way.
+        abandoned = _nonce(store, own) == name.rsplit("-", 1)[1]
+    else:
+        abandoned = role in ("replaced", "deleting")
+        abandoned = abandoned or (claim is not None and is_certainly_dead(claim.writer))
+    in_bucket = role == "staging" and not renames
+    if in_bucket and claim is not None and not abandoned and claim.writer != ended:
+        if names != [fmt.STEP_NAME]:
+            return Leftover(name, step, False, claim, keep_claim=True)
+        if now is None or now - claim.created_at <= _VOID_SECONDS:
+            return None
+    return Leftover(name, step, abandoned, claim)
+
+
+def _run_of(store: Store, name: str, names: Sequence[str]) -> str | None:
+    """Returns whose a directory without a claim is: a host that came back late has written to it,
+    after it was removed. Its marker tells, or a host's record.
+    """
+    if isinstance(store, SupportsRename):
+        return None
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError, FormatVersionError):
+        if fmt.COMMIT_NAME in names:
+            data = store.get(f"{name}/{fmt.COMMIT_NAME}")
+            void = fmt.parse_void(data)
+            return fmt.parse_marker(data).run if void is None else void.run
+        for record in store.children(f"{name}/hosts"):
+            return fmt.parse_record(store.get(f"{name}/hosts/{record}"), record).run
+    return None
+
+
+def is_ours(store: Store, run: str, name: str, names: Sequence[str]) -> bool:
+    """Whether a directory, in which `names` are, may be overwritten by a save of this run."""
+    claim = read_claim(store, name)
+    if claim is not None:
+        return claim.run == run
+    if isinstance(store, SupportsRename):
+        return False
+    return _run_of(store, name, names) == run or not store.children(name)  # gone meanwhile
+
+
+def _nonce(store: Store, name: str) -> str | None:
+    """Returns which save has committed a directory."""
+    try:
+        return fmt.parse_marker(store.get(f"{name}/{fmt.COMMIT_NAME}")).nonce
+    except (KeyError, fmt.InvalidRecordError, FormatVersionError):
+        return None
 
 
 def _void_leftover(store: Store, name: str, step: int, now: float | None) -> Leftover | None:
     """A void marker alone stays until the save that it stops must have met its deadline."""
     try:
-        made = fmt.parse_void(store.get(f"{name}/{fmt.COMMIT_NAME}"))
+        void = fmt.parse_void(store.get(f"{name}/{fmt.COMMIT_NAME}"))
     except KeyError:
         return None
-    old = made is not None and now is not None and now - made > _VOID_SECONDS
+    old = void is not None and now is not None and now - void.at > _VOID_SECONDS
     return Leftover(name, step, True) if old else None
 
 
@@ -209,7 +329,11 @@ def read_claim(store: Store, name: str) -> fmt.StepClaim | None:
 
 
 def remove_leftovers(
-    store: Store, leftovers: Sequence[Leftover], *, run: str | None = None, now: float = 0.0
+    store: Store,
+    leftovers: Sequence[Leftover],
+    *,
+    run: str | None = None,
+    now: float = 0.0,
 ) -> list[str]:
     """Removes leftovers; returns their names. One that cannot be removed is logged and stays.
 
@@ -237,15 +361,36 @@ def remove_leftovers(
 
 
 def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: float) -> bool:
-    if isinstance(store, SupportsRename) or leftover.name != fmt.step_name(leftover.step):
-        _delete_directory(store, leftover.step, leftover.name)
+    step, name = leftover.step, leftover.name
+    aside = fmt.parse_aside_name(name)
+    if isinstance(store, SupportsRename):
+        return _delete_directory(store, step, name)
+    if aside is not None and aside[1] == "staging":
+        _clear_staging(store, name, keep_claim=leftover.keep_claim)
         return True
+    if aside is not None:
+        return _delete_directory(store, step, name, replaced=True)
     assert run is not None
-    void = give_up(store, run, leftover.step, secrets.token_hex(8), now)
-    if void is None:
-        return False  # committed after all
+
+    def is_another() -> bool:
+        claim = read_claim(store, name)
+        return claim is not None and claim != leftover.claim
+
+    if is_another():
+        return False  # taken over by a save that may go on
+    void = give_up(store, run, step, secrets.token_hex(8), now)
+    if void is None or is_another():
+        return False  # committed after all, or taken over
     # Where it is abandoned, nobody is left whom the void marker would stop.
-    return clear_given_up(store, leftover.step, void, void_too=leftover.abandoned)
+    return clear_given_up(store, step, void, void_too=leftover.abandoned)
+
+
+def _clear_staging(store: Store, name: str, *, keep_claim: bool) -> None:
+    assert isinstance(store, SupportsReplace)
+    listing, claim = store.list(name), f"{name}/{fmt.STEP_NAME}"
+    store.delete_listed([entry for entry in listing if entry.key != claim])
+    if not keep_claim:
+        store.delete_listed([entry for entry in listing if entry.key == claim])
 
 
 def retire(store: Store, steps: Sequence[int], *, reached: Callable[[str], Any]) -> list[int]:

@@ -37,7 +37,7 @@ import contextlib
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,7 +60,6 @@ from datarax_dist.errors import (
 from datarax_dist.hosts import HostGroup, Operation
 from datarax_dist.inspection import (
     Inspection,
-    compare,
     find_run,
     inspect_run,
     inspect_step,
@@ -68,7 +67,8 @@ from datarax_dist.inspection import (
     read_records,
 )
 from datarax_dist.lease import writer_identity
-from datarax_dist.storage import Store, SupportsRename, SupportsReplace, for_each
+from datarax_dist.publish import Staged, check_listing, not_ours, publish
+from datarax_dist.storage import Store, SupportsRename, for_each
 from datarax_dist.telemetry import Phases
 
 __all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "StartedSave"]
@@ -242,13 +242,7 @@ class Saver:
         if decided.get("unseen") and previous_error is not None:
             raise previous_error
         assert request is not None
-        in_bucket = not isinstance(self._store, SupportsRename)
-        operation = self._group.begin(
-            f"save of step {step}", consequence=lambda phase: _consequence(step, phase, in_bucket)
-        )
-        started = StartedSave(
-            self, request, decided, operation, phases, replace or step in self.suspects
-        )
+        started = StartedSave(self, request, decided, phases, replace or step in self.suspects)
         started.start()
         return started
 
@@ -303,33 +297,20 @@ class Saver:
                     " Delete it first, or save to another root.",
                     step=step,
                 )
-        elif name in (child.rstrip("/") for child in there) and not self._is_ours(run, name):
-            raise self.not_ours(name, step)
+        elif name in (child.rstrip("/") for child in there) and not retention.is_ours(
+            store, run, name, store.children(name)
+        ):
+            raise not_ours(store, name, step)
 
-    def not_ours(self, name: str, step: int) -> StepExistsError:
-        return StepExistsError(
-            f"{self._store.root}/{name} is there already and was not written by datarax_dist;"
-            " nothing was changed. Move it away, or save another step.",
-            step=step,
-        )
-
-    def _is_ours(self, run: str, name: str) -> bool:
-        claim = retention.read_claim(self._store, name)
-        if claim is not None:
-            return claim.run == run
-        # In a bucket, maybe what keeps a given-up save from committing, and nothing else.
-        is_local = isinstance(self._store, SupportsRename)
-        return not is_local and self._store.children(name) == [fmt.COMMIT_NAME]
-
-    def committed_steps(self) -> list[int]:
-        """Returns the committed steps; of a bucket those that are known here, if they are there
-        still, and new ones.
+    def committed_steps(self, names: Sequence[str]) -> list[int]:
+        """Returns the committed steps; of a bucket those of `names` that are known here, and new
+        ones.
         """
         store, known = self._store, self._known
         if isinstance(store, SupportsRename):
             return inspect_run(store).committed
         found = set()
-        for name in store.children(""):
+        for name in names:
             step = _step_of(name)
             if step is None:
                 continue
@@ -387,13 +368,6 @@ def _step_of(name: str) -> int | None:
     return aside[0] if aside is not None and aside[1] == "replaced" else step
 
 
-def _consequence(step: int, phase: str, in_bucket: bool) -> str:
-    last = "save:commit" if in_bucket else "save:publish"
-    if phase in ("", last, "save:committed"):
-        return f"Step {step} may be committed or not; earlier steps are as they were."
-    return f"Step {step} was not committed; earlier steps are as they were."
-
-
 class StartedSave:
     """A save whose background part is to be run, by `finish`, on the worker thread."""
 
@@ -402,19 +376,20 @@ class StartedSave:
         saver: Saver,
         request: SaveRequest,
         decided: Mapping[str, Any],
-        operation: Operation,
         phases: Phases,
         replace: bool = False,
     ) -> None:
         self._replace = replace
         self.step = request.step
         self.run: str = decided["run"]
-        self.operation = operation
         self.phases = phases
         self._saver = saver
         self._keep = saver.keep
         self._store = saver._store
         self._group = saver._group
+        self.operation: Operation = self._group.begin(
+            f"save of step {self.step}", consequence=self._consequence
+        )
         self._request = request
         self._staging: str = decided["staging"]
         self._nonce: str = decided["nonce"]
@@ -423,6 +398,16 @@ class StartedSave:
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
         self._aside = False
+
+    def _consequence(self, phase: str) -> str:
+        """Returns what has become of the step when the save fails in a phase."""
+        renames = isinstance(self._store, SupportsRename)
+        last = "save:publish" if renames else "save:commit"
+        if phase in ("", last, "save:committed"):
+            return f"Step {self.step} may be committed or not; earlier steps are as they were."
+        if self._replace:
+            return f"Step {self.step} was not saved again: what it was is there still."
+        return f"Step {self.step} was not committed; earlier steps are as they were."
 
     def start(self) -> None:
         """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
@@ -475,16 +460,16 @@ class StartedSave:
 
     def _retire(self) -> Sequence[int]:
         """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
-        renamed = isinstance(self._store, SupportsRename)
-        if self._keep is None and not self._aside and renamed:
+        renames = isinstance(self._store, SupportsRename)
+        if self._keep is None and not self._aside and renames:
             return []
         with self.phases.span("retention"):
             try:
-                if not renamed:  # what was staged was copied
+                if not renames:  # what was staged was copied
                     self._store.delete(self._staging, last=fmt.STEP_NAME)
-                if self._aside:
-                    retention.delete_replaced(self._store, self.step, self._aside_name())
-                good = set(self._saver.committed_steps()) - self._saver.suspects
+                names = self._store.children("")
+                retention.delete_replaced(self._store, self.step, names)
+                good = set(self._saver.committed_steps(names)) - self._saver.suspects
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
@@ -579,11 +564,10 @@ class StartedSave:
         if not isinstance(store, SupportsRename) and known.tidy:
             return
         committed = {step for step, is_one in known.steps.items() if is_one}
-        leftovers = [
-            left
-            for left in retention.find_leftovers(store, self.run, known=committed, now=now)
-            if left.name != self._staging
-        ]
+        found = retention.find_leftovers(
+            store, self.run, known=committed, now=now, ended=writer_identity()
+        )
+        leftovers = [left for left in found if left.name != self._staging]
         removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
         known.tidy = len(removed) == len(leftovers)
 
@@ -627,17 +611,17 @@ class StartedSave:
                     f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
                     " Is this one file system, shared by all hosts? Has another job removed it?"
                 ) from error
-            wanted = {entry.path: entry for entry in (*files, *records)}
-            self._check_listing(staging, wanted)
-        in_bucket = isinstance(store, SupportsReplace)
-        directory, void = staging, None
-        if in_bucket:
-            with self.phases.span("publish"):
-                self._check_time()
-                directory = fmt.step_name(self.step)
-                void = self._copy_into_place(directory, wanted)
-        for key, content in self._request.last.items():
-            store.put(f"{directory}/{key}", content)
+            staged = Staged(
+                self.run,
+                self.step,
+                self._nonce,
+                staging,
+                claim=self._saver.claim,
+                files={entry.path: entry for entry in (*files, *records)},
+                last=self._request.last,
+                replace=self._replace,
+            )
+            check_listing(store, staging, staged)
         marker = fmt.CommitMarker(
             run=self.run,
             step=self.step,
@@ -645,23 +629,12 @@ class StartedSave:
             nonce=self._nonce,
             hosts=self._group.count,
             records=tuple(records),
-            bytes=sum(entry.size for entry in wanted.values()),
+            bytes=sum(entry.size for entry in staged.files.values()),
             items=tuple(self._request.items),
             committed_at=self._saver._clock.now(),
             versions=self._request.versions,
         )
-        with self.phases.span("commit"):
-            self.operation.check("commit")
-            self._check_time()
-            data = fmt.dump_marker(marker)
-            with self._told_what_may_be():
-                if not self._create_marker(directory, data, void):
-                    raise self._other_writer()
-                if in_bucket:
-                    self._check_still_there(directory, wanted, data)
-        if not in_bucket:
-            with self.phases.span("publish"):
-                self._publish(fmt.step_name(self.step))
+        self._publish(staged, fmt.dump_marker(marker))
         self.phases.reach("committed")
         logger.info(
             "committed step %d of %s (%d bytes, %d hosts)",
@@ -672,169 +645,27 @@ class StartedSave:
         )
         return marker
 
-    def _check_listing(
-        self, directory: str, wanted: Mapping[str, fmt.FileEntry], *, void: bytes | None = None
-    ) -> None:
-        """Raises unless a directory holds what the records name: nothing missing, more, other."""
-        expected = [e for path, e in wanted.items() if path not in self._request.last]
-        names = {entry.path for entry in expected} | ({fmt.COMMIT_NAME} if void else set())
+    def _publish(self, staged: Staged, marker: bytes) -> None:
+        def check() -> None:
+            self.operation.check("commit")
+            if self._seconds_left() <= 0:
+                raise StorageError(
+                    f"Step {self.step} is not committed: its save has not ended at its deadline. Is"
+                    " the storage slow? Options.save_timeout_seconds sets the deadline.",
+                    errno=errno.ETIMEDOUT,
+                )
 
-        def differences() -> list[str]:
-            listing = self._store.list(directory)
-            there = {entry.key.removeprefix(f"{directory}/") for entry in listing}
-            return sorted({*(there - names), *compare(listing, directory, expected)})
-
-        # Twice: a listing may be damaged on its way.
-        if wrong := differences() and differences():
-            raise StorageError(
-                f"Step {self.step} is not committed: the listing of {self._store.root}/{directory}"
-                f" and what the hosts wrote differ in {', '.join(wrong[:10])}. Does another job"
-                " write to this run? Is this one storage, shared by all hosts?"
-            )
-
-    def _create_marker(self, directory: str, data: bytes, void: bytes | None) -> bool:
-        key = f"{directory}/{fmt.COMMIT_NAME}"
-        if void is None:
-            return self._store.create(key, data)
-        assert isinstance(self._store, SupportsReplace)
-        return self._store.replace(key, void, data)
-
-    @contextlib.contextmanager
-    def _told_what_may_be(self) -> Iterator[None]:
-        """In a bucket a marker whose creation fails may be there all the same. Errors that travel
-        to other hosts say so; this is for a single one.
-        """
+        clock = self._saver._clock
         try:
-            yield
+            self._aside = publish(
+                self._store, staged, marker, clock=clock, phases=self.phases, check=check
+            )
         except StorageError as error:
-            if self._group.count > 1 or isinstance(self._store, SupportsRename):
+            # Errors that travel to other hosts say what has become of the step; this one does not.
+            told = self._consequence(self.phases.current)
+            if self._group.count > 1 or "may be" not in told:
                 raise
-            told = _consequence(self.step, self.phases.current, True)
             raise StorageError(f"{error} {told}", errno=error.errno) from error
-
-    def _copy_into_place(self, name: str, wanted: Mapping[str, fmt.FileEntry]) -> bytes | None:
-        """In a bucket: copies what was staged to the step's own name, where whatever a save that
-        did not end has left is removed before. Returns the void marker that is to be replaced.
-        """
-        store = self._store
-        assert isinstance(store, SupportsReplace)
-        void = self._make_room(name)
-        if not store.create(f"{name}/{fmt.STEP_NAME}", self._saver.claim):
-            raise self._other_writer()
-        late = {fmt.STEP_NAME, *self._request.last}
-        try:
-            store.copy(self._staging, name, [path for path in wanted if path not in late])
-        except KeyError as error:
-            raise self._staging_removed() from error
-        self._check_listing(name, wanted, void=void)
-        return void
-
-    def _check_time(self) -> None:
-        if self._seconds_left() <= 0:
-            raise StorageError(
-                f"Step {self.step} is not committed: its save has not ended at its deadline. Is the"
-                " storage slow? Options.save_timeout_seconds sets the deadline.",
-                errno=errno.ETIMEDOUT,
-            )
-
-    def _check_still_there(
-        self, name: str, wanted: Mapping[str, fmt.FileEntry], marker: bytes
-    ) -> None:
-        """In a bucket: this host may have stood still before it made the marker, for so long that
-        another job has saved this step, and deleted it again. Then the marker goes, too.
-        """
-        store = self._store
-        assert isinstance(store, SupportsReplace)
-        for _ in range(2):  # a listing may be damaged on its way
-            listing = store.list(name)
-            if not compare(listing, name, wanted.values()):
-                return
-        key = f"{name}/{fmt.COMMIT_NAME}"
-        with contextlib.suppress(KeyError):  # it is gone, too
-            if store.get(key) == marker:
-                store.delete_listed([entry for entry in listing if entry.key == key])
-        raise StepExistsError(
-            f"Another job has deleted or replaced what this one has saved as step {self.step} in"
-            f" {store.root}, before this save was over. Only one job at a time may write to a run.",
-            step=self.step,
-        )
-
-    def _aside_name(self) -> str:
-        return fmt.aside_name(self.step, "replaced", self._nonce)
-
-    def _make_room(self, name: str) -> bytes | None:
-        store = self._store
-        assert isinstance(store, SupportsReplace)
-        if not (names := store.children(name)):
-            return None
-        now = self._saver._clock.now()
-        if is_committed(store, name, names):
-            if not self._replace:
-                raise self._other_writer()
-            void = self._step_aside(name, fmt.dump_void(self.run, self.step, self._nonce, now))
-        elif not self._saver._is_ours(self.run, name):
-            raise self._saver.not_ours(name, self.step)
-        else:
-            given_up = retention.give_up(store, self.run, self.step, self._nonce, now)
-            if given_up is None:
-                raise self._other_writer()
-            void = given_up
-        if not retention.clear_given_up(store, self.step, void):
-            raise self._other_writer()
-        return void
-
-    def _step_aside(self, name: str, void: bytes) -> bytes:
-        """What was the step stays the step, under another name, until its successor is there."""
-        store, aside, key = self._store, self._aside_name(), f"{name}/{fmt.COMMIT_NAME}"
-        assert isinstance(store, SupportsReplace)
-        old = store.get(key)
-        listing = store.list(name)
-        entries = {entry.key.removeprefix(f"{name}/"): entry for entry in listing}
-        ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
-        for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):
-            store.copy(name, aside, [path for path in wave if path in entries])
-        files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
-        again = [entry.key for entry in store.list(name)]
-        if compare(store.list(aside), aside, files) or again != [e.key for e in listing]:
-            raise StorageError(
-                f"Step {self.step} is not saved again: what it was could not be copied to"
-                f" {store.root}/{aside}, and stays as it is. Does another job write to this run?"
-            )
-        if not store.replace(key, old, void):
-            raise self._other_writer()
-        self._aside = True
-        return void
-
-    def _publish(self, name: str) -> None:
-        """Gives the staging directory its final name, at once and only if there is none: of two
-        writers one commits. A committed step that is being replaced steps aside before; it stays
-        the step until its successor has its name.
-        """
-        store = self._store
-        assert isinstance(store, SupportsRename)
-        committed = fmt.COMMIT_NAME in store.children(name)
-        if committed and not self._replace:
-            raise self._other_writer()
-        if committed or self._saver._is_ours(self.run, name):  # what has lost its marker, too
-            store.rename(name, self._aside_name())
-            self._aside = True
-        try:
-            store.rename(self._staging, name)
-        except KeyError as error:
-            raise self._staging_removed() from error
-
-    def _staging_removed(self) -> StorageError:
-        return StorageError(
-            f"Another job has removed what this one staged in {self._store.root}/{self._staging}."
-            " Only one job at a time may write to a run."
-        )
-
-    def _other_writer(self) -> StepExistsError:
-        return StepExistsError(
-            f"Another job has committed step {self.step} in {self._store.root}, or is about to;"
-            " that one stays. Only one job at a time may write to a run.",
-            step=self.step,
-        )
 
     def clean_up(self) -> None:
         """Removes what a failed save of a single host has staged. With more hosts the next save

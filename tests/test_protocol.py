@@ -467,7 +467,8 @@ def test_a_step_that_another_writer_commits_while_room_is_made_for_ours_stays(
     SimulatedHosts(1).run(lambda group: save(store, group, 5))
     before = dict(store.files)
     looked = lambda store, name, names=None: False  # noqa: E731 - not yet committed
-    monkeypatch.setattr("datarax_dist.save.is_committed", looked)
+    for module in ("save", "publish"):
+        monkeypatch.setattr(f"datarax_dist.{module}.is_committed", looked)
     [result] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
     assert isinstance(result, CheckpointError)
     assert before.items() <= store.files.items()
@@ -480,7 +481,7 @@ def test_of_two_writers_that_both_find_room_for_one_step_the_first_to_claim_it_s
     store = MemoryBucket()
     SimulatedHosts(1).run(lambda group: save(store, group, 5))
     monkeypatch.setattr("datarax_dist.save.Saver._check_free", lambda *_: None)
-    monkeypatch.setattr("datarax_dist.save.StartedSave._make_room", lambda *_: None)
+    monkeypatch.setattr("datarax_dist.publish._make_room", lambda *_: None)
     [result] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
     assert isinstance(result, CheckpointError)
     assert whole(store, 5)
@@ -563,7 +564,7 @@ def half_published(store: MemoryBucket) -> str:
 def test_a_save_whose_leftovers_were_removed_cannot_commit_after_all() -> None:
     store = MemoryBucket()
     run = half_published(store)
-    left = retention.Leftover("5", 5, False)
+    [left] = retention.find_leftovers(store, run)
     assert retention.remove_leftovers(store, [left], run=run, now=0.0) == ["5"]
     assert [entry.key for entry in store.list("5")] == ["5/COMMIT.json"]
     assert not store.create("5/COMMIT.json", b"the marker of the save that was believed dead")
@@ -573,7 +574,7 @@ def test_a_save_whose_leftovers_were_removed_cannot_commit_after_all() -> None:
 def test_a_void_marker_alone_stays_for_a_day() -> None:
     store = MemoryBucket()
     run = half_published(store)
-    retention.remove_leftovers(store, [retention.Leftover("5", 5, False)], run=run, now=1000.0)
+    retention.remove_leftovers(store, retention.find_leftovers(store, run), run=run, now=1000.0)
     soon, late = 1000.0 + 3600, 1000.0 + 25 * 3600
     assert retention.find_leftovers(store, run, now=soon) == []
     [found] = retention.find_leftovers(store, run, now=late)

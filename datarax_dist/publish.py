@@ -1,0 +1,309 @@
+"""The last act of a save, on the primary: what was staged becomes the step.
+
+On a file system the marker is created in the staging directory, which then gets the step's name: at
+once, and only if there is none of that name. A bucket cannot rename. There what was staged is
+copied to the step's name, each object on the condition that there is none; then the marker is
+created there, on a condition too, and that is what makes the step count. So of several writers one
+commits, and one that was believed dead can never change what another has committed.
+
+A committed step that is saved again steps aside before, to `<step>.replaced-<nonce>`: it stays the
+step until its successor is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from datarax_dist import format as fmt
+from datarax_dist import retention
+from datarax_dist.clock import Clock
+from datarax_dist.errors import CheckpointError, StepExistsError, StorageError
+from datarax_dist.inspection import compare, is_committed
+from datarax_dist.storage import Store, SupportsRename, SupportsReplace
+from datarax_dist.telemetry import Phases
+
+__all__ = ["Staged", "check_listing", "not_ours", "publish"]
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What one save has staged.
+
+    Attributes:
+        directory: the staging directory.
+        claim: the content of its `STEP.json`.
+        files: everything in it, by its path; without the marker.
+        last: path -> content, of those `files` that are written just before the marker, and not
+            there yet.
+        replace: whether the step may be committed already.
+    """
+
+    run: str
+    step: int
+    nonce: str
+    directory: str
+    claim: bytes = b""
+    files: Mapping[str, fmt.FileEntry] = field(default_factory=dict)
+    last: Mapping[str, bytes] = field(default_factory=dict)
+    replace: bool = False
+
+    @property
+    def name(self) -> str:
+        return fmt.step_name(self.step)
+
+    @property
+    def aside(self) -> str:
+        """What the step that is saved again is called until its successor is there."""
+        return fmt.aside_name(self.step, "replaced", self.nonce)
+
+
+def publish(
+    store: Store,
+    staged: Staged,
+    marker: bytes,
+    *,
+    clock: Clock,
+    phases: Phases,
+    check: Callable[[], None],
+) -> bool:
+    """Makes what was staged the step. Returns whether something has stepped aside for it.
+
+    Args:
+        marker: the content of `COMMIT.json`.
+        check: raises when the save has failed already, or its time is up.
+
+    Raises:
+        StepExistsError: the step is another one's.
+        StorageError: it is not committed; or, where the marker itself could not be written in a
+            bucket, it may be.
+    """
+    if isinstance(store, SupportsRename):
+        return _publish_by_renaming(store, staged, marker, phases, check)
+    try:
+        return _publish_by_copying(store, staged, marker, clock, phases, check)
+    except CheckpointError:
+        with contextlib.suppress(CheckpointError):
+            _withdraw(store, staged)
+        raise
+
+
+def check_listing(store: Store, directory: str, staged: Staged, *, void: bool = False) -> None:
+    """Raises unless a directory holds what the records name: nothing missing, more, other.
+
+    Args:
+        void: there is a void marker beside it.
+    """
+    expected = [entry for path, entry in staged.files.items() if path not in staged.last]
+    names = {entry.path for entry in expected} | ({fmt.COMMIT_NAME} if void else set())
+
+    def differences() -> list[str]:
+        listing = store.list(directory)
+        there = {entry.key.removeprefix(f"{directory}/") for entry in listing}
+        return sorted({*(there - names), *compare(listing, directory, expected)})
+
+    # Twice: a listing may be damaged on its way.
+    if wrong := differences() and differences():
+        raise StorageError(
+            f"Step {staged.step} is not committed: the listing of {store.root}/{directory} and what"
+            f" the hosts wrote differ in {', '.join(wrong[:10])}. Does another job write to this"
+            " run? Is this one storage, shared by all hosts?"
+        )
+
+
+# File systems
+
+
+def _publish_by_renaming(
+    store: Store, staged: Staged, marker: bytes, phases: Phases, check: Callable[[], None]
+) -> bool:
+    assert isinstance(store, SupportsRename)
+    with phases.span("commit"):
+        check()
+        for path, content in staged.last.items():
+            store.put(f"{staged.directory}/{path}", content)
+        if not store.create(f"{staged.directory}/{fmt.COMMIT_NAME}", marker):
+            raise _other_writer(store, staged)
+    with phases.span("publish"):
+        names = store.children(staged.name)
+        committed = fmt.COMMIT_NAME in names
+        if committed and not staged.replace:
+            raise _other_writer(store, staged)
+        # What has lost its marker steps aside, too.
+        aside = committed or retention.is_ours(store, staged.run, staged.name, names)
+        if aside:
+            store.rename(staged.name, staged.aside)
+        try:
+            store.rename(staged.directory, staged.name)
+        except KeyError as error:
+            raise _staging_removed(store, staged) from error
+    return aside
+
+
+# Buckets
+
+
+def _publish_by_copying(
+    store: Store,
+    staged: Staged,
+    marker: bytes,
+    clock: Clock,
+    phases: Phases,
+    check: Callable[[], None],
+) -> bool:
+    assert isinstance(store, SupportsReplace)
+    name = staged.name
+    with phases.span("publish"):
+        check()
+        void = _make_room(store, staged, clock.now())
+        if not store.create(f"{name}/{fmt.STEP_NAME}", staged.claim):
+            raise _other_writer(store, staged)
+        late = {fmt.STEP_NAME, *staged.last}
+        try:
+            store.copy(staged.directory, name, [path for path in staged.files if path not in late])
+        except KeyError as error:
+            raise _staging_removed(store, staged) from error
+        check_listing(store, name, staged, void=void is not None)
+        for path, content in staged.last.items():
+            if not store.create(f"{name}/{path}", content):
+                raise _other_writer(store, staged)
+        check()
+    with phases.span("commit"):
+        key = f"{name}/{fmt.COMMIT_NAME}"
+        made = store.create(key, marker) if void is None else store.replace(key, void, marker)
+        if not made:
+            raise _other_writer(store, staged)
+        _check_still_there(store, staged, marker)
+    return void is not None
+
+
+def _make_room(store: Store, staged: Staged, now: float) -> bytes | None:
+    """Removes what is below the step's name: what a save that did not end has left, or the step
+    that is saved again. Returns the void marker that is to be replaced by ours, if there is one.
+    """
+    name = staged.name
+    if not (names := store.children(name)):
+        return None
+    if is_committed(store, name, names):
+        if not staged.replace:
+            raise _other_writer(store, staged)
+        void = fmt.dump_void(staged.run, staged.step, staged.nonce, now)
+        _step_aside(store, staged, void)
+    elif not retention.is_ours(store, staged.run, name, names):
+        raise not_ours(store, name, staged.step)
+    else:
+        given_up = retention.give_up(store, staged.run, staged.step, staged.nonce, now)
+        if given_up is None:
+            raise _other_writer(store, staged)
+        void = given_up
+    if not retention.clear_given_up(store, staged.step, void):
+        raise _other_writer(store, staged)
+    return void
+
+
+def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
+    """Copies the step aside, and then puts a void marker in the place of its own."""
+    assert isinstance(store, SupportsReplace)
+    key = f"{staged.name}/{fmt.COMMIT_NAME}"
+    try:
+        old, files = _copy_aside(store, staged)
+        if not store.replace(key, old, void):
+            raise _other_writer(store, staged)
+    except (KeyError, StepExistsError) as error:
+        # Another job has changed the step, and nobody has seen the copy in its place.
+        store.delete(staged.aside, last=fmt.STEP_NAME)
+        raise _other_writer(store, staged) from error
+    # Whoever removes such copies, while the step is committed, looks at the step again when the
+    # copy's marker is gone. We look at the copy again when the step's marker is gone: so one of
+    # the two sees the other.
+    if compare(store.list(staged.aside), staged.aside, files):
+        store.replace(key, void, old)
+        raise _not_aside(store, staged)
+
+
+def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Sequence[fmt.FileEntry]]:
+    """Returns the step's marker, and what was copied. The marker is copied last."""
+    assert isinstance(store, SupportsReplace)
+    name, aside = staged.name, staged.aside
+    old = store.get(f"{name}/{fmt.COMMIT_NAME}")
+    listing = store.list(name)
+    entries = {entry.key.removeprefix(f"{name}/"): entry for entry in listing}
+    ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
+    for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):
+        store.copy(name, aside, [path for path in wave if path in entries])
+    files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
+    if compare(store.list(aside), aside, files):
+        store.delete(aside, last=fmt.STEP_NAME)
+        raise _not_aside(store, staged)
+    return old, files
+
+
+def _check_still_there(store: Store, staged: Staged, marker: bytes) -> None:
+    """This host may have stood still before it made the marker, for so long that another job has
+    saved this step, and deleted it again. Then the marker goes, too.
+    """
+    assert isinstance(store, SupportsReplace)
+    name = staged.name
+    for _ in range(2):  # a listing may be damaged on its way
+        listing = store.list(name)
+        if not compare(listing, name, staged.files.values()):
+            return
+    key = f"{name}/{fmt.COMMIT_NAME}"
+    with contextlib.suppress(KeyError):  # it is gone, too
+        if store.get(key) == marker:
+            store.delete_listed([entry for entry in listing if entry.key == key])
+    raise StepExistsError(
+        f"Another job has deleted or replaced what this one has saved as step {staged.step} in"
+        f" {store.root}, before this save was over. Only one job at a time may write to a run.",
+        step=staged.step,
+    )
+
+
+def _withdraw(store: Store, staged: Staged) -> None:
+    """Takes back what this save has copied to where another job has removed the rest, and the
+    claim: nobody would know whose it is.
+    """
+    assert isinstance(store, SupportsReplace)
+    there = {entry.key.removeprefix(f"{staged.name}/"): entry for entry in store.list(staged.name)}
+    if fmt.STEP_NAME in there or fmt.COMMIT_NAME in there:
+        return  # who finds it can tell
+    ours = [
+        entry
+        for path, entry in there.items()
+        if path in staged.files and staged.files[path].digest == entry.digest
+    ]
+    store.delete_listed(ours)
+
+
+# Errors
+
+
+def not_ours(store: Store, name: str, step: int) -> StepExistsError:
+    return StepExistsError(
+        f"{store.root}/{name} is there already and was not written by datarax_dist; nothing was"
+        " changed. Move it away, or save another step.",
+        step=step,
+    )
+
+
+def _other_writer(store: Store, staged: Staged) -> StepExistsError:
+    return StepExistsError(
+        f"Another job has committed step {staged.step} in {store.root}, or is about to; that one"
+        " stays. Only one job at a time may write to a run.",
+        step=staged.step,
+    )
+
+
+def _staging_removed(store: Store, staged: Staged) -> StorageError:
+    return StorageError(
+        f"Another job has removed what this one staged in {store.root}/{staged.directory}. Only one"
+        " job at a time may write to a run."
+    )
+
+
+def _not_aside(store: Store, staged: Staged) -> StorageError:
+    return StorageError(
+        f"Step {staged.step} is not saved again: what it was could not be copied to"
+        f" {store.root}/{staged.aside}, and stays as it is. Does another job write to this run?"
+    )
