@@ -223,7 +223,9 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
             data = _read(store, f"{name}/{fmt.COMMIT_NAME}")
             if fmt.parse_void(data) is not None:
                 state = "void" if inside == {fmt.COMMIT_NAME} else "staged"
-                return Candidate(step, name, state, "never committed: its save was given up")
+                return Candidate(
+                    step, name, state, "no marker: its save was given up, or it is being deleted"
+                )
             marker = fmt.parse_marker(data)
         except FormatVersionError as error:
             return Candidate(step, name, "refused", str(error), version=error.found)

@@ -131,7 +131,7 @@ def _publish_by_renaming(
         if committed and not staged.replace:
             raise _other_writer(store, staged)
         # What has lost its marker steps aside, too.
-        aside = committed or retention.is_ours(store, staged.run, staged.name, names)
+        aside = committed or retention.is_ours(store, staged.run, staged.name)
         if aside:
             store.rename(staged.name, staged.aside)
         try:
@@ -190,14 +190,14 @@ def _make_room(store: Store, staged: Staged, now: float) -> bytes | None:
             raise _other_writer(store, staged)
         void = fmt.dump_void(staged.run, staged.step, staged.nonce, now)
         _step_aside(store, staged, void)
-    elif not retention.is_ours(store, staged.run, name, names):
+    elif not retention.is_ours(store, staged.run, name):
         raise not_ours(store, name, staged.step)
     else:
         given_up = retention.give_up(store, staged.run, staged.step, staged.nonce, now)
         if given_up is None:
             raise _other_writer(store, staged)
         void = given_up
-    if not retention.clear_given_up(store, staged.step, void):
+    if not retention.clear_given_up(store, name, void):
         raise _other_writer(store, staged)
     return void
 

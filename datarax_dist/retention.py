@@ -56,6 +56,7 @@ class Leftover:
         claim: whose it is, where it says so.
         keep_claim: remove all but the claim, which stays for a day: what a host that comes back
             writes after this is known as ours by it.
+        only_marker: there is a marker, and nothing for which it could speak.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Leftover:
     abandoned: bool
     claim: fmt.StepClaim | None = None
     keep_claim: bool = False
+    only_marker: bool = False
 
 
 def plan_retention(
@@ -143,25 +145,24 @@ def _delete_directory(
 def _delete_objects(
     store: Store, step: int, name: str, reached: Callable[[str], None], replaced: bool
 ) -> bool:
+    """In a bucket: a void marker replaces the marker, then all the rest goes, then that."""
     assert isinstance(store, SupportsReplace)
-    claim, marker = f"{name}/{fmt.STEP_NAME}", f"{name}/{fmt.COMMIT_NAME}"
-    signs = (marker, f"{name}/{fmt.ORBAX_COMMIT_NAME}")
-    listing = store.list(name)
+    marker = f"{name}/{fmt.COMMIT_NAME}"
     old: bytes | None = None
-    if replaced and any(entry.key == marker for entry in listing):
-        with contextlib.suppress(KeyError):
-            old = store.get(marker)
-    store.delete_listed([entry for entry in listing if entry.key in signs])
-    reached("retire")
-    if fmt.COMMIT_NAME in store.children(name):
+    with contextlib.suppress(KeyError):
+        old = store.get(marker)
+    run = (old and _run_in(old)) or _run_of(store, name)
+    # It stops nobody for whose return it would have to wait: so it is old at once.
+    void = fmt.dump_void(run or "", step, secrets.token_hex(8), 0.0)
+    if not (store.create(marker, void) if old is None else store.replace(marker, old, void)):
         return False  # saved again, or about to be
-    if old is not None and not is_committed(store, fmt.step_name(step)):
-        # Another job replaces the step in this moment, and may count on what it was.
-        store.create(marker, old)
+    reached("retire")
+    is_step = old is not None and fmt.parse_void(old) is None
+    if replaced and is_step and not is_committed(store, fmt.step_name(step)):
+        # Another job replaces the step in this moment, and counts on what it was.
+        store.replace(marker, void, old or b"")
         return False
-    store.delete_listed([entry for entry in listing if entry.key not in (*signs, claim)])
-    store.delete_listed([entry for entry in listing if entry.key == claim])
-    return True
+    return clear_given_up(store, name, void, void_too=True)
 
 
 def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes | None:
@@ -184,8 +185,8 @@ def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes 
     return void if store.replace(key, there, void) else None
 
 
-def clear_given_up(store: Store, step: int, void: bytes, *, void_too: bool = False) -> bool:
-    """Deletes what is below a step that `give_up` has returned `void` for, the claim last.
+def clear_given_up(store: Store, name: str, void: bytes, *, void_too: bool = False) -> bool:
+    """Deletes what is below a directory in a bucket that `void` is the marker of, the claim last.
 
     Only what was there while `void` was: a writer that goes on from here replaces that first. So
     whoever stands still in the middle of this, and comes back late, deletes nothing of another's.
@@ -194,21 +195,17 @@ def clear_given_up(store: Store, step: int, void: bytes, *, void_too: bool = Fal
         void_too: delete `void` at the end.
 
     Returns:
-        Whether the step is still the caller's: nobody has replaced `void`.
+        Whether the directory is still the caller's: nobody has replaced `void`.
     """
     assert isinstance(store, SupportsReplace)
-    name = fmt.step_name(step)
-    claim, marker = f"{name}/{fmt.STEP_NAME}", f"{name}/{fmt.COMMIT_NAME}"
-    listing = store.list(name)
-    try:
-        if store.get(marker) != void:
-            return False
-    except KeyError:
+    there = {entry.key.removeprefix(f"{name}/"): entry for entry in store.list(name)}
+    marker = there.pop(fmt.COMMIT_NAME, None)
+    if marker is None or marker.digest != fmt.digest(void, store.digest_kind):
         return False
-    store.delete_listed([entry for entry in listing if entry.key not in (claim, marker)])
-    store.delete_listed([entry for entry in listing if entry.key == claim])
-    if void_too:
-        store.delete_listed([entry for entry in listing if entry.key == marker])
+    sign, claim = there.pop(fmt.ORBAX_COMMIT_NAME, None), there.pop(fmt.STEP_NAME, None)
+    last = [claim, marker if void_too else None]
+    for wave in ([sign], there.values(), last):  # for plain Orbax its sign is what our marker is
+        store.delete_listed([entry for entry in wave if entry is not None])
     return True
 
 
@@ -249,6 +246,8 @@ def _leftover(
 ) -> Leftover | None:
     names = store.children(name)
     renames, own = isinstance(store, SupportsRename), fmt.step_name(step)
+    if names == [fmt.COMMIT_NAME] and not renames:
+        return _marker_alone(store, run, name, step, now)
     if role == "replaced" and not is_committed(store, own) and is_committed(store, name, names):
         return None  # it is still the step
     if role == "" and (renames or is_committed(store, name, names)):
@@ -256,10 +255,8 @@ def _leftover(
     if not names and role:
         # Made a moment ago, maybe, by a save that goes on; or all deleted.
         return Leftover(name, step, role == "deleting")
-    if role == "" and names == [fmt.COMMIT_NAME]:
-        return _void_leftover(store, name, step, now)
     claim = read_claim(store, name)
-    if run is None or (claim.run if claim else _run_of(store, name, names)) != run:
+    if run is None or (claim.run if claim else _run_of(store, name)) != run:
         return None
     if role == "replaced" and not renames:
         # Of the save that has committed; any other may be under way.
@@ -276,30 +273,37 @@ def _leftover(
     return Leftover(name, step, abandoned, claim)
 
 
-def _run_of(store: Store, name: str, names: Sequence[str]) -> str | None:
-    """Returns whose a directory without a claim is: a host that came back late has written to it,
-    after it was removed. Its marker tells, or a host's record.
+def _run_of(store: Store, name: str) -> str | None:
+    """Returns whose a directory in a bucket is: as its claim says; or, when a host that came back
+    late has written to it after it was removed, its marker or a host's record.
     """
+    if (claim := read_claim(store, name)) is not None:
+        return claim.run
     if isinstance(store, SupportsRename):
         return None
+    with contextlib.suppress(KeyError):
+        if run := _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")):
+            return run
     with contextlib.suppress(KeyError, fmt.InvalidRecordError, FormatVersionError):
-        if fmt.COMMIT_NAME in names:
-            data = store.get(f"{name}/{fmt.COMMIT_NAME}")
-            void = fmt.parse_void(data)
-            return fmt.parse_marker(data).run if void is None else void.run
         for record in store.children(f"{name}/hosts"):
             return fmt.parse_record(store.get(f"{name}/hosts/{record}"), record).run
     return None
 
 
-def is_ours(store: Store, run: str, name: str, names: Sequence[str]) -> bool:
-    """Whether a directory, in which `names` are, may be overwritten by a save of this run."""
-    claim = read_claim(store, name)
-    if claim is not None:
-        return claim.run == run
-    if isinstance(store, SupportsRename):
-        return False
-    return _run_of(store, name, names) == run or not store.children(name)  # gone meanwhile
+def _run_in(marker: bytes) -> str | None:
+    """Returns the run that a marker names, void or not."""
+    void = fmt.parse_void(marker)
+    try:
+        return fmt.parse_marker(marker).run if void is None else void.run
+    except (fmt.InvalidRecordError, FormatVersionError):
+        return None
+
+
+def is_ours(store: Store, run: str, name: str) -> bool:
+    """Whether a directory may be overwritten by a save of this run."""
+    if _run_of(store, name) == run:
+        return True
+    return not isinstance(store, SupportsRename) and not store.children(name)  # gone meanwhile
 
 
 def _nonce(store: Store, name: str) -> str | None:
@@ -310,13 +314,21 @@ def _nonce(store: Store, name: str) -> str | None:
         return None
 
 
-def _void_leftover(store: Store, name: str, step: int, now: float | None) -> Leftover | None:
-    """A void marker alone stays until the save that it stops must have met its deadline."""
+def _marker_alone(
+    store: Store, run: str | None, name: str, step: int, now: float | None
+) -> Leftover | None:
+    """A void marker alone stays until the save that it stops must have met its deadline. Any other
+    one alone is of a step that has gone: jobs in each other's way can leave it.
+    """
     try:
-        void = fmt.parse_void(store.get(f"{name}/{fmt.COMMIT_NAME}"))
-    except KeyError:
+        data = store.get(f"{name}/{fmt.COMMIT_NAME}")
+        void = fmt.parse_void(data)
+        if void is None:
+            is_ours = fmt.parse_marker(data).run == run
+            return Leftover(name, step, True, only_marker=True) if is_ours else None
+    except (KeyError, fmt.InvalidRecordError, FormatVersionError):
         return None
-    old = void is not None and now is not None and now - void.at > _VOID_SECONDS
+    old = now is not None and now - void.at > _VOID_SECONDS
     return Leftover(name, step, True) if old else None
 
 
@@ -365,6 +377,12 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
     aside = fmt.parse_aside_name(name)
     if isinstance(store, SupportsRename):
         return _delete_directory(store, step, name)
+    if leftover.only_marker:
+        assert isinstance(store, SupportsReplace)
+        listing = store.list(name)
+        if [entry.key for entry in listing] == [f"{name}/{fmt.COMMIT_NAME}"]:
+            store.delete_listed(listing)
+        return True
     if aside is not None and aside[1] == "staging":
         _clear_staging(store, name, keep_claim=leftover.keep_claim)
         return True
@@ -382,7 +400,7 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
     if void is None or is_another():
         return False  # committed after all, or taken over
     # Where it is abandoned, nobody is left whom the void marker would stop.
-    return clear_given_up(store, step, void, void_too=leftover.abandoned)
+    return clear_given_up(store, name, void, void_too=leftover.abandoned)
 
 
 def _clear_staging(store: Store, name: str, *, keep_claim: bool) -> None:

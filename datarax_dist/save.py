@@ -298,7 +298,7 @@ class Saver:
                     step=step,
                 )
         elif name in (child.rstrip("/") for child in there) and not retention.is_ours(
-            store, run, name, store.children(name)
+            store, run, name
         ):
             raise not_ours(store, name, step)
 

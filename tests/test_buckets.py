@@ -212,10 +212,12 @@ def test_the_marker_is_the_last_object_written_and_the_first_deleted(
     copied = [r.name for r in done if r.kind == "copy"]
     assert written.index("runs/one/2/STEP.json") == len(written) - 3, "then nothing but the marker"
     assert all(name.startswith("runs/one/2/") for name in copied)
-    deleted = [batch.parts for batch in done if batch.kind == "batch"]
+    deleted = [batch for batch in done if batch.kind == "batch"]
     left, old = deleted[:2], deleted[2:]
-    assert left[1] == 1, "the claim of what was staged goes last"
-    assert (old[0], old[-1]) == (2, 1), "the marker of the old step first, its claim last"
+    assert left[1].parts == 1, "the claim of what was staged goes last"
+    void = next(r for r in done if r.kind == "insert" and r.name == "runs/one/1/COMMIT.json")
+    assert done.index(left[1]) < done.index(void) < done.index(old[0]), "a void marker goes first"
+    assert (old[0].parts, old[-1].parts) == (1, 2), "then the sign of Orbax; the claim goes last"
     assert {name.split("/")[2] for name in gcs.objects(root.split("/")[2])} == {"2", "RUN.json"}
 
 
@@ -446,18 +448,27 @@ def test_the_arrays_alone_without_a_permission_say_so_too(gcs: FakeGCS, root: st
             ckpt.restore()
 
 
+@pytest.mark.parametrize("refused", ["the marker", "the content"])
 def test_retention_that_is_not_permitted_fails_no_save_and_is_made_up_for(
-    gcs: FakeGCS, root: str, caplog: pytest.LogCaptureFixture
+    gcs: FakeGCS, bucket: str, root: str, refused: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gcs.fail("error", status=403, kind="delete", name="COMMIT", times=None)
-    reports = save(root, 1, 2, 3, keep=dd.latest(1))
-    assert [report.deleted for report in reports] == [(), (), ()]
+    save(root, 1, 2)
+    if refused == "the marker":
+        gcs.fail("error", status=403, kind="insert", name="one/[12]/COMMIT", times=None)
+    gcs.fail("error", status=403, kind="delete", name="one/[12]/", times=None)
+    [report] = save(root, 3, keep=dd.latest(1))
+    assert report.deleted == ()
     assert "could not delete step 1" in caplog.text
     assert "lack a permission" in caplog.text
     assert same(restore(root), 3)
+    with dd.Checkpointer(root) as ckpt:
+        assert ckpt.all_steps() == ([1, 2, 3] if refused == "the marker" else [3])
     gcs.heal()
     [report] = save(root, 4, keep=dd.latest(1))
-    assert report.deleted == (1, 2, 3)
+    assert report.deleted == ((1, 2, 3) if refused == "the marker" else (3,))
+    # What had lost its marker goes as a leftover.
+    assert {name.split("/")[2] for name in gcs.objects(bucket)} <= {"4", "RUN.json", "1", "2"}
+    assert not step_objects(gcs, bucket, 1)[1:] and not step_objects(gcs, bucket, 2)[1:]
 
 
 def test_a_bucket_that_is_not_there_is_named(gcs: FakeGCS) -> None:
@@ -567,11 +578,12 @@ def test_a_save_that_nobody_else_disturbs_asks_for_nothing_on_the_callers_thread
         handle.result()
 
 
-def test_a_large_directory_is_deleted_in_batches_the_marker_first_the_claim_last(
+def test_a_large_directory_is_deleted_in_batches_the_signs_first_the_claim_last(
     gcs: FakeGCS, root: str
 ) -> None:
     store = BucketStore(root)
-    names = ["STEP.json", "COMMIT.json", *(f"state/{n}" for n in range(250))]
+    signs = ["COMMIT.json", "commit_success.txt"]
+    names = ["STEP.json", *signs, *(f"state/{n}" for n in range(250))]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: store.put(f"7/{name}", b"x"), names))
     gcs.clear_requests()
@@ -579,8 +591,8 @@ def test_a_large_directory_is_deleted_in_batches_the_marker_first_the_claim_last
 
     delete_step(store, 7)
     batches = [r.parts for r in gcs.requests if r.kind == "batch"]
-    assert (batches[0], batches[-1], sum(batches)) == (1, 1, 252)
-    assert len(batches) <= 5
+    assert (batches[0], batches[-1], sum(batches)) == (1, 2, 253)
+    assert len(batches) == 5
     assert store.list("7") == []
 
 
