@@ -239,6 +239,7 @@ CASES = [
         ["5 is committed"], [AGAIN, RETIRES, DELETES], [AGAIN, RETIRES, "saves 6", RESTORES]
     ),
     *itertools.product(["5 is committed"], [RESTORES], [AGAIN, RETIRES, "saves 6"]),
+    *itertools.product(["5 is committed", "without 5"], [AGAIN], [DELETES]),
     *itertools.product(["5 under its other name"], [AGAIN], [AGAIN, "saves 6", RESTORES]),
     *itertools.product(["5 under its other name"], [DELETES, RESTORES], [AGAIN]),
     *itertools.product(["5 was not committed"], [AGAIN], [AGAIN, RETIRES, "saves 6", RESTORES]),

@@ -746,3 +746,19 @@ def test_a_save_that_is_not_over_at_its_deadline_ends_alike_on_all_hosts_and_com
     results = SimulatedHosts(2).run(one)
     assert [type(result) for result in results] == [PeerLostError, PeerLostError]
     assert inspect_run(store).committed == []
+
+
+def test_hosts_that_wait_in_vain_for_the_primary_do_not_say_that_nothing_was_committed() -> None:
+    """Also on the primary: who waits there does not know how far the one that works is."""
+
+    def wait(group: HostGroup) -> Any:
+        told = lambda phase: f"in {phase}" if phase else "may be"  # noqa: E731 - what is known
+        operation = group.begin("save", consequence=told)
+        operation.contribute("written", None)
+        return operation.result("written", SystemClock().monotonic() - 60)
+
+    for failure in SimulatedHosts(2).run(wait):
+        assert isinstance(failure, PeerLostError)
+        assert str(failure).endswith("may be")
+        assert "all hosts have arrived, and host 0 has not said" in str(failure)
+        assert failure.missing == [0]

@@ -1,0 +1,195 @@
+"""In a bucket: what is whose, and what stays, where jobs come back late or get in each other's way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_interleavings import Job, Requests, start, whose
+
+from datarax_dist import format as fmt
+from datarax_dist import publish, retention
+from datarax_dist.inspection import inspect_run
+from datarax_dist.testing import MemoryBucket
+
+ELSEWHERE = {"machine": "another", "pid": 1, "started": "1", "name": "another"}
+DAY = 24 * 3600.0
+
+
+def run_of(bucket: MemoryBucket) -> str:
+    run = inspect_run(bucket).run
+    assert run is not None
+    return run
+
+
+def duplicate(bucket: MemoryBucket, source: str, destination: str) -> None:
+    names = [entry.key.removeprefix(f"{source}/") for entry in bucket.list(source)]
+    bucket.copy(source, destination, names)
+
+
+def tidy(bucket: MemoryBucket, now: float = 0.0) -> list[str]:
+    run = run_of(bucket)
+    leftovers = retention.find_leftovers(bucket, run, now=now)
+    return retention.remove_leftovers(bucket, leftovers, run=run, now=now)
+
+
+def void(bucket: MemoryBucket, step: int) -> None:
+    bucket.files[f"{step}/COMMIT.json"] = fmt.dump_void(run_of(bucket), step, "00", 0.0)
+
+
+def test_of_several_directories_that_were_the_step_the_newest_is_taken() -> None:
+    bucket = start("5 is committed")
+    saved = dict(bucket.files)
+    Job("new", Requests(bucket)).save(5, replace=True)
+    duplicate(bucket, "5", fmt.aside_name(5, "replaced", "0" * 16))
+    for key, data in saved.items():
+        if key.startswith("5/"):
+            bucket.files[key.replace("5/", fmt.aside_name(5, "replaced", "f" * 16) + "/")] = data
+    void(bucket, 5)
+    assert whose(bucket) == {4: "old", 5: "new"}
+
+
+def test_who_removes_a_copy_of_a_step_puts_it_back_when_the_step_is_being_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    duplicate(bucket, "5", aside)
+    replace = bucket.replace
+
+    def and_then_the_step_goes(key: str, expected: bytes, data: bytes) -> bool:
+        done = replace(key, expected, data)
+        if key == f"{aside}/COMMIT.json" and "void" not in bucket.files["5/COMMIT.json"].decode():
+            void(bucket, 5)
+        return done
+
+    monkeypatch.setattr(bucket, "replace", and_then_the_step_goes)
+    assert tidy(bucket) == []
+    assert whose(bucket) == {4: "old", 5: "old"}
+
+
+def test_a_restore_leaves_the_copy_that_another_job_makes_before_it_replaces_a_step() -> None:
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    duplicate(bucket, "5", aside)
+    Job("reader", Requests(bucket)).restore()
+    assert bucket.list(aside)
+    Job("writer", Requests(bucket)).save(6)
+    assert not bucket.list(aside)
+
+
+def test_what_a_host_uploads_after_its_staging_was_removed_goes_a_day_later() -> None:
+    bucket = start("5 is committed")
+    staging = fmt.aside_name(7, "staging", "a" * 16)
+    claim = fmt.StepClaim(run_of(bucket), 7, "a" * 16, 1, ELSEWHERE, 1000.0)
+    bucket.put(f"{staging}/STEP.json", fmt.dump_claim(claim))
+    bucket.put(f"{staging}/state/a", b"a")
+    assert tidy(bucket, 2000.0) == [staging]
+    assert [entry.key for entry in bucket.list(staging)] == [f"{staging}/STEP.json"]
+    assert tidy(bucket, 3000.0) == []
+    bucket.put(f"{staging}/state/b", b"b")  # it comes back
+    assert tidy(bucket, 4000.0) == [staging]
+    assert tidy(bucket, 4000.0 + DAY) == [staging]
+    assert bucket.list(staging) == []
+
+
+@pytest.mark.parametrize("left", ["hosts/host_00000-of-00001.json", "COMMIT.json"])
+@pytest.mark.parametrize("role", ["staging", "replaced"])
+def test_what_has_lost_its_claim_is_known_by_its_marker_or_a_record(role: str, left: str) -> None:
+    bucket = start("5 is committed")
+    directory = fmt.aside_name(5, role, "a" * 16)
+    bucket.copy("5", directory, [left, "state/manifest"])
+    assert tidy(bucket) == [directory]
+    assert bucket.list(directory) == []
+    bucket.put(f"{directory}/state/manifest", b"somebody's")
+    assert tidy(bucket) == []
+    assert bucket.list(directory)
+
+
+def test_a_step_with_a_void_marker_and_no_claim_can_be_tidied_and_saved_again() -> None:
+    bucket = start("without 5")
+    void(bucket, 5)
+    bucket.put("5/commit_success.txt", b"x")
+    assert tidy(bucket) == ["5"]
+    bucket.put("5/commit_success.txt", b"x")
+    assert Job("new", Requests(bucket)).save(5) == "saved"
+    assert whose(bucket) == {4: "old", 5: "new"}
+
+
+@pytest.mark.parametrize("name", ["5", fmt.aside_name(5, "replaced", "a" * 16)])
+def test_a_marker_without_anything_that_it_speaks_for_goes(name: str) -> None:
+    bucket = start("5 is committed")
+    marker = bucket.files["5/COMMIT.json"]
+    retention.delete_step(bucket, 5)
+    bucket.put(f"{name}/COMMIT.json", marker)
+    assert tidy(bucket) == [name]
+    assert bucket.list(name) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_dead_writer_left_and_a_living_one_has_taken_over_is_not_touched(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tidies up has found it, and stands still, before its void marker or after."""
+    bucket = start("5 was not committed")
+    run = run_of(bucket)
+    leftovers = retention.find_leftovers(bucket, run)
+    assert [left.name for left in leftovers] == ["5"]
+
+    def taken_over() -> None:
+        claim = fmt.StepClaim(run, 5, "b" * 16, 1, ELSEWHERE, 1000.0)
+        bucket.files["5/STEP.json"] = fmt.dump_claim(claim)
+
+    if when == "before":
+        taken_over()
+    else:
+        create = bucket.create
+
+        def after(key: str, data: bytes) -> bool:
+            taken_over()
+            return create(key, data)
+
+        monkeypatch.setattr(bucket, "create", after)
+    before = set(bucket.files)
+    assert retention.remove_leftovers(bucket, leftovers, run=run, now=0.0) == []
+    assert before <= set(bucket.files)
+    assert ("5/COMMIT.json" in bucket.files) == (when == "after")
+
+
+def test_a_deletion_that_comes_back_late_deletes_nothing_that_was_saved_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for method in ("get", "create", "replace", "list", "delete_listed"):
+        bucket = start("5 is committed")
+        original: Any = getattr(bucket, method)
+        first = [True]
+
+        def stalled(
+            *arguments: Any, original: Any = original, bucket: Any = bucket, first: Any = first
+        ) -> Any:
+            if first.pop() if first else False:
+                Job("new", Requests(bucket)).save(5, replace=True)
+            return original(*arguments)
+
+        monkeypatch.setattr(bucket, method, stalled)
+        retention.delete_step(bucket, 5)
+        monkeypatch.undo()
+        assert method in ("get", "create") or whose(bucket)[5] == "new", method
+        assert whose(bucket).get(5, "new") == "new", method
+
+
+def test_a_copy_that_is_not_whole_leaves_the_step_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    copy = bucket.copy
+
+    def lossy(source: str, destination: str, names: Any) -> None:
+        copy(source, destination, [name for name in names if name != "TREE.json"])
+
+    monkeypatch.setattr(bucket, "copy", lossy)
+    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
+    with pytest.raises(publish.StorageError, match="stays as it is"):
+        publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
+    assert whose(bucket) == {4: "old", 5: "old"}
+    assert bucket.list(staged.aside) == []
