@@ -198,7 +198,7 @@ def _make_room(store: Store, staged: Staged, now: float) -> bytes | None:
             raise _other_writer(store, staged)
         void = given_up
     if not retention.clear_given_up(store, name, void):
-        raise _other_writer(store, staged)
+        raise _other_writer(store, staged)  # now, rather than after everything was copied
     return void
 
 

@@ -1,4 +1,4 @@
-"""In a bucket: what is whose, and what stays, where jobs come back late or get in each other's way."""
+"""In a bucket: what is whose, and what stays, where jobs come back late."""
 
 from __future__ import annotations
 
@@ -192,4 +192,65 @@ def test_a_copy_that_is_not_whole_leaves_the_step_where_it_was(
     with pytest.raises(publish.StorageError, match="stays as it is"):
         publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
     assert whose(bucket) == {4: "old", 5: "old"}
+    assert bucket.list(staged.aside) == []
+
+
+def test_what_a_step_was_goes_when_its_deletion_was_cut() -> None:
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    duplicate(bucket, "5", aside)
+    retention.delete_step(bucket, 5)
+    duplicate(bucket, "4", aside)  # as a deletion leaves it that was cut after the marker
+    bucket.delete(f"{aside}/COMMIT.json")
+    assert tidy(bucket) == [aside]
+    assert bucket.list(aside) == []
+
+
+def test_a_step_that_is_deleted_while_another_job_copies_it_aside_stays_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    children, looked = bucket.children, []
+
+    def then_it_is_copied(prefix: str) -> list[str]:
+        found = children(prefix)
+        if prefix == "" and not looked:
+            looked.append(prefix)
+            duplicate(bucket, "5", fmt.aside_name(5, "replaced", "a" * 16))
+        return found
+
+    monkeypatch.setattr(bucket, "children", then_it_is_copied)
+    retention.delete_step(bucket, 5)
+    assert whose(bucket) == {4: "old"}
+
+
+def test_of_two_that_give_up_one_step_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = start("5 was not committed")
+    run, replace = run_of(bucket), bucket.replace
+    assert retention.give_up(bucket, run, 5, "a" * 16, 0.0)
+
+    def the_other_was_first(key: str, expected: bytes, data: bytes) -> bool:
+        replace(key, expected, fmt.dump_void(run, 5, "b" * 16, 0.0))
+        return replace(key, expected, data)
+
+    monkeypatch.setattr(bucket, "replace", the_other_was_first)
+    assert retention.give_up(bucket, run, 5, "c" * 16, 0.0) is None
+
+
+def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    run, replace = run_of(bucket), bucket.replace
+    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+
+    def saved_again(key: str, expected: bytes, data: bytes) -> bool:
+        monkeypatch.undo()
+        Job("new", Requests(bucket)).save(5, replace=True)
+        return replace(key, expected, data)
+
+    monkeypatch.setattr(bucket, "replace", saved_again)
+    with pytest.raises(publish.StepExistsError, match="that one stays"):
+        publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+    assert whose(bucket) == {4: "old", 5: "new"}
     assert bucket.list(staged.aside) == []
