@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_interleavings import Job, Requests, start, whose
+from test_interleavings import Job, Killed, Requests, killer, start, whose
 
 from datarax_dist import format as fmt
 from datarax_dist import publish, retention
@@ -254,3 +254,44 @@ def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
         publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
     assert whose(bucket) == {4: "old", 5: "new"}
     assert bucket.list(staged.aside) == []
+
+
+def test_a_copy_of_a_step_has_its_marker_only_when_it_is_whole() -> None:
+    for number in range(20):
+        bucket = start("5 is committed")
+        staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
+        store = Requests(bucket, killer(number))
+        try:
+            publish._copy_aside(store, staged)  # type: ignore[arg-type] # a store in all it does
+        except Killed:
+            there = {
+                entry.key.removeprefix(f"{staged.aside}/") for entry in bucket.list(staged.aside)
+            }
+            step = {entry.key.removeprefix("5/") for entry in bucket.list("5")}
+            assert "COMMIT.json" not in there or there == step, number
+        else:
+            assert number > 8
+            return
+
+
+def test_a_commit_and_a_deletion_between_two_looks_leave_no_reader_with_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The new step had no marker yet when it was looked at, the old one had none any more."""
+    bucket = start("5 is committed")
+    Job("new", Requests(bucket)).save(6)
+    marker = bucket.files.pop("6/COMMIT.json")
+    new, listing, looked = bucket.list("6"), bucket.list, set()
+
+    def late(prefix: str) -> Any:
+        first = prefix in ("5", "6") and prefix not in looked
+        looked.add(prefix)
+        if prefix == "6" and first:
+            return new
+        if prefix == "5" and first:
+            bucket.files["6/COMMIT.json"] = marker
+            void(bucket, 5)
+        return listing(prefix)
+
+    monkeypatch.setattr(bucket, "list", late)
+    assert inspect_run(bucket).committed == [4, 6]
