@@ -152,7 +152,7 @@ def _delete_objects(
     with contextlib.suppress(KeyError):
         old = store.get(marker)
     run = (old and _run_in(old)) or _run_of(store, name)
-    # It stops nobody for whose return it would have to wait: so it is old at once.
+    # Old from the start: it need not stay until somebody's return.
     void = fmt.dump_void(run or "", step, secrets.token_hex(8), 0.0)
     if not (store.create(marker, void) if old is None else store.replace(marker, old, void)):
         return False  # saved again, or about to be
@@ -248,10 +248,10 @@ def _leftover(
     renames, own = isinstance(store, SupportsRename), fmt.step_name(step)
     if names == [fmt.COMMIT_NAME] and not renames:
         return _marker_alone(store, run, name, step, now)
-    if role == "replaced" and not is_committed(store, own) and is_committed(store, name, names):
-        return None  # it is still the step
-    if role == "" and (renames or is_committed(store, name, names)):
-        return None  # a step; or one that has lost its marker, which no crash of ours leaves behind
+    # On a file system what has no marker was one that has lost it: no crash of ours leaves that.
+    is_step = renames or is_committed(store, name, names)
+    if is_step and (role == "" or (role == "replaced" and not is_committed(store, own))):
+        return None
     if not names and role:
         # Made a moment ago, maybe, by a save that goes on; or all deleted.
         return Leftover(name, step, role == "deleting")
@@ -264,8 +264,8 @@ def _leftover(
     else:
         abandoned = role in ("replaced", "deleting")
         abandoned = abandoned or (claim is not None and is_certainly_dead(claim.writer))
-    in_bucket = role == "staging" and not renames
-    if in_bucket and claim is not None and not abandoned and claim.writer != ended:
+    may_live = claim is not None and not abandoned and claim.writer != ended
+    if role == "staging" and not renames and claim is not None and may_live:
         if names != [fmt.STEP_NAME]:
             return Leftover(name, step, False, claim, keep_claim=True)
         if now is None or now - claim.created_at <= _VOID_SECONDS:
