@@ -140,8 +140,10 @@ def open_store(root: str) -> Store:
 def for_each(
     store: Store, function: Callable[[_Item], _Result], items: Iterable[_Item]
 ) -> list[_Result]:
-    """Returns `function` of each item, in order; at once where each takes a trip to a bucket."""
-    if isinstance(store, SupportsRename):
+    """Returns `function` of each item, in order; at once where each takes a trip to a bucket. A
+    store without such trips may say `one_at_a_time`.
+    """
+    if isinstance(store, SupportsRename) or getattr(store, "one_at_a_time", False):
         return [function(item) for item in items]
     with concurrent.futures.ThreadPoolExecutor(_PARALLEL) as pool:
         return list(pool.map(function, items))

@@ -69,6 +69,7 @@ class _MemoryFiles:
 
     root = "memory"
     digest_kind = "crc32"
+    one_at_a_time = True
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

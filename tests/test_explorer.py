@@ -1,0 +1,100 @@
+"""Crashes at every place, in simulated worlds; and what the explorer notices."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from datarax_dist import publish, retention
+from datarax_dist.testing import MemoryBucket, MemoryStore, explorer
+
+kinds = pytest.mark.parametrize("in_bucket", [False, True], ids=["file system", "bucket"])
+again = pytest.mark.parametrize("again", [False, True], ids=["new step", "saved again"])
+
+
+@pytest.mark.parametrize("first", range(0, 600, 100))
+def test_random_worlds_hold_what_is_promised(first: int) -> None:
+    tried = explorer.explore(range(first, first + 100))
+    assert tried.worlds == 100
+    assert tried.crashes > 30
+
+
+@again
+@kinds
+def test_whichever_host_dies_and_wherever_the_promises_hold(in_bucket: bool, again: bool) -> None:
+    tried = explorer.exhaust(2, in_bucket, again=again, most=1)
+    assert tried.worlds > 40
+
+
+@again
+@kinds
+def test_two_hosts_may_die_at_different_places(in_bucket: bool, again: bool) -> None:
+    """A part of the pairs; `python -m datarax_dist.testing.explorer --exhaust` tries all."""
+    assert explorer.exhaust(3, in_bucket, again=again, every=23).worlds > 40
+
+
+def test_a_world_is_the_same_each_time() -> None:
+    traces = []
+    for _ in range(2):
+        with explorer._seeded(5):
+            world = explorer._World("one", True, random.Random(5).randrange)
+            world.run(explorer._Plan(3, [(1, False), (2, False)], 1, {1: 9, 2: 30}))
+            world.finish()
+        traces.append(world.scheduler.trace)
+    assert traces[0] == traces[1]
+    assert any("DIES" in line for line in traces[0])
+
+
+def test_nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryStore, "sync", lambda *_: None)
+    with pytest.raises(explorer.BreachError, match=r"torn|damaged|missing"):
+        explorer.exhaust(2, False, most=1)
+
+
+def test_a_deletion_that_does_not_begin_with_the_marker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def delete(store: Any, step: int, name: str, *_: Any, **__: Any) -> bool:
+        store.delete(name, last="COMMIT.json")
+        return True
+
+    monkeypatch.setattr(retention, "_delete_directory", delete)
+    for in_bucket in (False, True):
+        with pytest.raises(explorer.BreachError):
+            explorer.exhaust(2, in_bucket, most=1)
+
+
+def test_a_step_that_is_saved_again_and_does_not_step_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(store: Any, staged: Any, void: bytes) -> None:
+        key = f"{staged.name}/COMMIT.json"
+        store.replace(key, store.get(key), void)
+
+    monkeypatch.setattr(publish, "_step_aside", gone)
+    with pytest.raises(explorer.BreachError, match="step 1 is None"):
+        explorer.exhaust(2, True, again=True, most=1)
+
+
+def test_a_marker_that_is_made_before_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = MemoryBucket.copy
+
+    def early(bucket: MemoryBucket, source: str, destination: str, names: Any) -> None:
+        for key, data in list(bucket.files.items()):
+            if key.startswith(f"{source}/hosts/"):
+                bucket.files[f"{destination}/COMMIT.json"] = data
+        copy(bucket, source, destination, names)
+
+    monkeypatch.setattr(MemoryBucket, "copy", early)
+    with pytest.raises(explorer.BreachError):
+        explorer.exhaust(2, True, most=1)
+
+
+def test_a_breach_is_told_with_its_world_and_what_happened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(explorer._World, "_committed", lambda world: {1: 7})
+    assert explorer.main(["--seed", "3"]) == 1
+    told = capsys.readouterr().err
+    assert "seed 3:" in told
+    assert "-- job 0" in told and "host 0" in told
