@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-main test-datarax test-loaders lint types layers clean
+.PHONY: demo test test-main test-datarax test-loaders trust lint types layers clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -33,6 +33,12 @@ test-datarax:
 # torchdata, Hugging Face, Keras and Mosaic with their real packages: .venv-loaders and .venv-mosaic.
 test-loaders:
 	@PYTHON="$(PYTHON)" .ci/test-loaders
+
+# Tries hard to break the promises, and prints what was tried; under ten minutes on two cores.
+trust: $(STAMP)
+	$(BIN)/python -m datarax_dist.testing.explorer --seeds 20000
+	$(BIN)/python -m datarax_dist.testing.explorer --exhaust
+	$(BIN)/python tests/guards.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

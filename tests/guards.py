@@ -1,0 +1,295 @@
+"""Removes each guard of the promises, one at a time, and shows which test notices.
+
+    python tests/guards.py [NAME ...]
+
+It works on a copy of the tree. A guard whose removal no test notices ends the command with 1: it is
+a missing test, or a needless guard. Guards with a second line of defence behind them are not here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TREE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Guard:
+    """`old` in the file is replaced by `new`; one of the tests must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GUARDS = [
+    # Durable, and in this order
+    Guard(
+        "a directory is fsynced",
+        "storage.py",
+        '            with _storage_errors("fsync", directory):\n'
+        "                _sync_directory(directory)\n",
+        "            pass\n",
+        "tests/test_checkpointer.py -k fsynced",
+    ),
+    Guard(
+        "files are fsynced before the marker",
+        "save.py",
+        '        store.sync(self._staging, sorted(f"{prefix}{key}" for key in written))\n',
+        "",
+        "tests/test_explorer.py -k dies",
+    ),
+    Guard(
+        "the marker is deleted first",
+        "retention.py",
+        '    store.delete(f"{name}/{fmt.COMMIT_NAME}")\n    reached("retire")\n    store.delete(name, last=fmt.STEP_NAME)\n',
+        '    store.delete(name, last=fmt.COMMIT_NAME)\n    reached("retire")\n',
+        "tests/test_protocol.py -k cut",
+    ),
+    Guard(
+        "a step that is replaced is renamed aside",
+        "publish.py",
+        "            store.rename(staged.name, staged.aside)\n",
+        "            store.delete(staged.name)\n",
+        "tests/test_explorer.py -k dies",
+    ),
+    Guard(
+        "the primary waits for all records",
+        "save.py",
+        'rows = self.operation.gather("written", self._deadline)',
+        'rows = list(self.operation._board.read(f"{self.operation._prefix}written/").values()) and []',
+        "tests/test_protocol.py -k marker_is_the_last",
+    ),
+    Guard(
+        "the listing is compared with the records",
+        "save.py",
+        "            check_listing(store, staging, staged)\n",
+        "",
+        "tests/test_protocol.py -k stops_the_commit",
+    ),
+    # All hosts alike
+    Guard(
+        "hosts vote on a step that is restored",
+        "restore.py",
+        "{path: reason for vote in votes for path, reason in vote.items()}\n\n    def _verify_share",
+        "dict(wrong)\n\n    def _verify_share",
+        "tests/test_protocol.py -k one_host_sees",
+    ),
+    Guard(
+        "the first decision stands",
+        "hosts.py",
+        "            if key in self._values:\n                return False\n            self._values[key] = value\n",
+        "            self._values[key] = value\n",
+        "tests/test_conformance.py -k simulated",
+    ),
+    Guard(
+        "who waits in vain does not say that nothing was committed",
+        "hosts.py",
+        'begin, known="")\n                # From',
+        "begin, known=phase)\n                # From",
+        "tests/test_protocol.py -k wait_in_vain",
+    ),
+    Guard(
+        "a marker is looked at again after loading",
+        "restore.py",
+        '                if told["moved"]:\n                    raise _MovedError\n',
+        "",
+        "tests/test_interleavings.py -k restores",
+    ),
+    # In a bucket
+    Guard(
+        "a nonce is read back when a reply is lost",
+        "buckets.py",
+        "        except FileExistsError:\n            return self._holds(key, data)\n        return True\n\n    def replace",
+        "        except FileExistsError:\n            return False\n        return True\n\n    def replace",
+        "tests/test_buckets.py -k lost_reply",
+    ),
+    Guard(
+        "an object is replaced on its generation",
+        "buckets.py",
+        "self._upload(key, data, ifGenerationMatch=generation)",
+        "self._upload(key, data)",
+        "tests/test_conformance.py -k bucket_store",
+    ),
+    Guard(
+        "nothing is copied onto something",
+        "buckets.py",
+        '                        ifGenerationMatch="0",\n                        read=read,',
+        "                        read=read,",
+        "tests/test_conformance.py -k bucket_store",
+    ),
+    Guard(
+        "the copy aside is looked at after the void marker",
+        "publish.py",
+        "    if compare(store.list(staged.aside), staged.aside, files):\n        store.replace(key, void, old)\n",
+        "    if False:\n        store.replace(key, void, old)\n",
+        "tests/test_interleavings.py",
+    ),
+    Guard(
+        "the step is looked at after the copy's marker has gone",
+        "retention.py",
+        "    if replaced and is_step and not is_committed(store, fmt.step_name(step)):",
+        "    if False:",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "the copy has its marker last",
+        "publish.py",
+        "    for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):",
+        "    for wave in (list(entries),):",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "of several directories that were a step the newest counts",
+        "inspection.py",
+        "sorted(_one_each(judged), key",
+        "sorted(judged, key",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "all that was the step before goes with the commit",
+        "save.py",
+        "                retention.delete_replaced(self._store, self.step, names)\n",
+        "",
+        "tests/test_interleavings.py -k killed",
+    ),
+    Guard(
+        "only what was listed under the void marker is deleted",
+        "retention.py",
+        "    if marker is None or marker.digest != fmt.digest(void, store.digest_kind):\n        return False\n",
+        "",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "a step is claimed by one",
+        "publish.py",
+        '        if not store.create(f"{name}/{fmt.STEP_NAME}", staged.claim):\n            raise _other_writer(store, staged)\n',
+        '        store.put(f"{name}/{fmt.STEP_NAME}", staged.claim)\n',
+        "tests/test_protocol.py -k both_find_room",
+    ),
+    Guard(
+        "the step is still there after its marker",
+        "publish.py",
+        "        _check_still_there(store, staged, marker)\n",
+        "",
+        "tests/test_protocol.py -k stands_still",
+    ),
+    Guard(
+        "a listing of the run is asked for twice",
+        "inspection.py",
+        '        if settled and store.children("") == names:',
+        "        if settled:",
+        "tests/test_protocol.py -k hides_no_step",
+    ),
+    Guard(
+        "looks at steps are repeated until they agree",
+        "inspection.py",
+        '            or all(c.state == "committed" for c in steps)',
+        "            or True",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "a claim outlives a staging that was removed",
+        "retention.py",
+        "claim, keep_claim=True)",
+        "claim, keep_claim=False)",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "a void marker alone stays for a day",
+        "retention.py",
+        "now - void.at > _VOID_SECONDS",
+        "True",
+        "tests/test_protocol.py -k stays_for_a_day",
+    ),
+    Guard(
+        "uploads are compared by the bucket",
+        "buckets.py",
+        '{"name": self._name(key), "crc32c": crc}',
+        '{"name": self._name(key)}',
+        "tests/test_buckets.py -k damaged_on_its_way_is",
+    ),
+    Guard(
+        "what is read is compared with its checksum",
+        "buckets.py",
+        "if wanted is not None and wanted != fmt",
+        "if False and wanted != fmt",
+        "tests/test_buckets.py -k own_checksum",
+    ),
+    Guard(
+        "a typed key comes back as one",
+        "arrays.py",
+        '    if is_key != (leaf.kind == "key"):',
+        "    if False:",
+        "tests/test_damage.py -k key",
+    ),
+]
+
+
+def main(wanted: list[str]) -> int:
+    unnoticed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        for part in ("datarax_dist", "tests", "benchmarks", "docs", "README.md", "pyproject.toml"):
+            source = TREE / part
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, copy / part, ignore=ignored)
+            else:
+                copy.mkdir(exist_ok=True)
+                shutil.copy(source, copy / part)
+        for guard in GUARDS:
+            if wanted and not any(word in guard.name for word in wanted):
+                continue
+            begin = time.monotonic()
+            noticed = removed(copy, guard)
+            if not noticed:
+                unnoticed.append(guard.name)
+            told = noticed or "NOT NOTICED"
+            print(f"{time.monotonic() - begin:5.1f} s  {guard.name}: {told}", flush=True)
+    print(
+        f"{len(unnoticed)} guards whose removal no test notices: {', '.join(unnoticed) or 'none'}"
+    )
+    return 1 if unnoticed else 0
+
+
+def removed(copy: Path, guard: Guard) -> str:
+    """Returns the test that fails without a guard; empty when none does."""
+    file = copy / "datarax_dist" / guard.file
+    text = file.read_text()
+    if text.count(guard.old) != 1:
+        raise SystemExit(
+            f"{guard.name}: {guard.file} has changed; it is there {text.count(guard.old)} times"
+        )
+    file.write_text(text.replace(guard.old, guard.new))
+    try:
+        command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -n 0 {guard.tests}"
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        file.write_text(text)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{guard.name}: {guard.tests} did not run:\n{done.stdout[-2000:]}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return failed[0].removeprefix("FAILED tests/").split(" - ")[0] if failed else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
