@@ -281,6 +281,7 @@ def test_a_commit_and_a_deletion_between_two_looks_leave_no_reader_with_nothing(
     bucket = start("5 is committed")
     Job("new", Requests(bucket)).save(6)
     marker = bucket.files.pop("6/COMMIT.json")
+    gone = fmt.dump_void(run_of(bucket), 5, "00", 0.0)
     new, listing, looked = bucket.list("6"), bucket.list, set()
 
     def late(prefix: str) -> Any:
@@ -290,7 +291,7 @@ def test_a_commit_and_a_deletion_between_two_looks_leave_no_reader_with_nothing(
             return new
         if prefix == "5" and first:
             bucket.files["6/COMMIT.json"] = marker
-            void(bucket, 5)
+            bucket.files["5/COMMIT.json"] = gone
         return listing(prefix)
 
     monkeypatch.setattr(bucket, "list", late)
