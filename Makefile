@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-main test-datarax test-loaders trust lint types layers clean
+.PHONY: demo test test-main test-datarax test-loaders test-long trust lint types layers clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -33,6 +33,10 @@ test-datarax:
 # torchdata, Hugging Face, Keras and Mosaic with their real packages: .venv-loaders and .venv-mosaic.
 test-loaders:
 	@PYTHON="$(PYTHON)" .ci/test-loaders
+
+# What make test does on two hosts in a bucket, on four: each kill, and two jobs at once.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m long
 
 # Tries hard to break the promises, and prints what was tried; under ten minutes on two cores.
 trust: $(STAMP)

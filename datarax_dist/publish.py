@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 from datarax_dist import format as fmt
 from datarax_dist import retention
-from datarax_dist.clock import Clock
 from datarax_dist.errors import CheckpointError, StepExistsError, StorageError
 from datarax_dist.inspection import compare, is_committed
 from datarax_dist.storage import Store, SupportsRename, SupportsReplace
@@ -34,6 +33,7 @@ class Staged:
     Attributes:
         directory: the staging directory.
         claim: the content of its `STEP.json`.
+        marker: the content that `COMMIT.json` gets.
         files: everything in it, by its path; without the marker.
         last: path -> content, of those `files` that are written just before the marker, and not
             there yet.
@@ -45,6 +45,7 @@ class Staged:
     nonce: str
     directory: str
     claim: bytes = b""
+    marker: bytes = b""
     files: Mapping[str, fmt.FileEntry] = field(default_factory=dict)
     last: Mapping[str, bytes] = field(default_factory=dict)
     replace: bool = False
@@ -60,18 +61,12 @@ class Staged:
 
 
 def publish(
-    store: Store,
-    staged: Staged,
-    marker: bytes,
-    *,
-    clock: Clock,
-    phases: Phases,
-    check: Callable[[], None],
+    store: Store, staged: Staged, now: float, phases: Phases, check: Callable[[], None]
 ) -> bool:
     """Makes what was staged the step. Returns whether something has stepped aside for it.
 
     Args:
-        marker: the content of `COMMIT.json`.
+        now: seconds since 1970.
         check: raises when the save has failed already, or its time is up.
 
     Raises:
@@ -80,9 +75,9 @@ def publish(
             bucket, it may be.
     """
     if isinstance(store, SupportsRename):
-        return _publish_by_renaming(store, staged, marker, phases, check)
+        return _publish_by_renaming(store, staged, phases, check)
     try:
-        return _publish_by_copying(store, staged, marker, clock, phases, check)
+        return _publish_by_copying(store, staged, now, phases, check)
     except CheckpointError:
         with contextlib.suppress(CheckpointError):
             _withdraw(store, staged)
@@ -116,14 +111,14 @@ def check_listing(store: Store, directory: str, staged: Staged, *, void: bool = 
 
 
 def _publish_by_renaming(
-    store: Store, staged: Staged, marker: bytes, phases: Phases, check: Callable[[], None]
+    store: Store, staged: Staged, phases: Phases, check: Callable[[], None]
 ) -> bool:
     assert isinstance(store, SupportsRename)
     with phases.span("commit"):
         check()
         for path, content in staged.last.items():
             store.put(f"{staged.directory}/{path}", content)
-        if not store.create(f"{staged.directory}/{fmt.COMMIT_NAME}", marker):
+        if not store.create(f"{staged.directory}/{fmt.COMMIT_NAME}", staged.marker):
             raise _other_writer(store, staged)
     with phases.span("publish"):
         names = store.children(staged.name)
@@ -145,18 +140,13 @@ def _publish_by_renaming(
 
 
 def _publish_by_copying(
-    store: Store,
-    staged: Staged,
-    marker: bytes,
-    clock: Clock,
-    phases: Phases,
-    check: Callable[[], None],
+    store: Store, staged: Staged, now: float, phases: Phases, check: Callable[[], None]
 ) -> bool:
     assert isinstance(store, SupportsReplace)
-    name = staged.name
+    name, marker = staged.name, staged.marker
     with phases.span("publish"):
         check()
-        void = _make_room(store, staged, clock.now())
+        void = _make_room(store, staged, now)
         if not store.create(f"{name}/{fmt.STEP_NAME}", staged.claim):
             raise _other_writer(store, staged)
         late = {fmt.STEP_NAME, *staged.last}
@@ -174,7 +164,7 @@ def _publish_by_copying(
         made = store.create(key, marker) if void is None else store.replace(key, void, marker)
         if not made:
             raise _other_writer(store, staged)
-        _check_still_there(store, staged, marker)
+        _check_still_there(store, staged)
     return void is not None
 
 
@@ -239,7 +229,7 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Sequence[fmt.FileE
     return old, files
 
 
-def _check_still_there(store: Store, staged: Staged, marker: bytes) -> None:
+def _check_still_there(store: Store, staged: Staged) -> None:
     """This host may have stood still before it made the marker, for so long that another job has
     saved this step, and deleted it again. Then the marker goes, too.
     """
@@ -251,7 +241,7 @@ def _check_still_there(store: Store, staged: Staged, marker: bytes) -> None:
             return
     key = f"{name}/{fmt.COMMIT_NAME}"
     with contextlib.suppress(KeyError):  # it is gone, too
-        if store.get(key) == marker:
+        if store.get(key) == staged.marker:
             store.delete_listed([entry for entry in listing if entry.key == key])
     raise StepExistsError(
         f"Another job has deleted or replaced what this one has saved as step {staged.step} in"

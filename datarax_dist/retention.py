@@ -81,21 +81,27 @@ def plan_retention(
 
 def delete_step(
     store: Store, step: int, *, reached: Callable[[str], None] = lambda phase: None
-) -> None:
+) -> bool:
     """Deletes a step: marker, then content. Can be stopped anywhere, and done again by anyone.
 
     Args:
         reached: told "retire" when the marker is gone and the content is not.
+
+    Returns:
+        Whether it is gone; it stays where another job saves it again in this moment.
     """
     # What it was before goes first: without its successor it would be the step again. And last,
     # where another job was just about to save the step again.
     names = store.children("")
     _delete_asides(store, step, names)
+    is_gone = True
     if f"{fmt.step_name(step)}/" in names:
-        _delete_directory(store, step, fmt.step_name(step), reached)
+        is_gone = _delete_directory(store, step, fmt.step_name(step), reached)
     if not isinstance(store, SupportsRename):
         _delete_asides(store, step, store.children(""))
-    logger.info("deleted step %d of %s", step, store.root)
+    if is_gone:
+        logger.info("deleted step %d of %s", step, store.root)
+    return is_gone
 
 
 def _asides(step: int, names: Sequence[str]) -> list[str]:
@@ -378,11 +384,7 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
     if isinstance(store, SupportsRename):
         return _delete_directory(store, step, name)
     if leftover.only_marker:
-        assert isinstance(store, SupportsReplace)
-        listing = store.list(name)
-        if [entry.key for entry in listing] == [f"{name}/{fmt.COMMIT_NAME}"]:
-            store.delete_listed(listing)
-        return True
+        return _delete_directory(store, step, name)
     if aside is not None and aside[1] == "staging":
         _clear_staging(store, name, keep_claim=leftover.keep_claim)
         return True
@@ -418,11 +420,11 @@ def retire(store: Store, steps: Sequence[int], *, reached: Callable[[str], Any])
     deleted = []
     for step in steps:
         try:
-            delete_step(store, step, reached=reached)
+            is_gone = delete_step(store, step, reached=reached)
         except Exception as error:
             logger.warning(
                 "could not delete step %d of %s: %s. It is tried again.", step, store.root, error
             )
         else:
-            deleted.append(step)
+            deleted += [step] if is_gone else []
     return deleted

@@ -399,11 +399,13 @@ class StartedSave:
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
         self._aside = False
 
+    def _may_be_committed(self, phase: str) -> bool:
+        renames = isinstance(self._store, SupportsRename)
+        return phase in ("", "save:publish" if renames else "save:commit", "save:committed")
+
     def _consequence(self, phase: str) -> str:
         """Returns what has become of the step when the save fails in a phase."""
-        renames = isinstance(self._store, SupportsRename)
-        last = "save:publish" if renames else "save:commit"
-        if phase in ("", last, "save:committed"):
+        if self._may_be_committed(phase):
             return f"Step {self.step} may be committed or not; earlier steps are as they were."
         if self._replace:
             return f"Step {self.step} was not saved again: what it was is there still."
@@ -611,30 +613,32 @@ class StartedSave:
                     f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
                     " Is this one file system, shared by all hosts? Has another job removed it?"
                 ) from error
+            written = {entry.path: entry for entry in (*files, *records)}
+            marker = fmt.CommitMarker(
+                run=self.run,
+                step=self.step,
+                epoch=0,  # of a lease, when there are leases
+                nonce=self._nonce,
+                hosts=self._group.count,
+                records=tuple(records),
+                bytes=sum(entry.size for entry in written.values()),
+                items=tuple(self._request.items),
+                committed_at=self._saver._clock.now(),
+                versions=self._request.versions,
+            )
             staged = Staged(
                 self.run,
                 self.step,
                 self._nonce,
                 staging,
                 claim=self._saver.claim,
-                files={entry.path: entry for entry in (*files, *records)},
+                marker=fmt.dump_marker(marker),
+                files=written,
                 last=self._request.last,
                 replace=self._replace,
             )
             check_listing(store, staging, staged)
-        marker = fmt.CommitMarker(
-            run=self.run,
-            step=self.step,
-            epoch=0,  # of a lease, when there are leases
-            nonce=self._nonce,
-            hosts=self._group.count,
-            records=tuple(records),
-            bytes=sum(entry.size for entry in staged.files.values()),
-            items=tuple(self._request.items),
-            committed_at=self._saver._clock.now(),
-            versions=self._request.versions,
-        )
-        self._publish(staged, fmt.dump_marker(marker))
+        self._publish(staged)
         self.phases.reach("committed")
         logger.info(
             "committed step %d of %s (%d bytes, %d hosts)",
@@ -645,7 +649,7 @@ class StartedSave:
         )
         return marker
 
-    def _publish(self, staged: Staged, marker: bytes) -> None:
+    def _publish(self, staged: Staged) -> None:
         def check() -> None:
             self.operation.check("commit")
             if self._seconds_left() <= 0:
@@ -655,17 +659,16 @@ class StartedSave:
                     errno=errno.ETIMEDOUT,
                 )
 
-        clock = self._saver._clock
+        now = self._saver._clock.now()
         try:
-            self._aside = publish(
-                self._store, staged, marker, clock=clock, phases=self.phases, check=check
-            )
+            self._aside = publish(self._store, staged, now, self.phases, check)
         except StorageError as error:
-            # Errors that travel to other hosts say what has become of the step; this one does not.
-            told = self._consequence(self.phases.current)
-            if self._group.count > 1 or "may be" not in told:
+            # What travels to other hosts says what has become of the step; this does not.
+            phase = self.phases.current
+            if self._group.count > 1 or not self._may_be_committed(phase):
                 raise
-            raise StorageError(f"{error} {told}", errno=error.errno) from error
+            told = f"{error} {self._consequence(phase)}"
+            raise StorageError(told, errno=error.errno) from error
 
     def clean_up(self) -> None:
         """Removes what a failed save of a single host has staged. With more hosts the next save

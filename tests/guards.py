@@ -3,7 +3,7 @@
     python tests/guards.py [NAME ...]
 
 It works on a copy of the tree. A guard whose removal no test notices ends the command with 1: it is
-a missing test, or a needless guard. Guards with a second line of defence behind them are not here.
+a missing test, or a needless guard.
 """
 
 from __future__ import annotations
@@ -179,9 +179,37 @@ GUARDS = [
     Guard(
         "the step is still there after its marker",
         "publish.py",
-        "        _check_still_there(store, staged, marker)\n",
+        "        _check_still_there(store, staged)\n",
         "",
         "tests/test_protocol.py -k stands_still",
+    ),
+    Guard(
+        "a deletion ends when the marker is another one",
+        "retention.py",
+        "        return False  # saved again, or about to be\n",
+        "        pass\n",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "what another job has taken is not copied over",
+        "publish.py",
+        "    if not retention.clear_given_up(store, name, void):\n        raise _other_writer(store, staged)  # now, rather than after everything was copied\n",
+        "    retention.clear_given_up(store, name, void)\n",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "nothing is copied for a save that has failed",
+        "publish.py",
+        '    with phases.span("publish"):\n        check()\n        void',
+        '    with phases.span("publish"):\n        void',
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "a copy aside that nobody needs is removed",
+        "publish.py",
+        "        store.delete(staged.aside, last=fmt.STEP_NAME)\n        raise _other_writer",
+        "        raise _other_writer",
+        "tests/test_leftovers.py",
     ),
     Guard(
         "a listing of the run is asked for twice",

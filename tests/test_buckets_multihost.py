@@ -19,11 +19,20 @@ from datarax_dist.testing import FakeGCS, run_hosts
 pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
 
 REPOSITORY = Path(__file__).parent.parent
-# On the primary only; `stage` is over before anything is written, `publish` is a rename.
-PRIMARY_PHASES = ("save:stage", "save:verify", "save:commit", "save:committed", "save:retire")
-PHASES = [
-    phase for phase in (*telemetry.SAVE_PHASES, *telemetry.BUCKET_PHASES) if phase != "save:publish"
-]
+# On the primary only, or where it alone does something.
+PRIMARY_PHASES = (
+    "save:stage",
+    "save:claim",
+    "save:verify",
+    "save:publish",
+    "save:commit",
+    "save:committed",
+    "save:retire",
+)
+PHASES = (*telemetry.SAVE_PHASES, *telemetry.BUCKET_PHASES)
+two_or_four = pytest.mark.parametrize(
+    "hosts", [2, pytest.param(4, marks=pytest.mark.long)], ids=["2 hosts", "4 hosts"]
+)
 
 
 @pytest.fixture
@@ -31,19 +40,18 @@ def root(bucket: str) -> str:
     return f"gs://{bucket}/runs/one"
 
 
+@two_or_four
 @pytest.mark.parametrize("phase", PHASES)
 def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else(
-    bucket: str, root: str, phase: str
+    bucket: str, root: str, phase: str, hosts: int
 ) -> None:
     """The primary dies in the phases that only it has; in the others the hosts take turns."""
-    host = 0 if phase in PRIMARY_PHASES or PHASES.index(phase) % 2 else 1
-    if phase == "save:claim":
-        host = 0
+    host = 0 if phase in PRIMARY_PHASES or PHASES.index(phase) % 2 else hosts - 1
     BucketStore(root).put("tensorboard/events", b"mine")
     targets.save_steps(root, (4,), ("x",), [1])
     killed = run_hosts(
         targets.save_and_retain,
-        2,
+        hosts,
         args=(root, [2, 3]),
         env={"DATARAX_DIST_KILL_AT": f"{phase}@{host}#1"},
         timeout_seconds=90,
@@ -68,20 +76,21 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
     assert {name.rstrip("/") for name in store.children("")} == names | {"RUN.json", "tensorboard"}
 
 
-def test_two_jobs_of_two_hosts_never_damage_what_the_other_has_committed(root: str) -> None:
+@two_or_four
+def test_two_jobs_never_damage_what_the_other_has_committed(root: str, hosts: int) -> None:
     steps = [1, 2, 3, 4]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         jobs = [
             pool.submit(
-                run_hosts, targets.save_what_is_free, 2, args=(root, steps), timeout_seconds=120
+                run_hosts, targets.save_what_is_free, hosts, args=(root, steps), timeout_seconds=120
             )
             for _ in range(2)
         ]
         ended = [job.result() for job in jobs]
     saved: list[int] = []
     for job in ended:
-        assert [host.error for host in job] == [None, None]
-        assert job[0].value == job[1].value, "all hosts of a job see the same"
+        assert [host.error for host in job] == [None] * hosts
+        assert all(host.value == job[0].value for host in job), "all hosts of a job see the same"
         saved += [step for step, how in job[0].value if how == "saved"]
     assert len(saved) == len(set(saved)), "a step was saved by both"
     committed = inspect_run(BucketStore(root)).committed

@@ -357,11 +357,17 @@ def test_launch_ends_the_others_after_a_failure() -> None:
             os.kill(pid, 0)
 
 
-def test_launch_lets_the_others_end_in_time() -> None:
+def test_launch_lets_the_others_end_in_time(tmp_path: Path) -> None:
+    """Host 1 ends when the launcher has taken notice of the end of host 0: its process is gone."""
     script = (
-        "import os, sys, time\n"
-        "if os.environ['JAX_PROCESS_ID'] == '0': sys.exit(5)\n"
-        "time.sleep(1); print('ended'); sys.exit(6)"
+        "import os, pathlib, sys\n"
+        f"told = pathlib.Path({str(tmp_path / 'pid')!r})\n"
+        "if os.environ['JAX_PROCESS_ID'] == '0':\n"
+        "    told.with_suffix('.part').write_text(str(os.getpid()))\n"
+        "    os.replace(told.with_suffix('.part'), told)\n"
+        "    sys.exit(5)\n"
+        "while not told.exists() or os.path.exists(f'/proc/{told.read_text()}'): pass\n"
+        "print('ended'); sys.exit(6)"
     )
     done = call("launch", "--hosts", 2, "--", sys.executable, "-c", script)
     assert (done.returncode, done.stdout) == (5, "[host 1] ended\n")

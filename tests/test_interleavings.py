@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,9 +21,9 @@ from datarax_dist.hosts import HostGroup, LocalBoard
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
 from datarax_dist.restore import Restorer
 from datarax_dist.save import Saver, SaveRequest
-from datarax_dist.storage import Entry
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryArrays, MemoryBucket
+from datarax_dist.testing.simulated import stepped
 
 OPTIONS = config.Options(exchange_timeout_seconds=20, save_timeout_seconds=600)
 
@@ -32,79 +32,36 @@ class Killed(BaseException):
     """The job's process is gone."""
 
 
-class Requests:
-    """A bucket as one job sees it. `before(number)` is called before each of its requests."""
+def requests(bucket: MemoryBucket, before: Callable[[int], None] = lambda number: None) -> Any:
+    """Returns a bucket as one job sees it. `before(number)` is called before each request; once it
+    has raised, there are no more.
+    """
+    numbers, dead = itertools.count(), []
 
-    root, digest_kind = MemoryBucket.root, MemoryBucket.digest_kind
-
-    def __init__(self, bucket: MemoryBucket, before: Callable[[int], None] | None = None) -> None:
-        self._bucket, self._before = bucket, before
-        self.count, self.is_dead = 0, False
-
-    def _ask(self, method: str, *arguments: Any, **more: Any) -> Any:
-        if self.is_dead:
+    def step(what: str, changes: bool) -> None:
+        if dead:
             raise Killed
-        number, self.count = self.count, self.count + 1
-        if self._before is not None:
-            try:
-                self._before(number)
-            except Killed:
-                self.is_dead = True
-                raise
-        return getattr(self._bucket, method)(*arguments, **more)
+        try:
+            before(next(numbers))
+        except Killed:
+            dead.append(True)
+            raise
 
-    def get(self, key: str) -> bytes:
-        return self._ask("get", key)
-
-    def put(self, key: str, data: bytes) -> None:
-        self._ask("put", key, data)
-
-    write = put
-
-    def create(self, key: str, data: bytes) -> bool:
-        return self._ask("create", key, data)
-
-    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
-        return self._ask("replace", key, expected, data)
-
-    def children(self, prefix: str) -> list[str]:
-        return self._ask("children", prefix)
-
-    def list(self, prefix: str) -> list[Entry]:
-        return self._ask("list", prefix)
-
-    def digest(self, key: str, expected_size: int | None = None, *, like: str = "") -> Any:
-        return self._ask("digest", key, expected_size, like=like)
-
-    def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
-        for name in names:
-            self._ask("copy", source, destination, [name])
-
-    def delete_listed(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._ask("delete_listed", [entry])
-
-    def delete(self, prefix: str, *, last: str | None = None) -> None:
-        keys = [entry.key for entry in self.list(prefix)]
-        for key in sorted(keys, key=lambda key: key == f"{prefix}/{last}"):
-            self._ask("delete", key)
-
-    def sync(self, prefix: str, keys: Any) -> None:
-        """Nothing to do in a bucket."""
+    return stepped(bucket, step)
 
 
 class Job:
     """One process of one host. What it saves is marked with its name."""
 
-    def __init__(self, name: str, store: Requests) -> None:
+    def __init__(self, name: str, store: Any) -> None:
         self.name, self.store, self.group = name, store, HostGroup(LocalBoard())
 
     def save(self, step: int, *, replace: bool = False, keep: Any = None) -> str:
-        saver = Saver(self.store, self.group, SystemClock(), OPTIONS, keep)  # type: ignore[arg-type] # a store in all that it does
+        saver = Saver(self.store, self.group, SystemClock(), OPTIONS, keep)
         name = self.name.encode()
         request = SaveRequest(
             step=step,
-            writer=MemoryArrays(self.store, 0, {"a": name, "b": 2 * name}),  # type: ignore[arg-type] # the same
+            writer=MemoryArrays(self.store, 0, {"a": name, "b": 2 * name}),
             positions={"data/d/shard_00000-of-00001.json": json.dumps(self.name).encode()},
             shared={"TREE.json": json.dumps(self.name).encode()},
             last={"commit_success.txt": b"x"},
@@ -131,9 +88,7 @@ class Job:
                 raise CorruptStepError("missing", step=candidate.step, files=[str(error)]) from None
             return lambda: (candidate.step, parts)
 
-        found = Restorer(self.store, self.group, OPTIONS).restore(  # type: ignore[arg-type] # a store
-            None, load, Phases("restore", 0)
-        )
+        found = Restorer(self.store, self.group, OPTIONS).restore(None, load, Phases("restore", 0))
         assert found is not None, "the run is there, and a restore finds nothing"
         assert found[1].damaged == (), "a restore takes a step that is being changed for damaged"
         return found[0]
@@ -144,7 +99,7 @@ ACTS: dict[str, Callable[[Job], Any]] = {
     "saves 5 again": lambda job: job.save(5, replace=True),
     "saves 6": lambda job: job.save(6),
     "saves 6, retires": lambda job: job.save(6, keep=config.latest(1)),
-    "deletes 5": lambda job: retention.delete_step(job.store, 5),  # type: ignore[arg-type] # a store
+    "deletes 5": lambda job: retention.delete_step(job.store, 5),
     "restores": lambda job: job.restore(),
 }
 REMOVING = ("saves 6, retires", "deletes 5")
@@ -152,7 +107,7 @@ REMOVING = ("saves 6, retires", "deletes 5")
 
 def start(kind: str) -> MemoryBucket:
     bucket = MemoryBucket()
-    job = Job("old", Requests(bucket))
+    job = Job("old", requests(bucket))
     job.save(4)
     if kind != "without 5":
         job.save(5)
@@ -163,9 +118,8 @@ def start(kind: str) -> MemoryBucket:
             copy = MemoryBucket()
             for key, data in bucket.files.items():
                 copy.files[key] = data
-            requests = Requests(copy, killer(number))
             try:
-                Job("killed", requests).save(5, replace=True)
+                Job("killed", requests(copy, killer(number))).save(5, replace=True)
             except Killed:
                 found = [c.name for c in inspect_run(copy).candidates if c.state == "committed"]
                 if "5" not in found and "4" in found and len(found) == 2:
@@ -213,24 +167,15 @@ def schedules(kind: str, first: str, second: str, *, killed: bool) -> Iterator[t
 
         def before(now: int, bucket: Any = bucket, at: int = number, ended: Any = ended) -> None:
             if now == at and not ended:
-                other = Job("second", Requests(bucket))
+                other = Job("second", requests(bucket))
                 ended.append(attempt(lambda: ACTS[second](other)))
                 if killed:
                     raise Killed
 
-        result = attempt(lambda: ACTS[first](Job("first", Requests(bucket, before))))  # noqa: B023 - called here
+        result = attempt(lambda: ACTS[first](Job("first", requests(bucket, before))))  # noqa: B023 - called here
         if not ended:
             return
         yield number, bucket, result, ended[0]
-
-
-@pytest.fixture(autouse=True)
-def _one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_turn(store: Any, function: Callable[[Any], Any], items: Any) -> list[Any]:
-        return [function(item) for item in items]
-
-    for module in ("inspection", "retention", "save"):
-        monkeypatch.setattr(f"datarax_dist.{module}.for_each", in_turn)
 
 
 AGAIN, RETIRES, DELETES, RESTORES = "saves 5 again", "saves 6, retires", "deletes 5", "restores"
@@ -287,7 +232,7 @@ def test_whatever_two_jobs_do_between_each_others_requests_no_step_is_lost_or_to
                 assert len(parts) == 1, f"two versions in one restore; {told}"
                 assert step > 4 or not there or any(act in REMOVING for act in acts), told
         # Whoever comes next finds nothing in the way, and nothing is left.
-        late = Job("late", Requests(bucket))
+        late = Job("late", requests(bucket))
         assert late.save(99) == late.save(5, replace=True) == "saved", told
         left = [c for c in inspect_run(bucket).candidates if c.state not in ("committed", "void")]
         assert left == [], told

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_interleavings import Job, Killed, Requests, killer, start, whose
+from test_interleavings import Job, Killed, killer, requests, start, whose
 
 from datarax_dist import format as fmt
 from datarax_dist import publish, retention
 from datarax_dist.inspection import inspect_run
+from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryBucket
 
 ELSEWHERE = {"machine": "another", "pid": 1, "started": "1", "name": "another"}
@@ -40,7 +41,7 @@ def void(bucket: MemoryBucket, step: int) -> None:
 def test_of_several_directories_that_were_the_step_the_newest_is_taken() -> None:
     bucket = start("5 is committed")
     saved = dict(bucket.files)
-    Job("new", Requests(bucket)).save(5, replace=True)
+    Job("new", requests(bucket)).save(5, replace=True)
     duplicate(bucket, "5", fmt.aside_name(5, "replaced", "0" * 16))
     for key, data in saved.items():
         if key.startswith("5/"):
@@ -72,9 +73,9 @@ def test_a_restore_leaves_the_copy_that_another_job_makes_before_it_replaces_a_s
     bucket = start("5 is committed")
     aside = fmt.aside_name(5, "replaced", "a" * 16)
     duplicate(bucket, "5", aside)
-    Job("reader", Requests(bucket)).restore()
+    Job("reader", requests(bucket)).restore()
     assert bucket.list(aside)
-    Job("writer", Requests(bucket)).save(6)
+    Job("writer", requests(bucket)).save(6)
     assert not bucket.list(aside)
 
 
@@ -112,7 +113,7 @@ def test_a_step_with_a_void_marker_and_no_claim_can_be_tidied_and_saved_again() 
     bucket.put("5/commit_success.txt", b"x")
     assert tidy(bucket) == ["5"]
     bucket.put("5/commit_success.txt", b"x")
-    assert Job("new", Requests(bucket)).save(5) == "saved"
+    assert Job("new", requests(bucket)).save(5) == "saved"
     assert whose(bucket) == {4: "old", 5: "new"}
 
 
@@ -168,7 +169,7 @@ def test_a_deletion_that_comes_back_late_deletes_nothing_that_was_saved_since(
             *arguments: Any, original: Any = original, bucket: Any = bucket, first: Any = first
         ) -> Any:
             if first.pop() if first else False:
-                Job("new", Requests(bucket)).save(5, replace=True)
+                Job("new", requests(bucket)).save(5, replace=True)
             return original(*arguments)
 
         monkeypatch.setattr(bucket, method, stalled)
@@ -246,7 +247,7 @@ def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
 
     def saved_again(key: str, expected: bytes, data: bytes) -> bool:
         monkeypatch.undo()
-        Job("new", Requests(bucket)).save(5, replace=True)
+        Job("new", requests(bucket)).save(5, replace=True)
         return replace(key, expected, data)
 
     monkeypatch.setattr(bucket, "replace", saved_again)
@@ -260,9 +261,9 @@ def test_a_copy_of_a_step_has_its_marker_only_when_it_is_whole() -> None:
     for number in range(20):
         bucket = start("5 is committed")
         staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
-        store = Requests(bucket, killer(number))
+        store = requests(bucket, killer(number))
         try:
-            publish._copy_aside(store, staged)  # type: ignore[arg-type] # a store in all it does
+            publish._copy_aside(store, staged)
         except Killed:
             there = {
                 entry.key.removeprefix(f"{staged.aside}/") for entry in bucket.list(staged.aside)
@@ -279,7 +280,7 @@ def test_a_commit_and_a_deletion_between_two_looks_leave_no_reader_with_nothing(
 ) -> None:
     """The new step had no marker yet when it was looked at, the old one had none any more."""
     bucket = start("5 is committed")
-    Job("new", Requests(bucket)).save(6)
+    Job("new", requests(bucket)).save(6)
     marker = bucket.files.pop("6/COMMIT.json")
     gone = fmt.dump_void(run_of(bucket), 5, "00", 0.0)
     new, listing, looked = bucket.list("6"), bucket.list, set()
@@ -296,3 +297,54 @@ def test_a_commit_and_a_deletion_between_two_looks_leave_no_reader_with_nothing(
 
     monkeypatch.setattr(bucket, "list", late)
     assert inspect_run(bucket).committed == [4, 6]
+
+
+def refuse(*arguments: Any) -> Any:
+    raise AssertionError(f"nothing more should be asked for: {arguments}")
+
+
+def test_a_deletion_ends_when_another_job_has_changed_the_marker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    monkeypatch.setattr(bucket, "replace", lambda *_: False)
+    reached: list[str] = []
+    assert not retention.delete_step(bucket, 5, reached=reached.append)
+    assert reached == [], "it has not begun"
+    assert retention.retire(bucket, [5], reached=reached.append) == []
+    assert whose(bucket)[5] == "old"
+
+
+def test_what_another_job_has_taken_is_noticed_before_everything_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 was not committed")
+    del bucket.files["5/STEP.json"]  # the other one has cleared the step, and not yet claimed it
+    monkeypatch.setattr(retention, "clear_given_up", lambda *_, **__: False)
+    monkeypatch.setattr(bucket, "copy", refuse)
+    with pytest.raises(publish.StepExistsError):
+        Job("new", requests(bucket)).save(5)
+
+
+def test_nothing_is_copied_for_a_save_that_has_failed_already() -> None:
+    bucket = start("without 5")
+    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x")
+
+    def failed() -> None:
+        raise publish.StorageError("another host has failed")
+
+    before = dict(bucket.files)
+    with pytest.raises(publish.StorageError, match="another host"):
+        publish.publish(bucket, staged, 0.0, Phases("save", 0), failed)
+    assert bucket.files == before
+
+
+def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
+    monkeypatch.setattr(bucket, "replace", lambda *_: False)
+    with pytest.raises(publish.StepExistsError):
+        publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
+    assert bucket.list(staged.aside) == []

@@ -38,9 +38,8 @@ from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
 from datarax_dist.restore import Restorer
 from datarax_dist.save import Saver, SaveRequest
-from datarax_dist.storage import Entry
 from datarax_dist.telemetry import Phases
-from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore
+from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore, stepped
 
 __all__ = ["BreachError", "Crash", "Explored", "exhaust", "explore", "run_world"]
 
@@ -121,7 +120,7 @@ class _Scheduler:
 
     # What hosts call
 
-    def step(self, what: str, *, changes: bool = True) -> None:
+    def step(self, what: str, changes: bool = True) -> None:
         """Another host may move, or this one may die, before it does `what`."""
         actor: _Actor | None = getattr(self._mine, "actor", None)
         if actor is None:
@@ -231,71 +230,6 @@ class _Board:
             del self._values[key]
 
 
-class _Store:
-    """A store as hosts see it: each operation is a step of the schedule."""
-
-    one_at_a_time = True
-
-    def __init__(self, scheduler: _Scheduler, files: Any) -> None:
-        self._scheduler, self._files = scheduler, files
-        self.root, self.digest_kind = files.root, files.digest_kind
-
-    def _do(self, method: str, key: str, *arguments: Any, changes: bool = True) -> Any:
-        self._scheduler.step(f"{method}s {key}", changes=changes)
-        return getattr(self._files, method)(key, *arguments)
-
-    def get(self, key: str) -> bytes:
-        return self._do("get", key, changes=False)
-
-    def put(self, key: str, data: bytes) -> None:
-        self._do("put", key, data)
-
-    def write(self, key: str, data: bytes) -> None:
-        self._do("write", key, data)
-
-    def create(self, key: str, data: bytes) -> bool:
-        return self._do("create", key, data)
-
-    def children(self, prefix: str) -> list[str]:
-        return self._do("children", prefix, changes=False)
-
-    def list(self, prefix: str) -> list[Entry]:
-        return self._do("list", prefix, changes=False)
-
-    def digest(self, key: str, expected_size: int | None = None, *, like: str = "") -> Any:
-        self._scheduler.step(f"digests {key}", changes=False)
-        return self._files.digest(key, expected_size, like=like)
-
-    def delete(self, prefix: str, *, last: str | None = None) -> None:
-        keys = [entry.key for entry in self.list(prefix)]
-        for key in sorted(keys, key=lambda key: key == f"{prefix}/{last}"):
-            self._do("delete", key)
-
-    def sync(self, prefix: str, keys: Iterable[str]) -> None:
-        self._scheduler.step(f"syncs {prefix}")
-        self._files.sync(prefix, keys)
-
-
-class _Files(_Store):
-    def rename(self, source: str, destination: str) -> None:
-        self._do("rename", source, destination)
-
-
-class _Bucket(_Store):
-    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
-        return self._do("replace", key, expected, data)
-
-    def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
-        for name in names:
-            self._scheduler.step(f"copies {source}/{name} to {destination}")
-            self._files.copy(source, destination, [name])
-
-    def delete_listed(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._scheduler.step(f"deletes {entry.key}")
-            self._files.delete_listed([entry])
-
-
 # What they do
 
 
@@ -327,7 +261,7 @@ class _World:
         self.files: Any = MemoryBucket() if in_bucket else MemoryStore()
         for key, data in _FOREIGN.items():
             self.files.files[key] = data
-        self.store: Any = (_Bucket if in_bucket else _Files)(self.scheduler, self.files)
+        self.store: Any = stepped(self.files, self.scheduler.step)
         self.jobs = 0
 
     def run(self, plan: _Plan) -> list[int]:

@@ -17,7 +17,14 @@ from datarax_dist.errors import StorageError
 from datarax_dist.hosts import HostGroup, LocalBoard
 from datarax_dist.storage import Entry
 
-__all__ = ["FakeClock", "MemoryArrays", "MemoryBucket", "MemoryStore", "SimulatedHosts"]
+__all__ = [
+    "FakeClock",
+    "MemoryArrays",
+    "MemoryBucket",
+    "MemoryStore",
+    "SimulatedHosts",
+    "stepped",
+]
 
 
 class FakeClock:
@@ -240,6 +247,80 @@ class MemoryBucket(_MemoryFiles):
                     self._change()
                     self.files[f"{destination}/{name}"] = data
         self.log.append(("copy", destination))
+
+
+class _Stepped:
+    """Memory as one job sees it: `step` is called before each operation, with what it is and
+    whether it changes anything. What a batch copies or deletes is an operation for each file.
+    """
+
+    one_at_a_time = True
+
+    def __init__(self, files: Any, step: Callable[[str, bool], None]) -> None:
+        self._files, self._step = files, step
+        self.root, self.digest_kind = files.root, files.digest_kind
+
+    def _do(self, method: str, key: str, *arguments: Any, changes: bool = True) -> Any:
+        self._step(f"{method}: {key}", changes)
+        return getattr(self._files, method)(key, *arguments)
+
+    def get(self, key: str) -> bytes:
+        return self._do("get", key, changes=False)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._do("put", key, data)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._do("write", key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._do("create", key, data)
+
+    def children(self, prefix: str) -> list[str]:
+        return self._do("children", prefix, changes=False)
+
+    def list(self, prefix: str) -> list[Entry]:
+        return self._do("list", prefix, changes=False)
+
+    def digest(self, key: str, expected_size: int | None = None, *, like: str = "") -> Any:
+        self._step(f"digest: {key}", False)
+        return self._files.digest(key, expected_size, like=like)
+
+    def delete(self, prefix: str, *, last: str | None = None) -> None:
+        keys = [entry.key for entry in self.list(prefix)]
+        for key in sorted(keys, key=lambda key: key == f"{prefix}/{last}"):
+            self._do("delete", key)
+
+    def sync(self, prefix: str, keys: Iterable[str]) -> None:
+        self._step(f"sync: {prefix}", True)
+        self._files.sync(prefix, keys)
+
+
+class _SteppedFiles(_Stepped):
+    def rename(self, source: str, destination: str) -> None:
+        self._do("rename", source, destination)
+
+
+class _SteppedBucket(_Stepped):
+    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
+        return self._do("replace", key, expected, data)
+
+    def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
+        for name in names:
+            self._step(f"copy: {source}/{name} to {destination}", True)
+            self._files.copy(source, destination, [name])
+
+    def delete_listed(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._step(f"delete: {entry.key}", True)
+            self._files.delete_listed([entry])
+
+
+def stepped(files: MemoryStore | MemoryBucket, step: Callable[[str, bool], None]) -> Any:
+    """Returns a store over `files` of which each operation is a step of its own: `step(what,
+    changes)` is called before it, and may raise, wait, or let others act.
+    """
+    return (_SteppedBucket if isinstance(files, MemoryBucket) else _SteppedFiles)(files, step)
 
 
 class MemoryArrays:
