@@ -172,7 +172,7 @@ class Checkpointer:
                 f"options must be datarax_dist.Options, not {type(options).__name__}."
             )
         self._save_when = save_when
-        self._group: HostGroup = current_group(self._root)
+        self._group: HostGroup = current_group(self._root, self._options.peer_silence_seconds)
         self._store = open_store(self._root)
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)

@@ -34,6 +34,9 @@ class Options:
             level while it is read. In a bucket "full" compares the checksums that the bucket keeps
             of each object, which takes one listing; `datarax-dist verify` reads every byte.
         exchange_timeout_seconds: how long hosts wait for each other in one agreement (default 600).
+        peer_silence_seconds: a host whose process has shown no sign of life for so long is named,
+            and not waited for any more (default 10). More than some library of the job may keep
+            Python from running.
         save_timeout_seconds: how long the background part of one save may take (default 1800).
         restore_timeout_seconds: how long hosts wait for each other's verifying and loading, and how
             long reading the arrays of a bucket may take (default 1800).
@@ -50,6 +53,7 @@ class Options:
     compression: Compression = "auto"
     verify_on_restore: VerifyLevel = "full"
     exchange_timeout_seconds: float = 600.0
+    peer_silence_seconds: float = 10.0
     save_timeout_seconds: float = 1800.0
     restore_timeout_seconds: float = 1800.0
     restore_concurrent_bytes: int | None = None

@@ -15,20 +15,27 @@ Both return the same on every host; the leader runs on the primary only.
 
 On JAX the board is the coordination service's key-value store: no device collectives, so it may be
 used on any thread.
+
+Who waits does not wait for the dead: a host whose beacon stands still (`beacons`) is named after
+`Options.peer_silence_seconds`, whatever the deadline.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import queue
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from datarax_dist import errors
+from datarax_dist.beacons import Beacons, Silence
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
 
@@ -38,13 +45,27 @@ logger = logging.getLogger("datarax_dist")
 
 Leader = Callable[[list[Any]], Any]
 Consequence = Callable[[str], str]
+_Result = TypeVar("_Result")
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
 _FEW = 16
+_SILENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 3.0
+_ANY_SECONDS = 600.0  # longer than JAX itself lets a call hang
+
+
+class UnreachableError(Exception):
+    """The board does not answer."""
+
+    def __init__(self, message: str, silence: Silence | None = None) -> None:
+        super().__init__(message)
+        self.silence = silence or Silence(0.0, cut_off=True)
 
 
 class Board(Protocol):
-    """Write-once registers that all hosts of a group share."""
+    """Write-once registers that all hosts of a group share. What cannot be done because the board
+    does not answer raises `UnreachableError`, soon.
+    """
 
     @property
     def index(self) -> int: ...
@@ -62,6 +83,9 @@ class Board(Protocol):
         """Returns the registers whose key begins with `prefix`, which ends with `/`."""
 
     def clear(self, prefix: str) -> None: ...
+
+    def silent(self) -> Mapping[int, Silence]:
+        """Returns the hosts that have shown no sign of life for too long."""
 
 
 class LocalBoard:
@@ -97,26 +121,44 @@ class LocalBoard:
             for key in [key for key in self._values if key.startswith(prefix)]:
                 del self._values[key]
 
+    def silent(self) -> Mapping[int, Silence]:
+        return {}
+
 
 class JaxBoard:
     """The key-value store of JAX's coordination service. Safe on any thread; uses no device."""
 
-    def __init__(self, namespace: str) -> None:
-        import jax
+    def __init__(self, namespace: str, silence_seconds: float = _SILENCE_SECONDS) -> None:
         from jax._src import distributed
 
-        self.index = jax.process_index()
-        self.count = jax.process_count()
         self._client: Any = distributed.global_state.client
+        self._beacons = _beacons()
+        self._calls = _Calls()
+        self._silence_seconds = silence_seconds
+        self.index, self.count = _place()
         self._prefix = f"datarax_dist/{namespace}/"
+
+    def _call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Most calls of the client have no deadline of their own."""
+        call = self._calls.begin(function, *arguments)
+        waited = 0.0
+        while not call.ended.wait(_SLICE_SECONDS):
+            waited += _SLICE_SECONDS
+            silence = self.silent().get(0)
+            if waited > _ANY_SECONDS or (silence is not None and silence.cut_off):
+                self._calls = _Calls()  # the thread of the old ones hangs
+                raise UnreachableError("the coordination service does not answer", silence)
+        return call.result()
 
     def set(self, key: str, value: str) -> bool:
         try:
-            self._client.key_value_set(self._prefix + key, value)
+            self._call(self._client.key_value_set, self._prefix + key, value)
+        except UnreachableError:
+            raise
         except Exception as error:
             if "ALREADY_EXISTS" in str(error):
                 return False
-            raise _unreachable(error) from error
+            raise UnreachableError(str(error)) from error
         return True
 
     def wait(self, key: str, seconds: float) -> str | None:
@@ -127,29 +169,98 @@ class JaxBoard:
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 return None
-            raise _unreachable(error) from error
+            raise UnreachableError(str(error)) from error
 
     def read(self, prefix: str) -> dict[str, str]:
         try:
-            rows = self._client.key_value_dir_get(self._prefix + prefix)
+            rows = self._call(self._client.key_value_dir_get, self._prefix + prefix)
+        except UnreachableError:
+            raise
         except Exception as error:
-            raise _unreachable(error) from error
+            raise UnreachableError(str(error)) from error
         return {key[len(self._prefix) :]: value for key, value in rows}
 
     def clear(self, prefix: str) -> None:
         try:
-            self._client.key_value_delete(self._prefix + prefix)
+            self._call(self._client.key_value_delete, self._prefix + prefix)
         except Exception as error:  # tidying up; the registers are never used again
             logger.debug("could not clear %s: %s", prefix, error)
 
+    def silent(self) -> Mapping[int, Silence]:
+        return self._beacons.silent(self._silence_seconds)
 
-def _unreachable(error: Exception) -> PeerError:
-    return PeerError(
-        "The coordination service, which runs beside the primary (host 0), cannot be reached:"
-        f" {error}. If host 0 is gone, restart the job; the last committed step will restore.",
-        phase="exchange",
-        failures={0: errors.describe(error)},
-    )
+
+class _Call:
+    """A call that another thread makes."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self.ended = threading.Event()
+
+    def make(self) -> None:
+        try:
+            self._result = self._work()
+        except BaseException as error:
+            self._error = error
+        self.ended.set()
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class _Calls:
+    """A thread that makes calls which may hang for ever. It is a daemon, so that a process whose
+    calls hang can end.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._begun = False
+        self._lock = threading.Lock()
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> _Call:
+        with self._lock:
+            if not self._begun:
+                threading.Thread(target=self._run, name="datarax_dist-board", daemon=True).start()
+                self._begun = True
+        call = _Call(functools.partial(function, *arguments))
+        self._queue.put(call)
+        return call
+
+    def _run(self) -> None:
+        while True:
+            self._queue.get().make()
+
+
+def _place() -> tuple[int, int]:
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+@functools.cache
+def _beacons() -> Beacons:
+    """The beacons of this process, for all its groups."""
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    index, count = _place()
+    prefix = "datarax_dist/beacons/"
+
+    def send(text: str) -> None:
+        client.key_value_set(f"{prefix}{index}/at", text, allow_overwrite=True)
+
+    def receive() -> dict[int, str]:
+        rows = client.key_value_dir_get(prefix if index == 0 else f"{prefix}0/")
+        return {int(key.removeprefix(prefix).split("/")[0]): text for key, text in rows}
+
+    beacons = Beacons(send, receive, index, count)
+    beacons.start()
+    return beacons
 
 
 class HostGroup:
@@ -267,9 +378,14 @@ class Operation:
         self._own: BaseException | None = None
 
     def contribute(self, phase: str, payload: Any) -> None:
-        """Posts this host's payload of a phase, and which older operations it is still in."""
+        """Posts this host's payload of a phase, and which older operations it is still in.
+
+        Raises:
+            PeerLostError: the board does not answer; so do the other methods.
+        """
         row = json.dumps([self._group._oldest_open(), payload])
-        self._board.set(f"{self._prefix}{phase}/{self._group.index}", row)
+        with self._reaching(phase):
+            self._board.set(f"{self._prefix}{phase}/{self._group.index}", row)
 
     def close(self) -> None:
         """Says that this host will not ask for this operation again; its registers may go."""
@@ -278,11 +394,20 @@ class Operation:
     def fail(self, phase: str, error: BaseException) -> None:
         """Decides this operation: it failed here. The first decision stands."""
         self._own = error
-        self._decide({"phase": phase, "host": self._group.index, "error": errors.encode(error)})
+        with contextlib.suppress(PeerLostError), self._reaching(phase):  # `result` will say so
+            self._decide({"phase": phase, "host": self._group.index, "error": errors.encode(error)})
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase."""
-        self._decide({"result": result})
+        with self._reaching(""):
+            self._decide({"result": result})
+
+    @contextlib.contextmanager
+    def _reaching(self, phase: str) -> Iterator[None]:
+        try:
+            yield
+        except UnreachableError as error:
+            raise self._out_of_reach(phase, error) from error
 
     def _decide(self, outcome: dict[str, Any]) -> None:
         self._board.set(f"{self._prefix}outcome/0", json.dumps(outcome))
@@ -292,13 +417,14 @@ class Operation:
 
         Raises:
             PeerError: the operation has failed meanwhile.
-            PeerLostError: hosts did not arrive; this decides the operation.
+            PeerLostError: hosts did not arrive, or show no sign of life; this decides the
+                operation.
         """
         hosts = range(self._group.count)
         begin = self._clock.monotonic()
         pause = 0.0005
         while True:
-            rows = self._board.read(f"{self._prefix}{phase}/")
+            rows = self._read(phase)
             missing = [host for host in hosts if f"{self._prefix}{phase}/{host}" not in rows]
             if not missing:
                 found = [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in hosts]
@@ -306,12 +432,14 @@ class Operation:
                 return [payload for _, payload in found]
             self.check(phase)
             left = deadline - self._clock.monotonic()
-            if left <= 0:
+            if left <= 0 or not self._board.silent().keys().isdisjoint(missing):
                 lost = self._lost(phase, missing, self._clock.monotonic() - begin, known=phase)
                 self.fail(phase, lost)
                 raise lost
             if len(missing) <= _FEW:  # woken when it comes; a failure is looked for in between
-                self._board.wait(f"{self._prefix}{phase}/{missing[0]}", min(left, _CHECK_SECONDS))
+                with self._reaching(phase):
+                    key = f"{self._prefix}{phase}/{missing[0]}"
+                    self._board.wait(key, min(left, _CHECK_SECONDS))
             else:  # one read answers for all
                 self._clock.sleep(pause)
                 pause = min(pause * 1.5, 0.05)
@@ -321,13 +449,18 @@ class Operation:
 
         Raises:
             PeerError: the operation has failed meanwhile.
-            PeerLostError: the primary did not arrive.
+            PeerLostError: the primary did not arrive, or shows no sign of life.
         """
         begin = self._clock.monotonic()
-        while self._board.wait(f"{self._prefix}{phase}/0", _CHECK_SECONDS) is None:
+        while not self._has_arrived(phase, 0):
             self.check(phase)
-            if self._clock.monotonic() > deadline:
+            if self._clock.monotonic() > deadline or 0 in self._board.silent():
                 raise self._lost(phase, [0], self._clock.monotonic() - begin, known="")
+
+    def _has_arrived(self, phase: str, host: int) -> bool:
+        """Waits a moment for a host's payload."""
+        with self._reaching(phase):
+            return self._board.wait(f"{self._prefix}{phase}/{host}", _CHECK_SECONDS) is not None
 
     def lead(self, phase: str, leader: Leader, deadline: float) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
@@ -346,7 +479,8 @@ class Operation:
 
     def check(self, phase: str) -> None:
         """Raises when the operation has failed already."""
-        outcome = self._board.read(self._prefix + "outcome/")
+        with self._reaching(phase):
+            outcome = self._board.read(self._prefix + "outcome/")
         for value in outcome.values():
             if "error" in (decided := json.loads(value)):
                 raise self._error(decided)
@@ -355,14 +489,26 @@ class Operation:
         """Waits for the decision: a result, or an error, the same on every host."""
         own = own or self._own
         begin = self._clock.monotonic()
-        while (value := self._board.wait(self._prefix + "outcome/0", _SLICE_SECONDS)) is None:
+        patience = _PATIENCE_SECONDS if self._group.is_primary else 0.0
+        while (value := self._outcome(phase)) is None:
+            now, silent = self._clock.monotonic(), self._board.silent()
             # The primary decides at the deadline; the others leave it a moment to say so.
-            if self._clock.monotonic() >= deadline + 10.0:
-                rows = self._board.read(f"{self._prefix}{phase}/")
-                arrived = {int(key.rsplit("/", 1)[1]) for key in rows}
-                missing = [host for host in range(self._group.count) if host not in arrived]
+            is_late = now >= deadline + 10.0
+            if not silent and not is_late:
+                continue
+            if 0 in silent and silent[0].cut_off:
+                # Nobody hears what is decided here.
+                raise self._out_of_reach(phase, UnreachableError("no answer", silent[0])) from own
+            rows = self._read(phase)
+            arrived = {int(key.rsplit("/", 1)[1]) for key in rows}
+            missing = [host for host in range(self._group.count) if host not in arrived]
+            if 0 in silent or not silent.keys().isdisjoint(missing):
+                # Where the primary waits for that host itself, in `gather`, it can say more.
+                patience -= _SLICE_SECONDS
+                is_late = is_late or patience <= 0
+            if is_late:
                 # Who waits here does not know how far the primary is, not even on the primary.
-                lost = self._lost(phase, missing, self._clock.monotonic() - begin, known="")
+                lost = self._lost(phase, missing, now - begin, known="")
                 # From here on nobody can succeed; if somebody has in this moment, that stands.
                 self.fail(phase, lost)
         outcome = json.loads(value)
@@ -373,6 +519,15 @@ class Operation:
         ):
             raise own
         raise self._error(outcome) from own
+
+    def _outcome(self, phase: str) -> str | None:
+        """Waits a moment for the decision."""
+        with self._reaching(phase):
+            return self._board.wait(self._prefix + "outcome/0", _SLICE_SECONDS)
+
+    def _read(self, phase: str) -> dict[str, str]:
+        with self._reaching(phase):
+            return self._board.read(f"{self._prefix}{phase}/")
 
     def _error(self, outcome: dict[str, Any]) -> CheckpointError:
         cause = errors.decode(outcome["error"])
@@ -396,24 +551,63 @@ class Operation:
         missing: the hosts that have not arrived; none when host 0 has not decided.
         known: the phase the primary is in, as far as that is known.
         """
+        silent = self._board.silent()
         there = [host for host in range(self._group.count) if host not in missing]
-        told = (
-            f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; arrived: hosts"
-            f" {_ranges(there)}; missing: hosts {_ranges(missing)}. Look at the logs of the missing"
-            " hosts: they died, hang, or did not make the same call."
-        )
-        if not missing:
+        told = f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; "
+        if missing:
+            told += f"arrived: hosts {_ranges(there)}; missing: hosts {_ranges(missing)}."
+        else:
             missing = [0]
-            told = (
-                f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; all hosts have arrived,"
-                " and host 0 has not said how it ended. Look at its log: it died, or hangs."
+            told += "all hosts have arrived, and host 0 has not said how it ended."
+        if found := [host for host in missing if host in silent]:
+            missing = found
+            told += f" {_no_sign(silent, found)}"
+        else:
+            told += (
+                f" Look at the logs of hosts {_ranges(missing)}: they are alive, or were a moment"
+                " ago, and hang, or did not make the same call; or they have never begun."
             )
         return PeerLostError(
             f"{told} {self._consequence(known)}".rstrip(),
             phase=phase,
-            failures=dict.fromkeys(missing, "did not arrive"),
+            failures={
+                host: _silence(silent[host]) if host in silent else "did not arrive"
+                for host in missing
+            },
             missing=list(missing),
         )
+
+    def _out_of_reach(self, phase: str, error: UnreachableError) -> PeerLostError:
+        told = f"{self.name}: in phase {phase!r}, " if phase else f"{self.name}: "
+        seconds = f" for {error.silence.seconds:.0f} s" if error.silence.seconds else ""
+        name = f" ({error.silence.name})" if error.silence.name else ""
+        told += (
+            f"host {self._group.index} cannot reach JAX's coordination service, which runs beside"
+            f" host 0{name}{seconds}: {error}. Is host 0 stopped or gone, or is one of the two cut"
+            " off from the network? Look at the log of host 0, and at the network of both. Then"
+            " restart the job; the last committed step will restore."
+        )
+        return PeerLostError(
+            f"{told} {self._consequence('')}".rstrip(),
+            phase=phase,
+            failures={0: f"cannot be reached{seconds}"},
+            missing=[0],
+        )
+
+
+def _silence(silence: Silence) -> str:
+    name = f" ({silence.name})" if silence.name else ""
+    return f"no sign of life for {silence.seconds:.0f} s{name}"
+
+
+def _no_sign(silent: Mapping[int, Silence], hosts: Sequence[int]) -> str:
+    shown = ", ".join(f"Host {host}: {_silence(silent[host])}" for host in hosts[:10])
+    more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
+    return (
+        f"{shown}{more}. Such a host was killed (out of memory? preempted?), is stopped, is cut off"
+        " from the network, or some library keeps its Python from running: look at its log, and"
+        " at its machine."
+    )
 
 
 def _same_everywhere(cause: BaseException) -> bool:
@@ -439,11 +633,16 @@ def _ranges(hosts: Sequence[int]) -> str:
 _opened: dict[str, int] = {}
 
 
-def current_group(root: str) -> HostGroup:
-    """Returns the group of all hosts of this JAX job, for one more `Checkpointer` on `root`."""
+def current_group(root: str, silence_seconds: float = _SILENCE_SECONDS) -> HostGroup:
+    """Returns the group of all hosts of this JAX job, for one more `Checkpointer` on `root`.
+
+    Args:
+        silence_seconds: who has shown no sign of life for so long is not waited for.
+    """
     from jax._src import distributed
 
     if distributed.global_state.client is None:
         return HostGroup(LocalBoard())
     _opened[root] = number = _opened.get(root, 0) + 1
-    return HostGroup(JaxBoard(f"{hashlib.sha256(root.encode()).hexdigest()[:16]}/{number}"))
+    namespace = f"{hashlib.sha256(root.encode()).hexdigest()[:16]}/{number}"
+    return HostGroup(JaxBoard(namespace, silence_seconds))

@@ -33,6 +33,7 @@ from typing import Any
 from unittest import mock
 
 from datarax_dist import config
+from datarax_dist.beacons import Silence
 from datarax_dist.errors import CheckpointError, CorruptStepError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
@@ -165,6 +166,9 @@ class _Scheduler:
                 return able[self._choose(len(able))]
             self._time = min(actor.deadline for actor in live)
 
+    def dead(self) -> dict[int, Silence]:
+        return {actor.index: Silence(10.0) for actor in self._actors if actor.is_dead}
+
     def run(
         self, target: Callable[[int], Any], count: int, crashes: Mapping[int, int]
     ) -> tuple[list[Any], list[int]]:
@@ -228,6 +232,10 @@ class _Board:
     def clear(self, prefix: str) -> None:
         for key in [key for key in self._values if key.startswith(prefix)]:
             del self._values[key]
+
+    def silent(self) -> Mapping[int, Silence]:
+        """Returns the hosts of the job that are dead: sooner than any real beacon tells."""
+        return self._scheduler.dead()
 
 
 # What they do
