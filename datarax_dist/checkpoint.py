@@ -237,7 +237,10 @@ class OrbaxCheckpointHandler:
             ) from error
         assert isinstance(handle, SaveHandle)
         if not self.async_checkpointing:
-            handle.result()
+            try:
+                handle.result()
+            finally:  # programs that share a directory, and save in turn, may go on doing so
+                run._let_others_write()
         return os.path.join(run.root, str(step))
 
     save_to_directory = save

@@ -23,6 +23,7 @@ import jax
 from datarax_dist import arrays as arrays_io
 from datarax_dist import config, trees
 from datarax_dist import format as fmt
+from datarax_dist import lease as leases
 from datarax_dist.clock import SystemClock
 from datarax_dist.config import KeepPolicy, Options, SavePolicy
 from datarax_dist.data import Checkpointable
@@ -176,7 +177,9 @@ class Checkpointer:
         self._store = open_store(self._root)
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
-        self._saver = Saver(self._store, self._group, self._clock, self._options, keep)
+        # Reading needs no lease: it is taken by the first `save`.
+        lease = leases.borrow(self._root, self._make_lease) if self._group.is_primary else None
+        self._saver = Saver(self._store, self._group, self._clock, self._options, keep, lease)
         self._pace = data_io.Pace(self._options.batches_per_step)
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
@@ -188,6 +191,15 @@ class Checkpointer:
         _drain_at_exit()
         self._handle: SaveHandle | None = None
         self._closed = False
+
+    def _make_lease(self) -> leases.Lease:
+        return leases.Lease(
+            self._store,
+            self._clock,
+            ttl_seconds=self._options.lease_ttl_seconds,
+            wait_seconds=self._options.lease_wait_seconds,
+            renews=True,
+        )
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -239,6 +251,8 @@ class Checkpointer:
             A handle; None when `save_when` said no.
 
         Raises:
+            LeaseError: another job writes to this run. The first call finds out, whatever
+                `save_when` says.
             StepExistsError: the step is there already.
             UnsupportedLeafError: a leaf cannot be saved; it is named.
             PeerError: another host failed, or the hosts do not agree. Nothing was written.
@@ -253,11 +267,14 @@ class Checkpointer:
         self._check_open()
         number = _whole_number(step)
         refused: Exception | None = None
+        wanted = force or number is None
         try:
-            if number is not None and not force and not self.should_save(number):
-                return None
+            wanted = wanted or self.should_save(number or 0)
         except Exception as error:  # the others must hear of it, if they save
-            refused = error
+            refused, wanted = error, True
+        if not wanted:
+            self._saver.take()  # a job that may not write is told now, and not in an hour
+            return None
         self._drain()
         previous, self._handle = self._handle, None
         unseen = previous._unseen_error() if previous is not None else None
@@ -530,11 +547,12 @@ class Checkpointer:
         self._check_open()
         self._drain()
         self.step_info(step)
+        self._saver.take()
         self._saver.forget()
         self._group.exchange(
             "delete",
             step,
-            leader=lambda steps: delete_step(self._store, step),
+            leader=lambda steps: delete_step(self._store, step, lease=self._saver.lease),
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
 
@@ -558,9 +576,22 @@ class Checkpointer:
             self._drain()
         finally:
             self._worker.shutdown(wait=False)
+            self._let_go()
             with contextlib.suppress(Exception):  # it has failed a save, which has said so
                 self._arrays.close()
         self.check_for_errors()
+
+    def _let_go(self) -> None:
+        """Another job may write from here on."""
+        if self._group.is_primary:
+            leases.give_back(self._root)
+
+    def _let_others_write(self) -> None:
+        """The same, until this one saves again."""
+        self._drain()
+        self._let_go()
+        primary = self._group.is_primary
+        self._saver.let_go(leases.borrow(self._root, self._make_lease) if primary else None)
 
     def _drain(self) -> None:
         """Waits until the worker has nothing to do: two saves never overlap."""
@@ -605,6 +636,7 @@ def _drain_at_exit() -> None:
     def drain() -> None:
         for checkpointer in tuple(_left_open):
             checkpointer._drain()
+        leases.give_all_back()
 
     with contextlib.suppress(AttributeError, RuntimeError):  # not there, or ending already
         threading._register_atexit(drain)  # type: ignore[attr-defined]

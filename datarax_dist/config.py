@@ -44,6 +44,11 @@ class Options:
             to Orbax.
         save_concurrent_bytes: bytes of arrays written at the same time on one host; None does not
             limit.
+        lease_ttl_seconds: how long the lease of this job lasts without a sign of life (default 60,
+            at most a day): a job that crashed on another machine is followed by the next one after
+            that time, and a job that stood still for longer may have lost the run.
+        lease_wait_seconds: how long the first `save` waits for another job that holds the run and
+            is alive (default 0: it fails at once).
         batches_per_step: how many batches one step takes (default 1), for all data items or {name:
             number}. `save` checks that batches handed out keep pace with the steps, where they are
             counted (`shards`, `tracked`): a loader that was read ahead would lose records at the
@@ -58,6 +63,8 @@ class Options:
     restore_timeout_seconds: float = 1800.0
     restore_concurrent_bytes: int | None = None
     save_concurrent_bytes: int | None = None
+    lease_ttl_seconds: float = 60.0
+    lease_wait_seconds: float = 0.0
     batches_per_step: int | Mapping[str, int | None] | None = 1
 
     def __post_init__(self) -> None:
@@ -65,13 +72,8 @@ class Options:
         _one_of("verify_on_restore", self.verify_on_restore, ("marker", "sizes", "full"))
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name.endswith("_seconds") and not (
-                isinstance(value, int | float) and 0 < value < math.inf
-            ):
-                raise InvalidArgumentError(
-                    f"Options.{item.name} must be a number of seconds greater than 0, not"
-                    f" {value!r}: nothing may wait for ever."
-                )
+            if item.name.endswith("_seconds"):
+                _check_seconds(item.name, value)
             if item.name.endswith("_bytes") and value is not None and not value > 0:
                 raise InvalidArgumentError(
                     f"Options.{item.name} must be greater than 0, or None, not {value!r}."
@@ -80,6 +82,19 @@ class Options:
         for rate in rates.values() if isinstance(rates, Mapping) else [rates]:
             if rate is not None:
                 _positive("Options.batches_per_step", rate)
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    least, most = (0.0, math.inf) if name != "lease_ttl_seconds" else (1.0, 24 * 3600.0)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name == "lease_wait_seconds" and is_number and value == 0:
+        return
+    if not (is_number and least < value < math.inf and value <= most):
+        limits = "greater than 0" if most == math.inf else f"from {least:.0f} to {most:.0f}"
+        raise InvalidArgumentError(
+            f"Options.{name} must be a number of seconds {limits}, not {value!r}: nothing may wait"
+            " for ever."
+        )
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

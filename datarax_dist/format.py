@@ -31,6 +31,7 @@ __all__ = [
     "FileEntry",
     "HostRecord",
     "InvalidRecordError",
+    "LeaseRecord",
     "PositionIndex",
     "PositionRecord",
     "StepClaim",
@@ -40,14 +41,17 @@ FORMAT_VERSION = 1
 RUN_NAME = "RUN.json"
 STEP_NAME = "STEP.json"  # the first file of a step directory: whose it is
 TREE_NAME = "TREE.json"  # the structure of the state and its leaves that are not arrays
+LEASE_NAME = "lease"  # the directory of leases, a file for each epoch
 COMMIT_NAME = "COMMIT.json"  # the last file: the step counts
 ORBAX_COMMIT_NAME = "commit_success.txt"  # tells plain Orbax that a step in a bucket is whole
 MAX_RECORD_BYTES = 256 << 20
 MAX_POSITION_BYTES = 64 << 20  # of the JSON of one position
 MAX_BLOB_BYTES = 2 << 30  # of one position
 MAX_SHARDS = 1 << 20
+MAX_LEASE_SECONDS = 24 * 3600.0
 _ASIDE = re.compile(r"([0-9]+)\.(staging|replaced|deleting)-([0-9a-f]{16})")
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+_EPOCH = re.compile(r"([0-9]{10})\.json")
 
 
 class InvalidRecordError(ValueError):
@@ -123,6 +127,29 @@ class CommitMarker:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """`lease/<epoch>.json`: who may write to the run. Only its owner writes it again.
+
+    Attributes:
+        renewals: how often it was renewed; an owner whose number stands still is not alive.
+        ttl_seconds: for how long it may stand still.
+        released: its owner has ended, and will write nothing any more.
+        fenced: what the owners before it had begun cannot be finished any more.
+        deleting: (step, digest of its marker) of what the owner deletes in this moment.
+    """
+
+    run: str
+    epoch: int
+    nonce: str
+    owner: Mapping[str, Any]
+    ttl_seconds: float
+    renewals: int = 0
+    released: bool = False
+    fenced: bool = False
+    deleting: Sequence[tuple[int, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PositionIndex:
     """`data/<item>/index.json`: what the positions of an item are. `fingerprint` is tagged JSON;
     `batches` is how many were handed out, `rows` how many records each data shard gave to one; None
@@ -175,6 +202,16 @@ def parse_aside_name(name: str) -> tuple[int, str] | None:
     """Returns step and role of a directory beside a step's own, or None when it is not one."""
     found = _ASIDE.fullmatch(name)
     return (int(found[1]), found[2]) if found else None
+
+
+def lease_name(epoch: int) -> str:
+    return f"{LEASE_NAME}/{epoch:010d}.json"
+
+
+def parse_lease_name(name: str) -> int | None:
+    """Returns the epoch that a file's name says, or None."""
+    found = _EPOCH.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def host_record_name(host: int, hosts: int) -> str:
@@ -473,6 +510,43 @@ def parse_void(data: bytes) -> VoidMarker | None:
         )
     except (InvalidRecordError, FormatVersionError):
         return None
+
+
+def dump_lease(lease: LeaseRecord) -> bytes:
+    return seal(
+        {
+            "run": lease.run,
+            "epoch": lease.epoch,
+            "nonce": lease.nonce,
+            "owner": dict(lease.owner),
+            "ttl_seconds": lease.ttl_seconds,
+            "renewals": lease.renewals,
+            "released": lease.released,
+            "fenced": lease.fenced,
+            "deleting": [{"step": step, "digest": digest} for step, digest in lease.deleting],
+        }
+    )
+
+
+def parse_lease(data: bytes, name: str) -> LeaseRecord:
+    """Raises `InvalidRecordError` for anything that is no lease."""
+    body = unseal(data, name)
+    deleting = []
+    for row in _get(body, "deleting", list, name):
+        if not isinstance(row, dict):
+            raise InvalidRecordError(f"{name}: a deletion that is no object")
+        deleting.append((int(_get(row, "step", int, name)), _digest(row, name)))
+    return LeaseRecord(
+        run=_get(body, "run", str, name),
+        epoch=_get(body, "epoch", int, name),
+        nonce=_get(body, "nonce", str, name),
+        owner=_get(body, "owner", dict, name),
+        ttl_seconds=min(_get(body, "ttl_seconds", (int, float), name), MAX_LEASE_SECONDS),
+        renewals=_get(body, "renewals", int, name),
+        released=body.get("released") is True,
+        fenced=body.get("fenced") is True,
+        deleting=tuple(deleting),
+    )
 
 
 def dump_run(run: str, created_at: float) -> bytes:

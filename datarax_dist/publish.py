@@ -121,6 +121,7 @@ def _publish_by_renaming(
         if not store.create(f"{staged.directory}/{fmt.COMMIT_NAME}", staged.marker):
             raise _other_writer(store, staged)
     with phases.span("publish"):
+        check()  # from here on only what is there is renamed: see `retention.fence`
         names = store.children(staged.name)
         committed = fmt.COMMIT_NAME in names
         if committed and not staged.replace:
@@ -132,6 +133,9 @@ def _publish_by_renaming(
         try:
             store.rename(staged.directory, staged.name)
         except KeyError as error:
+            if aside:
+                with contextlib.suppress(KeyError, StorageError):
+                    store.rename(staged.aside, staged.name)
             raise _staging_removed(store, staged) from error
     return aside
 

@@ -3,12 +3,16 @@
 A directory that goes is first renamed (where the store can), so that it is out of sight at once and
 a writer that still believes in it fails, rather than commits half of it. Then its marker is
 deleted, then the content, and last the claim `STEP.json`, so that what is left is known as ours and
-anyone can finish. Nothing that does not carry a claim of this run is ever touched.
+anyone can finish. Nothing that does not carry a claim of this run is ever touched. A step goes into
+a directory that was made for it. Who takes the run over gives such directories other names: then a
+writer that has lost the run, and does not know it yet, cannot move the step any more (`fence`).
 
 A bucket cannot rename, and there every host that is believed dead may come back. So before what a
 save left is touched, a void marker is put where `COMMIT.json` would be (`give_up`): whichever of
 the two is created first stands. And everything is deleted as it was listed, generation by
 generation, after another look at the marker: what was written since is another one's, and stays.
+What is about to be deleted stands in the lease: who takes the run over deletes it, or finds it
+gone.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from typing import Any
 
 from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
-from datarax_dist.errors import FormatVersionError
+from datarax_dist.errors import FormatVersionError, StorageError
 from datarax_dist.inspection import is_committed
-from datarax_dist.lease import is_certainly_dead
+from datarax_dist.lease import Lease, is_certainly_dead, writer_identity
 from datarax_dist.storage import Store, SupportsRename, SupportsReplace, for_each
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "clear_given_up",
     "delete_replaced",
     "delete_step",
+    "fence",
     "find_leftovers",
     "give_up",
     "is_ours",
@@ -80,23 +85,33 @@ def plan_retention(
 
 
 def delete_step(
-    store: Store, step: int, *, reached: Callable[[str], None] = lambda phase: None
+    store: Store,
+    step: int,
+    *,
+    lease: Lease | None = None,
+    reached: Callable[[str], None] = lambda phase: None,
 ) -> bool:
     """Deletes a step: marker, then content. Can be stopped anywhere, and done again by anyone.
 
     Args:
+        lease: the right to do so.
         reached: told "retire" when the marker is gone and the content is not.
 
     Returns:
         Whether it is gone; it stays where another job saves it again in this moment.
+
+    Raises:
+        LeaseError: the run is another job's; the step stays.
     """
     # What it was before goes first: without its successor it would be the step again. And last,
     # where another job was just about to save the step again.
     names = store.children("")
+    if lease is not None:
+        lease.check()
     _delete_asides(store, step, names)
     is_gone = True
     if f"{fmt.step_name(step)}/" in names:
-        is_gone = _delete_directory(store, step, fmt.step_name(step), reached)
+        is_gone = _delete_directory(store, step, fmt.step_name(step), reached, lease=lease)
     if not isinstance(store, SupportsRename):
         _delete_asides(store, step, store.children(""))
     if is_gone:
@@ -127,6 +142,7 @@ def _delete_directory(
     reached: Callable[[str], None] = lambda phase: None,
     *,
     replaced: bool = False,
+    lease: Lease | None = None,
 ) -> bool:
     """Deletes a directory.
 
@@ -137,19 +153,52 @@ def _delete_directory(
         Whether it is gone; it stays when another job has put something in its place.
     """
     if not isinstance(store, SupportsRename):
-        return _delete_objects(store, step, name, reached, replaced)
-    if fmt.parse_aside_name(name) != (step, "deleting"):
-        aside = fmt.aside_name(step, "deleting", secrets.token_hex(8))
+        return _delete_objects(store, step, name, reached, replaced, lease)
+    own, aside = fmt.step_name(step), fmt.aside_name(step, "deleting", secrets.token_hex(8))
+    if name == own:
+        _move_into(store, step, aside, lease)
+        name = aside
+    elif fmt.parse_aside_name(name) != (step, "deleting"):
         store.rename(name, aside)
         name = aside
-    store.delete(f"{name}/{fmt.COMMIT_NAME}")
+    for directory in (f"{name}/{own}", name):
+        store.delete(f"{directory}/{fmt.COMMIT_NAME}")
     reached("retire")
+    store.delete(f"{name}/{own}", last=fmt.STEP_NAME)
     store.delete(name, last=fmt.STEP_NAME)
     return True
 
 
+def _move_into(store: Store, step: int, directory: str, lease: Lease | None) -> None:
+    """Moves a step into a directory that is made for it, if the run is still this job's."""
+    assert isinstance(store, SupportsRename)
+    own = fmt.step_name(step)
+    try:
+        claim = read_claim(store, own)
+        if claim is None:  # it has lost its own
+            run = _run_in(store.get(f"{own}/{fmt.COMMIT_NAME}")) or ""
+            claim = fmt.StepClaim(run, step, "", 0, writer_identity(), 0.0)
+        store.put(f"{directory}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
+        if lease is not None:
+            lease.check()
+        store.rename(own, f"{directory}/{own}")
+    except KeyError as error:
+        if lease is not None:
+            lease.check()  # says who has made it impossible
+        raise StorageError(
+            f"Step {step} of {store.root} was not deleted: another job has removed"
+            f" {directory}, or the step. Look again, and delete it then.",
+            errno=None,
+        ) from error
+
+
 def _delete_objects(
-    store: Store, step: int, name: str, reached: Callable[[str], None], replaced: bool
+    store: Store,
+    step: int,
+    name: str,
+    reached: Callable[[str], None],
+    replaced: bool,
+    lease: Lease | None,
 ) -> bool:
     """In a bucket: a void marker replaces the marker, then all the rest goes, then that."""
     assert isinstance(store, SupportsReplace)
@@ -157,6 +206,8 @@ def _delete_objects(
     old: bytes | None = None
     with contextlib.suppress(KeyError):
         old = store.get(marker)
+    if lease is not None and old is not None:
+        lease.announce(step, fmt.digest(old))
     run = (old and _run_in(old)) or _run_of(store, name)
     # Old from the start: it need not stay until somebody's return.
     void = fmt.dump_void(run or "", step, secrets.token_hex(8), 0.0)
@@ -169,6 +220,36 @@ def _delete_objects(
         store.replace(marker, void, old or b"")
         return False
     return clear_given_up(store, name, void, void_too=True)
+
+
+def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) -> None:
+    """Keeps jobs that have lost the run from finishing what they have begun, should they go on. For
+    the job that has taken it.
+
+    Args:
+        older: their leases.
+    """
+    begun: dict[int, list[str]] = {}
+    for name in [child[:-1] for child in store.children("") if child.endswith("/")]:
+        aside = fmt.parse_aside_name(name)
+        if aside is None or aside[1] == "replaced":
+            continue
+        claim = read_claim(store, name)
+        if claim is not None and claim.run == run:
+            begun.setdefault(aside[0], []).append(name)
+    if isinstance(store, SupportsRename):
+        for step, names in begun.items():
+            for name in names:  # what is renamed cannot be given a step's name, nor take one in
+                with contextlib.suppress(KeyError):  # it has gone meanwhile
+                    store.rename(name, fmt.aside_name(step, "deleting", secrets.token_hex(8)))
+        return
+    for step in begun:
+        if not is_committed(store, fmt.step_name(step)):
+            give_up(store, run, step, secrets.token_hex(8), now)
+    for step, marker in [deletion for lease in older for deletion in lease.deleting]:
+        with contextlib.suppress(KeyError):
+            if fmt.digest(store.get(f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}")) == marker:
+                delete_step(store, step)
 
 
 def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes | None:
@@ -413,14 +494,20 @@ def _clear_staging(store: Store, name: str, *, keep_claim: bool) -> None:
         store.delete_listed([entry for entry in listing if entry.key == claim])
 
 
-def retire(store: Store, steps: Sequence[int], *, reached: Callable[[str], Any]) -> list[int]:
+def retire(
+    store: Store,
+    steps: Sequence[int],
+    *,
+    lease: Lease | None = None,
+    reached: Callable[[str], Any],
+) -> list[int]:
     """Deletes steps by policy. Never raises: a failed deletion does not fail the save that asked
     for it.
     """
     deleted = []
     for step in steps:
         try:
-            is_gone = delete_step(store, step, reached=reached)
+            is_gone = delete_step(store, step, lease=lease, reached=reached)
         except Exception as error:
             logger.warning(
                 "could not delete step %d of %s: %s. It is tried again.", step, store.root, error

@@ -4,7 +4,8 @@ On every host unless said otherwise.
 
 Caller's thread (`Saver.begin`):
   1. capture   Positions are encoded and the state is planned, by the caller.
-  2. prepare   All hosts contribute what they are about to save. The primary compares; then
+  2. prepare   All hosts contribute what they are about to save. The primary compares; the first
+               time it takes the run, so that no other job writes to it (`lease`); then
      stage     it makes `<step>.staging-<nonce>/` and writes the claim `STEP.json` in it.
                A disagreement or an error on any host raises on all, and nothing was written.
   3. start     The array writer copies what it needs; training may go on.
@@ -21,7 +22,8 @@ Worker thread (`StartedSave.finish`):
   8. written   All hosts contribute the digest of their record. Primary:
      verify    the listing is the union of the records, nothing missing, nothing more;
      commit    `COMMIT.json`, the last file, is created, durable;
-     publish   the staging directory gets its final name. Now, and not before, the step counts.
+     publish   the lease is still ours; the staging directory gets its final name. Now, and not
+               before, the step counts.
                A bucket cannot rename. There `publish` comes first: what was staged is copied, by
                the bucket itself, to the final name, each object on the condition that there is
                none; then the marker is created there, and that is what makes the step count. So a
@@ -66,7 +68,7 @@ from datarax_dist.inspection import (
     is_committed,
     read_records,
 )
-from datarax_dist.lease import writer_identity
+from datarax_dist.lease import Lease, writer_identity
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
 from datarax_dist.storage import Store, SupportsRename, for_each
 from datarax_dist.telemetry import Phases
@@ -171,8 +173,11 @@ class Saver:
         clock: Clock,
         options: Options,
         keep: KeepPolicy | None,
+        lease: Lease | None = None,
     ) -> None:
         self._store = store
+        self.lease = lease
+        self._is_taken = False
         self._group = group
         self._clock = clock
         self._options = options
@@ -200,6 +205,47 @@ class Saver:
     def forget(self) -> None:
         """The root may hold something else than what was learnt."""
         self._known = _Known()
+
+    def take(self) -> None:
+        """Takes the run for this job, the first time that something is to be written. Collective.
+
+        Raises:
+            LeaseError: another job has it.
+        """
+        if self._is_taken:
+            return
+        self._group.exchange(
+            "lease", leader=lambda _: self._hold(), timeout_seconds=self._agreement_seconds()
+        )
+        self._is_taken = True
+
+    def let_go(self, lease: Lease | None) -> None:
+        """Takes note that the lease was given back, and which one will be held next."""
+        self.lease, self._is_taken = lease, False
+
+    def _agreement_seconds(self) -> float:
+        """Returns how long hosts wait for each other, while the primary may wait for the run."""
+        options = self._options
+        patience = options.lease_wait_seconds + options.lease_ttl_seconds
+        return options.exchange_timeout_seconds + (0.0 if self._is_taken else patience)
+
+    def _hold(self) -> None:
+        if self.lease is not None:
+            run = self._known.run or self._claim_run(self._store.children(""))
+            self.lease.hold(run, self._fence)
+
+    def _fence(self, run: str, older: Sequence[fmt.LeaseRecord]) -> None:
+        retention.fence(self._store, run, older, self._clock.now())
+        self.forget()
+
+    @property
+    def epoch(self) -> int:
+        return self.lease.epoch if self.lease is not None else 0
+
+    def check_lease(self) -> None:
+        """Raises `LeaseError` unless the run is this job's, as far as anybody enforces it."""
+        if self.lease is not None:
+            self.lease.check()
 
     def begin(
         self,
@@ -236,8 +282,9 @@ class Saver:
             payload,
             error=failure,
             leader=lambda payloads: self._stage(payloads, phases, replace),
-            timeout_seconds=self._options.exchange_timeout_seconds,
+            timeout_seconds=self._agreement_seconds(),
         )
+        self._is_taken = True
         phases.seconds["prepare"] = self._clock.monotonic() - begin
         if decided.get("unseen") and previous_error is not None:
             raise previous_error
@@ -251,6 +298,10 @@ class Saver:
             return {"unseen": True}
         check_agreement(payloads)
         check_positions([payload["positions"] for payload in payloads])
+        if not self._is_taken:
+            self._hold()
+        elif self.lease is not None:
+            self.lease.raise_if_lost()
         phases.reach("stage")
         step = int(payloads[0]["step"])
         nonce = secrets.token_hex(8)
@@ -477,7 +528,9 @@ class StartedSave:
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
                 self._saver._known.tidy = False
                 return []
-            deleted = retention.retire(self._store, steps, reached=self.phases.reach)
+            deleted = retention.retire(
+                self._store, steps, lease=self._saver.lease, reached=self.phases.reach
+            )
             for step in deleted:
                 self._saver._known.steps.pop(step, None)
             return deleted
@@ -496,11 +549,23 @@ class StartedSave:
     def _work(self) -> None:
         if self._failure is not None:
             return
+        try:
+            self._write_and_commit()
+        except KeyError as error:  # what was there a moment ago
+            if self._group.is_primary:
+                self._saver.check_lease()
+            raise StorageError(
+                f"{self._store.root}/{error.args[0]} is not there any more: another job has removed"
+                f" what this one has staged. Only one job at a time may write to a run."
+            ) from error
+
+    def _write_and_commit(self) -> None:
         if not self._claimed:
             with self.phases.span("claim"):
                 self._claim()
         if self._group.is_primary:
             with self.phases.span("tidy"):
+                self._saver.check_lease()
                 self._remove_leftovers()
         if self._write is not None:
             self._write.release()
@@ -617,7 +682,7 @@ class StartedSave:
             marker = fmt.CommitMarker(
                 run=self.run,
                 step=self.step,
-                epoch=0,  # of a lease, when there are leases
+                epoch=self._saver.epoch,
                 nonce=self._nonce,
                 hosts=self._group.count,
                 records=tuple(records),
@@ -652,6 +717,7 @@ class StartedSave:
     def _publish(self, staged: Staged) -> None:
         def check() -> None:
             self.operation.check("commit")
+            self._saver.check_lease()
             if self._seconds_left() <= 0:
                 raise StorageError(
                     f"Step {self.step} is not committed: its save has not ended at its deadline. Is"

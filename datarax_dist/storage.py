@@ -104,7 +104,7 @@ class Store(Protocol):
 @runtime_checkable
 class SupportsRename(Protocol):
     """The ability to give a directory another name at once, durably, never onto something that
-    exists.
+    exists. Where the new name is to be in another directory, that one must be there (`KeyError`).
     """
 
     def rename(self, source: str, destination: str) -> None: ...
@@ -324,7 +324,8 @@ class LocalStore:
             if os.path.lexists(target):
                 raise FileExistsError(17, "something of that name is there already", target)
             os.rename(self.path(source), target)
-            _sync_directory(os.path.dirname(target))
+            for directory in {os.path.dirname(target), os.path.dirname(self.path(source))}:
+                _sync_directory(directory)
 
 
 def _remove(path: str) -> None:

@@ -218,7 +218,11 @@ def test_the_marker_is_the_last_object_written_and_the_first_deleted(
     void = next(r for r in done if r.kind == "insert" and r.name == "runs/one/1/COMMIT.json")
     assert done.index(left[1]) < done.index(void) < done.index(old[0]), "a void marker goes first"
     assert (old[0].parts, old[-1].parts) == (1, 2), "then the sign of Orbax; the claim goes last"
-    assert {name.split("/")[2] for name in gcs.objects(root.split("/")[2])} == {"2", "RUN.json"}
+    assert {name.split("/")[2] for name in gcs.objects(root.split("/")[2])} == {
+        "2",
+        "RUN.json",
+        "lease",
+    }
 
 
 def test_a_lost_reply_to_the_marker_is_one_success(gcs: FakeGCS, root: str) -> None:
@@ -467,7 +471,13 @@ def test_retention_that_is_not_permitted_fails_no_save_and_is_made_up_for(
     [report] = save(root, 4, keep=dd.latest(1))
     assert report.deleted == ((1, 2, 3) if refused == "the marker" else (3,))
     # What had lost its marker goes as a leftover.
-    assert {name.split("/")[2] for name in gcs.objects(bucket)} <= {"4", "RUN.json", "1", "2"}
+    assert {name.split("/")[2] for name in gcs.objects(bucket)} <= {
+        "4",
+        "RUN.json",
+        "1",
+        "2",
+        "lease",
+    }
     assert not step_objects(gcs, bucket, 1)[1:] and not step_objects(gcs, bucket, 2)[1:]
 
 

@@ -73,7 +73,11 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
     # A void marker alone may stay: this process, which has saved step 1, is alive.
     assert {c.state for c in found.candidates} <= {"committed", "void"}
     names = {c.name for c in found.candidates}
-    assert {name.rstrip("/") for name in store.children("")} == names | {"RUN.json", "tensorboard"}
+    assert {name.rstrip("/") for name in store.children("")} == names | {
+        "RUN.json",
+        "lease",
+        "tensorboard",
+    }
 
 
 @two_or_four

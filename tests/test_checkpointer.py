@@ -170,7 +170,7 @@ def test_a_failed_save_is_raised_once_whoever_asks_first(tmp_path: Path) -> None
         with pytest.raises(OSError, match="No space left"):
             ckpt.wait_until_finished()
         assert ckpt.all_steps() == [2, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "RUN.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "RUN.json", "lease"]
     ckpt = dd.Checkpointer(tmp_path)
     failed(ckpt, 7)
     with pytest.raises(OSError, match="No space left"):
@@ -203,7 +203,7 @@ def test_ctrl_c_at_any_phase_leaves_what_was_and_the_next_save_works(tmp_path: P
             assert ckpt.all_steps() == [1]
             ckpt.save(3, state=state).result()
             assert ckpt.all_steps() == [1, 3]
-        assert sorted(path.name for path in root.iterdir()) == ["1", "3", "RUN.json"]
+        assert sorted(path.name for path in root.iterdir()) == ["1", "3", "RUN.json", "lease"]
 
 
 def test_a_write_that_hangs_ends_at_the_deadline_and_the_next_save_works(

@@ -193,7 +193,7 @@ def test_a_step_that_has_lost_its_marker_is_kept_until_it_is_saved_again(copy: P
         ckpt.save(2, state=make_state(2)).result()
         ckpt.wait_until_finished()
         assert ckpt.all_steps() == [1, 2, 3]
-    assert {path.name for path in copy.iterdir()} == {"1", "2", "3", "RUN.json"}
+    assert {path.name for path in copy.iterdir()} == {"1", "2", "3", "RUN.json", "lease"}
 
 
 def test_after_falling_back_the_damaged_step_can_be_saved_again_and_is_not_counted_as_good(

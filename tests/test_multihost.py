@@ -117,7 +117,7 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
     )
     left = sorted(path.name for path in root.iterdir())
     expected = {str(step) for step in inspect_run(LocalStore(str(root))).committed}
-    assert set(left) == expected | {"RUN.json", "tensorboard", "5.orbax-checkpoint-tmp"}
+    assert set(left) == expected | {"RUN.json", "lease", "tensorboard", "5.orbax-checkpoint-tmp"}
 
 
 PRIMARY_PHASES = (
@@ -149,7 +149,7 @@ def test_an_error_on_one_host_is_raised_on_all_within_two_seconds_and_the_next_s
         assert where in (phase, "prepare")
         assert list(failures) == [host] and "No space left on device" in failures[host]
         assert steps == [1, 3]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "3", "RUN.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "3", "RUN.json", "lease"]
 
 
 @pytest.mark.parametrize("host", [0, 1])
@@ -167,7 +167,7 @@ def test_a_write_that_the_file_system_refuses_on_one_host_is_raised_on_all(
         assert "File too large" in failures[host]
         assert "ulimit -f" in text
         assert "Step 2 was not committed" in text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "RUN.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "RUN.json", "lease"]
 
 
 def test_another_step_number_or_another_value_on_one_host_raises_on_all_and_writes_nothing(

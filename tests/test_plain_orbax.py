@@ -77,7 +77,14 @@ def test_a_directory_of_plain_orbax_restores(tmp_path: Path, arrays: Any) -> Non
         ckpt.save(3, state=arrays)
         ckpt.wait_until_finished()
         assert ckpt.all_steps() == [3]
-    assert {p.name for p in (tmp_path / "theirs").iterdir()} == {"1", "2", "3", "9", "RUN.json"}
+    assert {p.name for p in (tmp_path / "theirs").iterdir()} == {
+        "1",
+        "2",
+        "3",
+        "9",
+        "RUN.json",
+        "lease",
+    }
 
 
 def test_the_crc32c_codec_is_in_our_arrays_and_not_in_plain_orbaxs(

@@ -178,7 +178,8 @@ class MemoryStore(_MemoryFiles):
             if self.children(destination):
                 raise StorageError(f"{destination} is there already", errno=17)
             keys = [key for key in self.files if key.startswith(f"{source}/")]
-            if not keys:
+            parent = destination.rpartition("/")[0]
+            if not keys or (parent and not self.children(parent)):
                 raise KeyError(source)
             self._change()
             for key in keys:

@@ -1,0 +1,277 @@
+"""One job at a time writes to a run, and one that has lost it can do no harm."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from jobs import Job, attempt, requests, whose
+
+from datarax_dist import config, retention
+from datarax_dist import format as fmt
+from datarax_dist.errors import LeaseError
+from datarax_dist.inspection import inspect_run
+from datarax_dist.lease import Lease, newest_lease, writer_identity
+from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore
+
+TTL = 60.0
+ELSEWHERE = {"machine": "another boot/pid:[1]", "pid": 7, "started": "1", "name": "far"}
+
+
+class NoWallClock(FakeClock):
+    """A clock that nobody may ask for the time of day. Others may act while somebody sleeps."""
+
+    def __init__(self, while_asleep: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._while_asleep = while_asleep
+
+    def now(self) -> float:
+        raise AssertionError("clocks may be wrong by minutes")
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        self._while_asleep()
+
+
+def lease(store: Any, clock: FakeClock | None = None, **more: Any) -> Lease:
+    arguments: dict[str, Any] = {"ttl_seconds": TTL, "owner": ELSEWHERE, **more}
+    return Lease(store, clock or NoWallClock(), **arguments)
+
+
+def take(one: Lease) -> bool:
+    return one.hold("run", lambda run, older: None)
+
+
+@pytest.fixture(params=[MemoryStore, MemoryBucket], ids=["file system", "bucket"])
+def store(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def test_an_owner_that_is_alive_keeps_the_run_and_is_named(store: Any) -> None:
+    owner = lease(store)
+    assert take(owner) and not take(owner)
+    clock = NoWallClock(while_asleep=owner.renew)
+    begin = clock.monotonic()
+    with pytest.raises(LeaseError, match="process 7 on far") as caught:
+        take(lease(store, clock))
+    assert caught.value.owner == "process 7 on far (epoch 1)"
+    assert clock.monotonic() - begin < 5, "at its first sign of life"
+    owner.check()
+
+
+def test_an_owner_whose_counter_stands_still_is_followed_without_a_person(store: Any) -> None:
+    owner, clock = lease(store), NoWallClock()
+    take(owner)
+    begin = clock.monotonic()
+    second = lease(store, clock)
+    take(second)
+    assert TTL < clock.monotonic() - begin < TTL + 5
+    assert (owner.epoch, second.epoch) == (1, 2)
+    second.check()
+    for act in (owner.check, owner.renew, lambda: owner.announce(1, "0" * 8), lambda: take(owner)):
+        with pytest.raises(LeaseError, match="has taken it over") as caught:
+            act()
+        assert caught.value.owner == "process 7 on far (epoch 2)"
+    owner.release()
+    second.check()
+    second.renew()
+    assert store.children(fmt.LEASE_NAME) == ["0000000002.json"]
+
+
+def test_an_owner_that_dies_while_somebody_waits_is_followed(store: Any) -> None:
+    owner = lease(store)
+    take(owner)
+    signs = iter(range(10))
+
+    def live() -> None:
+        if next(signs, None) is not None:
+            owner.renew()
+
+    second = lease(store, NoWallClock(live), wait_seconds=3600)
+    take(second)
+    assert second.epoch == 2
+
+
+def test_who_waits_gets_the_run_as_soon_as_it_is_released(store: Any) -> None:
+    owner = lease(store)
+    take(owner)
+    naps = itertools.count()
+    clock = NoWallClock(lambda: owner.release() if next(naps) == 20 else owner.renew())
+    begin = clock.monotonic()
+    second = lease(store, clock, wait_seconds=3600)
+    take(second)
+    assert second.epoch == 2
+    assert clock.monotonic() - begin < 15
+    third = NoWallClock(second.renew)
+    with pytest.raises(LeaseError):
+        take(lease(store, third, wait_seconds=30))
+    assert 30 <= third.monotonic() - FakeClock().monotonic() < 35
+
+
+def test_on_one_machine_a_running_owner_is_refused_and_a_dead_one_followed_at_once(
+    store: Any,
+) -> None:
+    never = NoWallClock(lambda: pytest.fail("nobody needs to wait"))
+    take(lease(store, owner=writer_identity()))
+    with pytest.raises(LeaseError):
+        take(lease(store, never, owner={**writer_identity(), "pid": 1}))
+    gone = MemoryStore()
+    take(lease(gone, owner={**writer_identity(), "started": "1"}))
+    second = lease(gone, never)
+    take(second)
+    assert second.epoch == 2
+
+
+def test_of_many_that_want_a_run_one_gets_it() -> None:
+    for store in (MemoryStore(), MemoryBucket()):
+        take(lease(store, owner={**writer_identity(), "started": "1"}))
+        together = threading.Barrier(8)
+
+        def want(number: int, store: Any = store, barrier: Any = together) -> Any:
+            owner = {**ELSEWHERE, "machine": "", "pid": number}
+            mine = lease(store, owner=owner, clock=FakeClock())
+            barrier.wait()
+            return attempt(lambda: take(mine)), mine
+
+        with ThreadPoolExecutor(8) as pool:
+            ended = list(pool.map(want, range(8)))
+        # With clocks that run at once, some may take it from others that show no sign of life.
+        holding = [mine for how, mine in ended if how is True and attempt(mine.check) is None]
+        assert len(holding) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100, fmt.seal({"run": "x"})])
+def test_a_lease_that_cannot_be_read_runs_out(store: Any, content: bytes) -> None:
+    store.put(fmt.lease_name(4), content)
+    store.put(f"{fmt.LEASE_NAME}/notes.txt", b"somebody's")
+    second = lease(store)
+    take(second)
+    assert second.epoch == 5
+    second.renew()
+    assert sorted(store.children(fmt.LEASE_NAME)) == ["0000000005.json", "notes.txt"]
+    assert newest_lease(store).owner == ELSEWHERE  # type: ignore[union-attr]
+
+
+def test_who_cannot_finish_taking_over_has_not_and_the_next_one_fences_again(store: Any) -> None:
+    take(lease(store))
+    fenced: list[list[int]] = []
+
+    def fence(run: str, older: Any) -> None:
+        fenced.append([one.epoch for one in older])
+        if len(fenced) == 1:
+            raise OSError("no")
+
+    second = lease(store)
+    with pytest.raises(OSError, match="no"):
+        second.hold("run", fence)
+    assert second.epoch == 0
+    with pytest.raises(LeaseError):
+        second.check()
+    third = lease(store)
+    third.hold("run", fence)
+    assert fenced == [[1], [2, 1]]
+
+
+# Jobs
+
+
+def job(name: str, store: Any, seen: Any = None, clock: FakeClock | None = None) -> Job:
+    clock = clock or FakeClock()
+    owner = {**ELSEWHERE, "name": name}
+    return Job(
+        name, seen or store, Lease(seen or store, clock, ttl_seconds=TTL, owner=owner), clock
+    )
+
+
+def test_the_epoch_stands_in_each_marker(store: Any) -> None:
+    first = job("first", store)
+    first.save(1)
+    first.save(2)
+    assert first.lease is not None
+    first.lease.release()
+    job("second", store).save(3)
+    found = {c.step: c.marker.epoch for c in inspect_run(store).candidates if c.marker}
+    assert found == {1: 1, 2: 1, 3: 2}
+
+
+ACTS: dict[str, Callable[[Job], Any]] = {
+    "saves 5": lambda one: one.save(5),
+    "saves 4 again": lambda one: one.save(4, replace=True),
+    "saves 5, retires": lambda one: one.save(5, keep=config.latest(1)),
+    "deletes 4": lambda one: retention.delete_step(one.store, 4, lease=one.lease),
+    "saves 4 again, retires": lambda one: one.save(4, replace=True, keep=config.latest(1)),
+}
+
+
+def stopped_before_each(
+    kind: Callable[[], Any], act: str, then: str
+) -> Iterator[tuple[str, Any, Mapping[int, str], Any]]:
+    """Yields, for each operation before which the first job stood still until the second one had
+    taken the run and acted: the store, what the second one left, and how the first one ended.
+    """
+    for number in itertools.count():
+        files = kind()
+        old = job("old", files)
+        for step in (3, 4):
+            old.save(step)
+        assert old.lease is not None
+        old.lease.release()
+        left: list[Any] = []
+        holds: list[bool] = []
+        operations = itertools.count()
+
+        def before(
+            _: int,
+            files: Any = files,
+            at: int = number,
+            left: Any = left,
+            holds: Any = holds,
+            operations: Any = operations,
+        ) -> None:
+            if not holds or left or next(operations) != at:
+                return
+            second = job("second", files)
+            assert second.lease is not None
+            saver_takes(second)
+            left.append(whose(files))
+            left.append(attempt(lambda: ACTS[then](second)))
+            left.append(whose(files))
+
+        seen = requests(files, before)
+        first = job("first", files, seen)
+        saver_takes(first)
+        holds.append(True)
+        result = attempt(lambda: ACTS[act](first))  # noqa: B023 - called here
+        if not left:
+            return
+        yield f"before {number}: {result!r}; {left}", files, left[2], result
+
+
+def saver_takes(one: Job) -> None:
+    """Takes the run, as the first save does, but for the time it takes: nobody else moves."""
+    assert one.lease is not None
+    run = fmt.parse_run(one.store.get(fmt.RUN_NAME))
+    one.lease.hold(run, lambda run, older: retention.fence(one.store, run, older, 0.0))
+
+
+@pytest.mark.parametrize("then", ["saves 5", "saves 4 again", "saves 5, retires"])
+@pytest.mark.parametrize("act", ACTS)
+def test_who_has_lost_the_run_commits_nothing_and_deletes_nothing(
+    store: Any, act: str, then: str
+) -> None:
+    tried = 0
+    for told, files, left, result in stopped_before_each(type(store), act, then):
+        tried += 1
+        assert whose(files) == left, told
+        assert isinstance(result, Exception) or result in ("saved", True, False), told
+        # Whoever comes next finds nothing in the way, and nothing is left.
+        late = job("late", files)
+        assert late.save(99) == late.save(5, replace=True) == "saved", told
+        states = {c.state for c in inspect_run(files).candidates}
+        assert states <= {"committed", "void"}, told
+        assert {**whose(files), 5: "late", 99: "late"} == {**left, 5: "late", 99: "late"}, told
+    assert tried > 15
