@@ -313,7 +313,11 @@ class Saver:
             return {**decided, "run": known.run}
         there = store.children("")
         run = self._claim_run(there)
-        self._check_free(run, step, replace, there)
+        try:
+            self._check_free(run, step, replace, there)
+        except StepExistsError:
+            self.check_lease()  # which would say more
+            raise
         if isinstance(store, SupportsRename):
             self.write_claim(run, step, nonce, len(payloads), staging)
             decided["claimed"] = True
@@ -551,13 +555,20 @@ class StartedSave:
             return
         try:
             self._write_and_commit()
-        except KeyError as error:  # what was there a moment ago
-            if self._group.is_primary:
+        except Exception as error:
+            self._raise_if_taken(error)
+            if isinstance(error, KeyError):  # what was there a moment ago
+                raise StorageError(
+                    f"{self._store.root}/{error.args[0]} is not there any more: another job has"
+                    " removed what this one has staged. Only one job at a time may write to a run."
+                ) from error
+            raise
+
+    def _raise_if_taken(self, error: Exception) -> None:
+        """Raises `LeaseError` when it is no wonder that something is missing."""
+        if self._group.is_primary and not isinstance(error, PeerError):
+            with contextlib.suppress(StorageError):
                 self._saver.check_lease()
-            raise StorageError(
-                f"{self._store.root}/{error.args[0]} is not there any more: another job has removed"
-                f" what this one has staged. Only one job at a time may write to a run."
-            ) from error
 
     def _write_and_commit(self) -> None:
         if not self._claimed:
