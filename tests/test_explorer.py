@@ -35,7 +35,9 @@ def test_two_hosts_may_die_at_different_places(in_bucket: bool, again: bool) -> 
     assert explorer.exhaust(3, in_bucket, again=again, every=23).worlds > 40
 
 
-def test_a_world_is_the_same_each_time() -> None:
+def test_a_world_is_the_same_each_time_on_greenlets_and_on_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     traces = []
     for _ in range(2):
         with explorer._seeded(5):
@@ -43,8 +45,26 @@ def test_a_world_is_the_same_each_time() -> None:
             world.run(explorer._Plan(3, [(1, False), (2, False)], 1, {1: 9, 2: 30}))
             world.finish()
         traces.append(world.scheduler.trace)
+        monkeypatch.setattr(explorer, "_coroutine", explorer._Thread)
+        monkeypatch.setattr(explorer, "_here", explorer._thread_here)
     assert traces[0] == traces[1]
     assert any("DIES" in line for line in traces[0])
+
+
+@pytest.mark.parametrize("with_threads", [False, True])
+def test_hosts_that_wait_for_ever_are_a_breach(
+    monkeypatch: pytest.MonkeyPatch, with_threads: bool
+) -> None:
+    def for_ever(restorer: Any, *_: Any) -> None:
+        while True:
+            restorer._clock.sleep(60)
+
+    monkeypatch.setattr(explorer.Restorer, "restore", for_ever)
+    if with_threads:
+        monkeypatch.setattr(explorer, "_coroutine", explorer._Thread)
+        monkeypatch.setattr(explorer, "_here", explorer._thread_here)
+    with pytest.raises(explorer.BreachError, match="does not come to an end"):
+        explorer.explore([3])
 
 
 def test_nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ results = hosts.run(lambda group: group.exchange("vote", group.index, timeout_se
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,14 @@ class SimulatedHosts:
 
         with ThreadPoolExecutor(len(self.groups)) as pool:
             return list(pool.map(one, self.groups))
+
+
+_digest = functools.lru_cache(1 << 12)(fmt.digest)  # of contents that are listed again and again
+
+
+@functools.lru_cache(1 << 12)
+def _listed(key: str, data: bytes, generation: int) -> Entry:
+    return Entry(key, len(data), _digest(data, "md5"), str(generation))
 
 
 class _MemoryFiles:
@@ -132,17 +141,16 @@ class _MemoryFiles:
     def children(self, prefix: str) -> list[str]:
         start = f"{prefix}/" if prefix else ""
         with self._lock:
-            rest = [key[len(start) :] for key in self.files if key.startswith(start)]
-        return sorted({f"{name.split('/')[0]}/" if "/" in name else name for name in rest})
+            parts = [
+                key[len(start) :].partition("/") for key in self.files if key.startswith(start)
+            ]
+        return sorted({name + slash for name, slash, _ in parts})
 
     def list(self, prefix: str) -> list[Entry]:
         start = f"{prefix}/" if prefix else ""
         with self._lock:
-            return [
-                self._entry(key, data)
-                for key, data in sorted(self.files.items())
-                if key.startswith(start) or key == prefix
-            ]
+            keys = [key for key in self.files if key.startswith(start) or key == prefix]
+            return [self._entry(key, self.files[key]) for key in sorted(keys)]
 
     def _entry(self, key: str, data: bytes) -> Entry:
         return Entry(key, len(data))
@@ -151,7 +159,7 @@ class _MemoryFiles:
         self, key: str, expected_size: int | None = None, *, like: str = ""
     ) -> tuple[int, str]:
         data = self.files[key]
-        return len(data), fmt.digest(data, like or self.digest_kind)
+        return len(data), _digest(data, like or self.digest_kind)
 
     def delete(self, prefix: str, *, last: str | None = None) -> None:
         with self._lock:
@@ -218,14 +226,13 @@ class MemoryBucket(_MemoryFiles):
         self._volatile.clear()
 
     def _entry(self, key: str, data: bytes) -> Entry:
-        generation = str(self._written.generations[key])
-        return Entry(key, len(data), fmt.digest(data, "md5"), generation)
+        return _listed(key, data, self._written.generations[key])
 
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         with self._lock:
             for entry in entries:
-                if entry.key in self.files and self._entry(entry.key, b"").generation == (
-                    entry.generation
+                if entry.key in self.files and entry.generation == (
+                    str(self._written.generations[entry.key])
                 ):
                     self._change()
                     del self.files[entry.key]
