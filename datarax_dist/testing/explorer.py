@@ -1,12 +1,13 @@
 """The crash explorer: the real protocol code on simulated hosts, of which one moves at a time.
 
 A *world* is a run in memory (a file system or a bucket) on which jobs of several hosts follow each
-other: each restores, saves a few steps, and may lose hosts at any of their operations. A seed
-decides everything: who moves next, who dies where, what is saved. After each job the invariants are
+other: each restores, saves a few steps, and may lose hosts at any of their operations. In a bucket
+replies can be lost, too: what was asked for is done, and is asked for again. A seed decides
+everything: who moves next, who dies where, what is saved. After each job the invariants are
 checked; a seed that breaks one prints what happened, in order, and does the same again.
 
     python -m datarax_dist.testing.explorer --seeds 20000      # random worlds
-    python -m datarax_dist.testing.explorer --exhaust          # every crash, every pair of crashes
+    python -m datarax_dist.testing.explorer --exhaust          # every crash, pair, lost reply
     python -m datarax_dist.testing.explorer --seed 17 --show   # one world, told
 
     >>> explore(range(3)).worlds
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import json
 import logging
@@ -26,14 +26,14 @@ import multiprocessing
 import random
 import secrets
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from unittest import mock
 
-from datarax_dist import config, save
+from datarax_dist import config, save, telemetry
 from datarax_dist.errors import CheckpointError, CorruptStepError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
@@ -41,28 +41,15 @@ from datarax_dist.restore import Restorer
 from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore, stepped
+from datarax_dist.testing.turns import Crash, Scheduler, SteppedBoard
 
-try:
-    import greenlet
-except ImportError:
-    greenlet = None  # type: ignore[assignment,unused-ignore]
-
-__all__ = ["BreachError", "Crash", "Explored", "exhaust", "explore", "run_world"]
+__all__ = ["BreachError", "Explored", "exhaust", "explore", "run_world"]
 
 _OPTIONS = config.Options(
     exchange_timeout_seconds=30, save_timeout_seconds=60, restore_timeout_seconds=60
 )
-_BEGIN = 1_700_000_000.0
-_LONGEST_SECONDS = 3600.0  # of one job; every wait in it ends long before
+_NO_TIME = types.SimpleNamespace(monotonic=lambda: 0.0)
 _FOREIGN = {"tensorboard/events": b"not ours", "3.orbax-checkpoint-tmp/x": b"nor this"}
-
-
-class Crash(BaseException):
-    """The host's process is gone."""
-
-
-class _StuckError(BaseException):
-    """A host waits, again and again, for longer than any deadline."""
 
 
 class BreachError(AssertionError):
@@ -89,194 +76,7 @@ class Explored:
         self.operations += other.operations
 
 
-# Who moves
-
-
-class _Thread:
-    """Something that runs when it is switched to, and until it switches to another: what greenlet
-    gives, more slowly.
-    """
-
-    def __init__(self, target: Callable[[], None] | None = None, parent: Any = None) -> None:
-        self._turn = threading.Lock()  # held while it may not run
-        self._turn.acquire()
-        self._parent = parent
-        self._target = target
-
-    def switch(self) -> None:
-        """Runs this one. Returns when somebody switches back to who called."""
-        caller = _running.thread
-        if self._target is not None:
-            target, self._target = self._target, None
-            threading.Thread(target=self._run, args=(target,), daemon=True).start()
-        else:
-            self._turn.release()
-        caller._turn.acquire()
-
-    def _run(self, target: Callable[[], None]) -> None:
-        _running.thread = self
-        target()
-        self._parent._turn.release()
-
-
-class _Running(threading.local):
-    def __init__(self) -> None:
-        self.thread = _Thread()
-
-
-_running = _Running()
-
-
-def _thread_here() -> Any:
-    return _running.thread
-
-
-# With greenlet, of the test extra, the same worlds take half the time.
-_coroutine: Any = _Thread if greenlet is None else greenlet.greenlet
-_here: Callable[[], Any] = _thread_here if greenlet is None else greenlet.getcurrent
-
-
-@dataclass(slots=True, eq=False)
-class _Actor:
-    """A host: it runs only when it has the turn."""
-
-    index: int
-    crash_at: int | None = None
-    changes: int = 0
-    is_dead: bool = False
-    until: Callable[[], bool] | None = None
-    deadline: float = 0.0
-    coroutine: Any = None
-
-
-class _Scheduler:
-    """Hosts of which one runs at a time. Also their clock, which moves when all of them wait."""
-
-    def __init__(self, choose: Callable[[int], int]) -> None:
-        self._choose = choose
-        self._time = _BEGIN
-        self._live: list[_Actor] = []
-        self._actor: _Actor | None = None  # who has the turn
-        self._end = 0.0
-        self.trace: list[str] = []
-        self.operations = 0
-        self.crashes = 0
-
-    # A clock
-
-    def monotonic(self) -> float:
-        return self._time
-
-    def now(self) -> float:
-        return self._time
-
-    def sleep(self, seconds: float) -> None:
-        self.wait(lambda: False, seconds)
-
-    # What hosts call
-
-    def step(self, what: str, changes: bool = True) -> None:
-        """Another host may move, or this one may die, before it does `what`."""
-        actor = self._actor
-        if actor is None:
-            return  # who looks at the world from outside
-        if actor.is_dead:
-            raise Crash
-        self.operations += 1
-        if changes:
-            if actor.crash_at == actor.changes:
-                actor.is_dead = True
-                self.crashes += 1
-                self.trace.append(f"host {actor.index} DIES before {what}")
-                raise Crash
-            actor.changes += 1
-        self._pass(actor)
-        self.trace.append(f"host {actor.index} {what}")
-
-    def wait(self, until: Callable[[], bool], seconds: float) -> None:
-        """Lets the others move until something holds, or some seconds have gone by."""
-        actor = self._actor
-        assert actor is not None
-        if actor.is_dead:
-            raise Crash
-        actor.until, actor.deadline = until, self._time + seconds
-        self._pass(actor)
-        actor.until = None
-        if self._time > self._end:
-            raise _StuckError(f"does not come to an end in {_LONGEST_SECONDS:.0f} s")
-
-    def _pass(self, actor: _Actor) -> None:
-        chosen = self._next()
-        if chosen is not actor:
-            self._actor = chosen
-            chosen.coroutine.switch()
-
-    def _next(self) -> _Actor:
-        live = self._live
-        while True:
-            time = self._time
-            able = [a for a in live if a.until is None or a.deadline <= time or a.until()]
-            if able:
-                return able[self._choose(len(able))]
-            self._time = min(actor.deadline for actor in live)
-
-    def run(
-        self, target: Callable[[int], Any], count: int, crashes: Mapping[int, int]
-    ) -> tuple[list[Any], list[int]]:
-        """Runs `target(index)` on each host; returns what each returned or raised, and how many
-        changes each made.
-        """
-        actors = [_Actor(index, crashes.get(index)) for index in range(count)]
-        results: list[Any] = [None] * count
-
-        def host(actor: _Actor) -> None:
-            try:
-                results[actor.index] = target(actor.index)
-            except Crash:
-                results[actor.index] = Crash
-            except BaseException as error:
-                results[actor.index] = error
-            self._live = [other for other in self._live if other is not actor]
-
-        here = _here()
-        for actor in actors:
-            actor.coroutine = _coroutine(functools.partial(host, actor), here)
-        self._live, self._end = list(actors), self._time + _LONGEST_SECONDS
-        while self._live:  # here again whenever a host has ended
-            self._actor = self._next()
-            self._actor.coroutine.switch()
-            self._actor = None
-        return results, [actor.changes for actor in actors]
-
-
-class _Board:
-    """The registers of one job."""
-
-    def __init__(self, scheduler: _Scheduler, index: int, count: int, values: dict[str, str]):
-        self.index, self.count = index, count
-        self._scheduler, self._values = scheduler, values
-
-    def set(self, key: str, value: str) -> bool:
-        self._scheduler.step(f"tells {key}")
-        if key in self._values:
-            return False
-        self._values[key] = value
-        return True
-
-    def wait(self, key: str, seconds: float) -> str | None:
-        if key not in self._values:
-            self._scheduler.wait(lambda: key in self._values, seconds)
-        return self._values.get(key)
-
-    def read(self, prefix: str) -> dict[str, str]:
-        return {key: value for key, value in self._values.items() if key.startswith(prefix)}
-
-    def clear(self, prefix: str) -> None:
-        for key in [key for key in self._values if key.startswith(prefix)]:
-            del self._values[key]
-
-
-# What they do
+# What hosts do
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +85,8 @@ class _Plan:
 
     Attributes:
         steps: (step, replace) in order.
-        crashes: host -> before which of its changes it dies.
+        crashes: host -> before which of its changes it dies. What a host tells is a change, too.
+        lost: host -> after which of its changes, of a bucket, it does not hear that they were done.
         power: whether the machine's power goes after the job: what was not synced is lost.
     """
 
@@ -293,7 +94,19 @@ class _Plan:
     steps: Sequence[tuple[int, bool]]
     keep: int | None = None
     crashes: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[int, Container[int]] = field(default_factory=dict)
     power: bool = False
+
+    def __str__(self) -> str:
+        saves = [f"step {step}{' again' if replace else ''}" for step, replace in self.steps]
+        kept = "every step" if self.keep is None else f"the newest {self.keep}"
+        told = [
+            f"{self.hosts} {'host' if self.hosts == 1 else 'hosts'}",
+            f"restores, saves {' and '.join(saves)}, keeps {kept}",
+        ]
+        told += [f"host {h} dies before its change {n}" for h, n in sorted(self.crashes.items())]
+        told += [f"some replies to host {h} are lost" for h in sorted(self.lost)]
+        return "; ".join([*told, *(["the power goes at the end"] if self.power else [])])
 
 
 def _content(job: int, step: int, host: int) -> bytes:
@@ -303,11 +116,11 @@ def _content(job: int, step: int, host: int) -> bytes:
 class _World:
     def __init__(self, name: str, in_bucket: bool, choose: Callable[[int], int]) -> None:
         self.name = name
-        self.scheduler = _Scheduler(choose)
+        self.scheduler = Scheduler(choose)
         self.files: Any = MemoryBucket() if in_bucket else MemoryStore()
         for key, data in _FOREIGN.items():
             self.files.files[key] = data
-        self.store: Any = stepped(self.files, self.scheduler.step)
+        self.store: Any = stepped(self.files, self.scheduler.step, self.scheduler.reply_is_lost)
         self.jobs = 0
         # As it was found after the last job; nothing changes the files between two jobs.
         self.found: Sequence[Candidate] = ()
@@ -317,18 +130,18 @@ class _World:
         """Runs one job and checks the invariants. Returns how many changes each host made."""
         job, values = self.jobs, {}  # type: int, dict[str, str]
         self.jobs += 1
-        self.scheduler.trace.append(f"-- job {job}: {plan}")
+        self.scheduler.tell(f"-- job {job}: {plan}")
         before = self.committed
 
         def host(index: int) -> list[tuple[str, Any]]:
-            group = HostGroup(
-                _Board(self.scheduler, index, plan.hosts, values), clock=self.scheduler
-            )
+            board = SteppedBoard(self.scheduler, index, plan.hosts, values)
+            group = HostGroup(board, clock=self.scheduler, names=["simulated"] * plan.hosts)
             return self._host(group, job, plan)
 
-        results, changes = self.scheduler.run(host, plan.hosts, plan.crashes)
+        results, changes = self.scheduler.run(host, plan.hosts, plan.crashes, plan.lost)
         if plan.power:
-            self.files.lose_power()
+            emptied = self.files.lose_power()
+            self.scheduler.tell(f"the power goes; empty now: {', '.join(emptied) or 'nothing'}")
         self._check(job, plan, before, results)
         return changes
 
@@ -336,12 +149,22 @@ class _World:
         keep = None if plan.keep is None else config.latest(plan.keep)
         saver = Saver(self.store, group, self.scheduler, _OPTIONS, keep)
         told: list[tuple[str, Any]] = []
+
+        def ended(what: str, how: Any) -> None:
+            told.append((what, how))
+            failed = f", but: {type(how).__name__}: {how}" if isinstance(how, Exception) else ""
+            self.scheduler.tell(f"has ended to {what}{failed}")
+
         restorer = Restorer(self.store, group, _OPTIONS, self.scheduler, seen=saver.learn)
         try:
             found = restorer.restore(None, self._load, Phases("restore", group.index))
         except CheckpointError as error:
-            return [("restore", error)]
-        told.append(("restore", None if found is None else found[0]))
+            ended("restore", error)
+            return told
+        what = (
+            "restore: nothing" if found is None else "restore step {}, of job {}".format(*found[0])
+        )
+        ended(what, None if found is None else found[0])
         for step, replace in plan.steps:
             mine = _content(job, step, group.index)
             shard = f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json"
@@ -360,9 +183,9 @@ class _World:
                 phases = Phases("save", group.index)
                 saver.begin(step, captured, phases, replace=replace).finish()
             except CheckpointError as error:
-                told.append(("save", error))
+                ended(f"save step {step}", error)
             else:
-                told.append(("save", step))
+                ended(f"save step {step}", step)
         return told
 
     def _load(self, candidate: Candidate) -> Callable[[], tuple[int, int]]:
@@ -412,6 +235,8 @@ class _World:
                 self._breach(f"host {index}: {type(result).__name__}: {result}")
         lived = [result for result in results if result is not Crash]
         self.committed = after = self._committed()
+        steps = [f"step {step} of job {of}" for step, of in sorted(after.items())]
+        self.scheduler.tell(f"committed: {', '.join(steps) or 'nothing'}")
         restored = {str(r[0][1]) for r in lived if not isinstance(r[0][1], Exception)}
         if len(restored) > 1:
             self._breach(f"hosts restored different steps: {restored}")
@@ -461,8 +286,22 @@ class _World:
             self._breach(f"left over: {sorted(tops - known)}")
 
     def _breach(self, what: str) -> NoReturn:
-        told = "\n".join(f"  {number}. {line}" for number, line in enumerate(self.scheduler.trace))
-        raise BreachError(f"{self.name}: {what}\n{told}")
+        raise BreachError(f"{self.told()}\n{self.name} breaks a promise: {what}")
+
+    def told(self) -> str:
+        """Returns what has happened, for a reader who has not seen such a world before."""
+        lines = [
+            f"{self.name}: {self.files.told}",
+            f"It holds {' and '.join(_FOREIGN)} of others from the start.",
+            "Host 0 is the primary. Who dies does so before a change: what writes, deletes, renames"
+            " or copies, or tells the others something; they are counted from 0.",
+            "An agreement is an exchange of the hosts, or a save. `children` lists a directory,"
+            " `list` all below it; `write` is what TensorStore writes, and does not sync.",
+            "The seconds are virtual: they go by only while every host waits.",
+        ]
+        for when, line in self.scheduler.trace:
+            lines += ["", line[3:]] if line.startswith("-- ") else [f"{when:8.2f} s  {line}"]
+        return "\n".join(lines)
 
     @property
     def explored(self) -> Explored:
@@ -487,6 +326,7 @@ def _seeded(seed: int) -> Iterator[None]:
                 secrets, "token_hex", lambda n=16: f"{chance.getrandbits(8 * n):0{2 * n}x}"
             ),
             mock.patch.object(save, "writer_identity", return_value=writer),
+            mock.patch.object(telemetry, "time", _NO_TIME),
         ):
             yield
     finally:
@@ -499,9 +339,11 @@ def run_world(seed: int, *, show: bool = False) -> Explored:
     Raises:
         BreachError: an invariant does not hold in it.
     """
-    chance = random.Random(seed)
+    chance, luck = random.Random(seed), random.Random(f"replies {seed}")
     with _seeded(seed):
-        world = _World(f"seed {seed}", chance.random() < 0.5, chance.randrange)
+        in_bucket = chance.random() < 0.5
+        world = _World(f"seed {seed}", in_bucket, chance.randrange)
+        share = luck.choice([0.0, 0.02, 0.1]) if in_bucket else 0.0
         step = 0
         for _ in range(chance.randint(1, 2)):
             hosts = chance.choice([1, 2, 2, 3, 4])
@@ -513,12 +355,22 @@ def run_world(seed: int, *, show: bool = False) -> Explored:
             dying = chance.sample(range(hosts), chance.randint(0, hosts))
             crashes = {host: chance.randint(0, 25 * len(steps)) for host in dying}
             keep = chance.choice([None, None, 1, 2])
-            world.run(_Plan(hosts, steps, keep, crashes, power=chance.random() < 0.3))
+            lost = _lost_replies(luck, share, hosts, 100 * len(steps)) if share else {}
+            world.run(_Plan(hosts, steps, keep, crashes, lost, power=chance.random() < 0.3))
             step = max([step, *world.committed])
         world.finish()
     if show:
-        print("\n".join(world.scheduler.trace))
+        print(world.told())
     return world.explored
+
+
+def _lost_replies(
+    luck: random.Random, share: float, hosts: int, changes: int
+) -> dict[int, Container[int]]:
+    return {
+        host: {change for change in range(changes) if luck.random() < share}
+        for host in range(hosts)
+    }
 
 
 def explore(seeds: Iterable[int]) -> Explored:
@@ -543,8 +395,9 @@ def _crash_cases(hosts: int, changes: Sequence[int], most: int) -> Iterator[dict
 def exhaust(
     hosts: int, in_bucket: bool, *, again: bool = False, most: int = 2, every: int = 1
 ) -> Explored:
-    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die: they
-    save step 2 (or step 1 again), and keep one step.
+    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, and
+    once for each reply of a bucket that can be lost: they save step 2 (or step 1 again), and keep
+    one step.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
@@ -552,25 +405,35 @@ def exhaust(
     kind = "bucket" if in_bucket else "file system"
     plan = _Plan(hosts, [(1 if again else 2, again)], None if again else 1)
 
-    def world(crashes: Mapping[int, int]) -> tuple[_World, list[int]]:
+    def world(
+        crashes: Mapping[int, int], lost: Mapping[int, Container[int]]
+    ) -> tuple[_World, list[int]]:
         with _seeded(0):
             turns = itertools.count()
             one = _World(
-                f"{hosts} hosts, {kind}, again={again}, crashes {dict(crashes)}",
+                f"{hosts} hosts, {kind}, again={again}, crashes {dict(crashes)}, lost {dict(lost)}",
                 in_bucket,
                 lambda able: next(turns) % able,
             )
             one.run(_Plan(hosts, [(1, False)]))
             changes = one.run(
-                _Plan(plan.hosts, plan.steps, plan.keep, crashes, power=bool(crashes))
+                _Plan(plan.hosts, plan.steps, plan.keep, crashes, lost, power=bool(crashes))
             )
             one.finish()
         return one, changes
 
-    _, changes = world({})
+    _, changes = world({}, {})
+    cases: Iterator[tuple[Mapping[int, int], Mapping[int, Container[int]]]] = itertools.chain(
+        ((crashes, {}) for crashes in _crash_cases(hosts, changes, most)),
+        (
+            ({}, {host: {place}})
+            for host in range(hosts if in_bucket else 0)
+            for place in range(changes[host])
+        ),
+    )
     total = Explored()
-    for crashes in itertools.islice(_crash_cases(hosts, changes, most), 0, None, every):
-        total.add(world(crashes)[0].explored)
+    for crashes, lost in itertools.islice(cases, 0, None, every):
+        total.add(world(crashes, lost)[0].explored)
     return total
 
 
@@ -589,7 +452,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=0, help="how many random worlds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--exhaust", action="store_true", help="every crash and pair of crashes")
+    parser.add_argument(
+        "--exhaust", action="store_true", help="every crash, pair of crashes and lost reply"
+    )
     parser.add_argument("--seed", type=int, help="run this world alone")
     parser.add_argument("--show", action="store_true", help="tell what happens in it")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())

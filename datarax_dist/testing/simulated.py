@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from datarax_dist import format as fmt
 from datarax_dist.errors import StorageError
@@ -26,6 +26,9 @@ __all__ = [
     "SimulatedHosts",
     "stepped",
 ]
+
+
+_Result = TypeVar("_Result")
 
 
 class FakeClock:
@@ -99,11 +102,13 @@ class _MemoryFiles:
         """Crashes at the operation after so many more; None heals."""
         self._left = operations
 
-    def lose_power(self) -> None:
-        """Empties every file that was written and not synced."""
-        for key in self._volatile:
+    def lose_power(self) -> Sequence[str]:
+        """Empties every file that was written and not synced; returns which."""
+        emptied = sorted(self._volatile)
+        for key in emptied:
             self.files[key] = b""
         self._volatile.clear()
+        return emptied
 
     def write(self, key: str, data: bytes) -> None:
         """Writes as a library would that does not sync: TensorStore, say."""
@@ -132,11 +137,15 @@ class _MemoryFiles:
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if key in self.files:
-                return self.files[key] == data
+                return self.holds(key, data)
             self._change()
             self.files[key] = data
             self.log.append(("create", key))
             return True
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Reads back what could not be written, as a store does whose reply may have been lost."""
+        return self.files.get(key) == data
 
     def children(self, prefix: str) -> list[str]:
         start = f"{prefix}/" if prefix else ""
@@ -181,6 +190,8 @@ class _MemoryFiles:
 class MemoryStore(_MemoryFiles):
     """A file system in memory: `_MemoryFiles` whose directories can be renamed."""
 
+    told = "a file system; what is not synced is empty when the power has gone"
+
     def rename(self, source: str, destination: str) -> None:
         with self._lock:
             if self.children(destination):
@@ -215,6 +226,7 @@ class MemoryBucket(_MemoryFiles):
     condition. What is written is durable at once.
     """
 
+    told = "a bucket; what it holds is durable, and nothing can be renamed"
     root = "gs://memory"
     digest_kind = "md5"
 
@@ -222,8 +234,9 @@ class MemoryBucket(_MemoryFiles):
         super().__init__()
         self.files = self._written = _Written()
 
-    def lose_power(self) -> None:
+    def lose_power(self) -> Sequence[str]:
         self._volatile.clear()
+        return ()
 
     def _entry(self, key: str, data: bytes) -> Entry:
         return _listed(key, data, self._written.generations[key])
@@ -239,8 +252,8 @@ class MemoryBucket(_MemoryFiles):
 
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
         with self._lock:
-            if self.files.get(key) not in (expected, data):
-                return False
+            if self.files.get(key) != expected:
+                return self.holds(key, data)
             self._change()
             self.files[key] = data
             self.log.append(("replace", key))
@@ -268,7 +281,7 @@ class _Stepped:
         self.root, self.digest_kind = files.root, files.digest_kind
 
     def _do(self, method: str, key: str, *arguments: Any, changes: bool = True) -> Any:
-        self._step(f"{method}: {key}", changes)
+        self._step(f"{method}: {key or 'the root'}", changes)
         return getattr(self._files, method)(key, *arguments)
 
     def get(self, key: str) -> bytes:
@@ -305,29 +318,70 @@ class _Stepped:
 
 class _SteppedFiles(_Stepped):
     def rename(self, source: str, destination: str) -> None:
-        self._do("rename", source, destination)
+        self._step(f"rename: {source} to {destination}", True)
+        self._files.rename(source, destination)
 
 
 class _SteppedBucket(_Stepped):
+    """Where a reply is lost, the request was done, and is made again as `BucketStore` makes it:
+    with the condition that it had. Others may act in between.
+    """
+
+    def __init__(
+        self, files: MemoryBucket, step: Callable[[str, bool], None], is_lost: Callable[[], bool]
+    ) -> None:
+        super().__init__(files, step)
+        self._is_lost = is_lost
+
+    def _change(self, what: str, request: Callable[[], _Result], again: Any = None) -> _Result:
+        self._step(what, True)
+        result = request()
+        while self._is_lost():
+            self._step(f"{what}, once more, as no reply came", True)
+            result = (again or request)()
+        return result
+
+    def _do(self, method: str, key: str, *arguments: Any, changes: bool = True) -> Any:
+        if not changes:
+            return super()._do(method, key, *arguments, changes=False)
+        request = functools.partial(getattr(self._files, method), key, *arguments)
+        return self._change(f"{method}: {key}", request)
+
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
-        return self._do("replace", key, expected, data)
+        # Once done, it is refused: what it was to replace, by its generation, is gone.
+        return self._change(
+            f"replace: {key}",
+            lambda: self._files.replace(key, expected, data),
+            lambda: self._files.holds(key, data),
+        )
 
     def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
         for name in names:
-            self._step(f"copy: {source}/{name} to {destination}", True)
-            self._files.copy(source, destination, [name])
+            self._change(
+                f"copy: {source}/{name} to {destination}",
+                functools.partial(self._files.copy, source, destination, [name]),
+            )
 
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            self._step(f"delete: {entry.key}", True)
-            self._files.delete_listed([entry])
+            self._change(
+                f"delete: {entry.key}", functools.partial(self._files.delete_listed, [entry])
+            )
 
 
-def stepped(files: MemoryStore | MemoryBucket, step: Callable[[str, bool], None]) -> Any:
+def stepped(
+    files: MemoryStore | MemoryBucket,
+    step: Callable[[str, bool], None],
+    is_lost: Callable[[], bool] = lambda: False,
+) -> Any:
     """Returns a store over `files` of which each operation is a step of its own: `step(what,
-    changes)` is called before it, and may raise, wait, or let others act.
+    changes)` is called before it, and may raise, wait, or let others act. In a bucket `is_lost()`
+    is asked after each change; where it says so, its reply is lost, and the change is asked for
+    again.
     """
-    return (_SteppedBucket if isinstance(files, MemoryBucket) else _SteppedFiles)(files, step)
+    if isinstance(files, MemoryBucket):
+        return _SteppedBucket(files, step, is_lost)
+    return _SteppedFiles(files, step)
 
 
 class MemoryArrays:
