@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from datarax_dist import publish, retention
+from datarax_dist.errors import StorageError
 from datarax_dist.testing import MemoryBucket, MemoryStore, explorer, turns
 
 kinds = pytest.mark.parametrize("in_bucket", [False, True], ids=["file system", "bucket"])
@@ -108,6 +109,15 @@ def test_a_marker_that_is_made_before_the_copies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(MemoryBucket, "copy", early)
     with pytest.raises(explorer.BreachError):
         explorer.exhaust(2, True, most=1)
+
+
+def test_a_restore_that_fails_though_nobody_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise StorageError("it cannot be read")
+
+    monkeypatch.setattr(explorer.Restorer, "restore", fail)
+    with pytest.raises(explorer.BreachError, match="nothing was restored"):
+        explorer.run_world(3)
 
 
 @pytest.mark.parametrize("operation", ["create", "replace"])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import faulthandler
 import itertools
 import json
 import logging
@@ -49,6 +50,7 @@ _OPTIONS = config.Options(
     exchange_timeout_seconds=30, save_timeout_seconds=60, restore_timeout_seconds=60
 )
 _NO_TIME = types.SimpleNamespace(monotonic=lambda: 0.0)
+_PART_SECONDS = 1800.0  # of the machine, for one piece of work; a few are enough
 _FOREIGN = {"tensorboard/events": b"not ours", "3.orbax-checkpoint-tmp/x": b"nor this"}
 
 
@@ -153,7 +155,7 @@ class _World:
         def ended(what: str, how: Any) -> None:
             told.append((what, how))
             failed = f", but: {type(how).__name__}: {how}" if isinstance(how, Exception) else ""
-            self.scheduler.tell(f"has ended to {what}{failed}")
+            self.scheduler.tell(f"is done: {what}{failed}")
 
         restorer = Restorer(self.store, group, _OPTIONS, self.scheduler, seen=saver.learn)
         try:
@@ -161,10 +163,10 @@ class _World:
         except CheckpointError as error:
             ended("restore", error)
             return told
-        what = (
-            "restore: nothing" if found is None else "restore step {}, of job {}".format(*found[0])
-        )
-        ended(what, None if found is None else found[0])
+        if found is None:
+            ended("restore (nothing there)", None)
+        else:
+            ended(f"restore step {found[0][0]} of job {found[0][1]}", found[0])
         for step, replace in plan.steps:
             mine = _content(job, step, group.index)
             shard = f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json"
@@ -234,12 +236,16 @@ class _World:
             if isinstance(result, BaseException):
                 self._breach(f"host {index}: {type(result).__name__}: {result}")
         lived = [result for result in results if result is not Crash]
+        nobody_died = len(lived) == len(results)
         self.committed = after = self._committed()
         steps = [f"step {step} of job {of}" for step, of in sorted(after.items())]
         self.scheduler.tell(f"committed: {', '.join(steps) or 'nothing'}")
         restored = {str(r[0][1]) for r in lived if not isinstance(r[0][1], Exception)}
         if len(restored) > 1:
             self._breach(f"hosts restored different steps: {restored}")
+        failed = [r[0][1] for r in lived if isinstance(r[0][1], Exception)]
+        if failed and nobody_died:
+            self._breach(f"nothing was restored though nobody died: {failed[0]}")
         newest = max(before, default=None)
         wanted = None if newest is None else (newest, before[newest])
         if restored and restored != {str(wanted)}:
@@ -252,7 +258,7 @@ class _World:
                 self._breach(f"hosts do not agree on step {step}: {ends}")
             if good == {True}:
                 saved.add(step)
-            elif not plan.crashes and ends:
+            elif nobody_died and ends:
                 self._breach(f"step {step} was not saved though nobody died: {ends[0]}")
         tried = {step for step, _ in plan.steps}
         keep = plan.keep if plan.keep is not None else 10**9
@@ -293,8 +299,8 @@ class _World:
         lines = [
             f"{self.name}: {self.files.told}",
             f"It holds {' and '.join(_FOREIGN)} of others from the start.",
-            "Host 0 is the primary. Who dies does so before a change: what writes, deletes, renames"
-            " or copies, or tells the others something; they are counted from 0.",
+            "Host 0 is the primary. Who dies does so before a change, if it comes so far: what"
+            " writes, deletes, renames or copies, or tells the others something; counted from 0.",
             "An agreement is an exchange of the hosts, or a save. `children` lists a directory,"
             " `list` all below it; `write` is what TensorStore writes, and does not sync.",
             "The seconds are virtual: they go by only while every host waits.",
@@ -367,10 +373,8 @@ def run_world(seed: int, *, show: bool = False) -> Explored:
 def _lost_replies(
     luck: random.Random, share: float, hosts: int, changes: int
 ) -> dict[int, Container[int]]:
-    return {
-        host: {change for change in range(changes) if luck.random() < share}
-        for host in range(hosts)
-    }
+    lost = {host: [n for n in range(changes) if luck.random() < share] for host in range(hosts)}
+    return {host: numbers for host, numbers in lost.items() if numbers}
 
 
 def explore(seeds: Iterable[int]) -> Explored:
@@ -442,6 +446,8 @@ def exhaust(
 
 def _part(work: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Explored:
     name, arguments, more = work
+    # Whoever blocks in earnest, on a lock, does not wait in virtual time.
+    faulthandler.dump_traceback_later(_PART_SECONDS, exit=True)
     return explore(*arguments) if name == "explore" else exhaust(*arguments, **more)
 
 
