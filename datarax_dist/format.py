@@ -292,11 +292,14 @@ def crc_text(crc: int) -> str:
     return f"{crc:08x}"
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def dumps(value: Any) -> bytes:
     """Returns canonical JSON. Non-finite floats are written as JavaScript writes them; a codec tags
     them before.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def seal(body: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,8 @@
 A directory that goes is first renamed (where the store can), so that it is out of sight at once and
 a writer that still believes in it fails, rather than commits half of it. Then its marker is
 deleted, then the content, and last the claim `STEP.json`, so that what is left is known as ours and
-anyone can finish. Nothing that does not carry a claim of this run is ever touched. A step goes into
+anyone can finish. Nothing that does not carry a claim of this run is ever touched, but for a
+staging directory without one that holds nothing but what saves write. A step goes into
 a directory that was made for it. Who takes the run over gives such directories other names: then a
 writer that has lost the run, and does not know it yet, cannot move the step any more (`fence`).
 
@@ -343,7 +344,12 @@ def _leftover(
         # Made a moment ago, maybe, by a save that goes on; or all deleted.
         return Leftover(name, step, role == "deleting")
     claim = read_claim(store, name)
-    if run is None or (claim.run if claim else _run_of(store, name)) != run:
+    if run is None:
+        return None
+    unclaimed = claim is None and role in ("staging", "deleting")
+    if unclaimed and ended is not None and _is_rest([n for n in names if n != f"{own}/"]):
+        return Leftover(name, step, False)
+    if (claim.run if claim else _run_of(store, name)) != run:
         return None
     if role == "replaced" and not renames:
         # Of the save that has committed; any other may be under way.
@@ -358,6 +364,16 @@ def _leftover(
         if now is None or now - claim.created_at <= _VOID_SECONDS:
             return None
     return Leftover(name, step, abandoned, claim)
+
+
+def _is_rest(names: Sequence[str]) -> bool:
+    """Whether a directory without a claim holds nothing but what a save writes. Hosts of a job that
+    has lost the run make one, when they go on after their staging directory was removed.
+    """
+    written = {"state/", "data/", "metadata/", "hosts/", fmt.TREE_NAME, fmt.COMMIT_NAME}
+    written |= {fmt.ORBAX_COMMIT_NAME, "_CHECKPOINT_METADATA"}
+    temporary = [name for name in names if name.startswith(".") and name.endswith(".tmp")]
+    return written.issuperset(set(names) - set(temporary))
 
 
 def _run_of(store: Store, name: str) -> str | None:

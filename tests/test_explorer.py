@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from datarax_dist import publish, retention
-from datarax_dist.testing import MemoryBucket, MemoryStore, explorer
+from datarax_dist.errors import StorageError
+from datarax_dist.testing import MemoryBucket, MemoryStore, explorer, turns
 
 kinds = pytest.mark.parametrize("in_bucket", [False, True], ids=["file system", "bucket"])
 again = pytest.mark.parametrize("again", [False, True], ids=["new step", "saved again"])
@@ -35,7 +36,9 @@ def test_two_hosts_may_die_at_different_places(in_bucket: bool, again: bool) -> 
     assert explorer.exhaust(3, in_bucket, again=again, every=23).worlds > 40
 
 
-def test_a_world_is_the_same_each_time() -> None:
+def test_a_world_is_the_same_each_time_on_greenlets_and_on_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     traces = []
     for _ in range(2):
         with explorer._seeded(5):
@@ -43,8 +46,26 @@ def test_a_world_is_the_same_each_time() -> None:
             world.run(explorer._Plan(3, [(1, False), (2, False)], 1, {1: 9, 2: 30}))
             world.finish()
         traces.append(world.scheduler.trace)
+        monkeypatch.setattr(turns, "_coroutine", turns._Thread)
+        monkeypatch.setattr(turns, "_here", turns._thread_here)
     assert traces[0] == traces[1]
-    assert any("DIES" in line for line in traces[0])
+    assert any("DIES" in line for _, line in traces[0])
+
+
+@pytest.mark.parametrize("with_threads", [False, True])
+def test_hosts_that_wait_for_ever_are_a_breach(
+    monkeypatch: pytest.MonkeyPatch, with_threads: bool
+) -> None:
+    def for_ever(restorer: Any, *_: Any) -> None:
+        while True:
+            restorer._clock.sleep(60)
+
+    monkeypatch.setattr(explorer.Restorer, "restore", for_ever)
+    if with_threads:
+        monkeypatch.setattr(turns, "_coroutine", turns._Thread)
+        monkeypatch.setattr(turns, "_here", turns._thread_here)
+    with pytest.raises(explorer.BreachError, match="does not come to an end"):
+        explorer.explore([3])
 
 
 def test_nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +111,40 @@ def test_a_marker_that_is_made_before_the_copies(monkeypatch: pytest.MonkeyPatch
         explorer.exhaust(2, True, most=1)
 
 
+def test_a_restore_that_fails_though_nobody_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise StorageError("it cannot be read")
+
+    monkeypatch.setattr(explorer.Restorer, "restore", fail)
+    with pytest.raises(explorer.BreachError, match="nothing was restored"):
+        explorer.run_world(3)
+
+
+@pytest.mark.parametrize("operation", ["create", "replace"])
+def test_a_lost_reply_that_is_not_read_back(
+    monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Who makes a marker, and does not hear that it is made, must not take it for another's."""
+    monkeypatch.setattr(MemoryBucket, "holds", lambda *_: False)
+    with pytest.raises(explorer.BreachError, match="not saved though nobody died"):
+        explorer.exhaust(2, True, again=operation == "replace", most=0)
+
+
+def test_random_worlds_lose_replies_of_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryBucket, "holds", lambda *_: False)
+    with pytest.raises(explorer.BreachError, match="no reply came"):
+        explorer.explore(range(100))
+
+
 def test_a_breach_is_told_with_its_world_and_what_happened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(explorer._World, "_committed", lambda world: {1: 7})
     assert explorer.main(["--seed", "3"]) == 1
-    told = capsys.readouterr().err
-    assert "seed 3:" in told
-    assert "-- job 0" in told and "host 0" in told
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[0].startswith("seed 3: a bucket")
+    assert any(
+        line.startswith("job 0: 2 hosts; restores, saves step 1 and step 2,") for line in told
+    )
+    assert any("host 0  create: 1/COMMIT.json" in line for line in told)
+    assert told[-1] == "seed 3 breaks a promise: step 1 is 7 and not one of {0}"

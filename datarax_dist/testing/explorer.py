@@ -1,12 +1,13 @@
 """The crash explorer: the real protocol code on simulated hosts, of which one moves at a time.
 
 A *world* is a run in memory (a file system or a bucket) on which jobs of several hosts follow each
-other: each restores, saves a few steps, and may lose hosts at any of their operations. A seed
-decides everything: who moves next, who dies where, what is saved. After each job the invariants are
+other: each restores, saves a few steps, and may lose hosts at any of their operations. In a bucket
+replies can be lost, too: what was asked for is done, and is asked for again. A seed decides
+everything: who moves next, who dies where, what is saved. After each job the invariants are
 checked; a seed that breaks one prints what happened, in order, and does the same again.
 
     python -m datarax_dist.testing.explorer --seeds 20000      # random worlds
-    python -m datarax_dist.testing.explorer --exhaust          # every crash, every pair of crashes
+    python -m datarax_dist.testing.explorer --exhaust          # every crash, pair, lost reply
     python -m datarax_dist.testing.explorer --seed 17 --show   # one world, told
 
     >>> explore(range(3)).worlds
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import faulthandler
 import itertools
 import json
 import logging
@@ -25,33 +27,35 @@ import multiprocessing
 import random
 import secrets
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
-from datarax_dist import config
-from datarax_dist.beacons import Silence
+from datarax_dist import config, save, telemetry
 from datarax_dist.errors import CheckpointError, CorruptStepError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
+from datarax_dist.lease import Lease
 from datarax_dist.restore import Restorer
 from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore, stepped
+from datarax_dist.testing.turns import Crash, Scheduler, SteppedBoard
 
-__all__ = ["BreachError", "Crash", "Explored", "exhaust", "explore", "run_world"]
+__all__ = ["BreachError", "Explored", "exhaust", "explore", "run_world"]
 
 _OPTIONS = config.Options(
-    exchange_timeout_seconds=30, save_timeout_seconds=60, restore_timeout_seconds=60
+    exchange_timeout_seconds=30,
+    save_timeout_seconds=60,
+    restore_timeout_seconds=60,
+    lease_ttl_seconds=2,
 )
+_NO_TIME = types.SimpleNamespace(monotonic=lambda: 0.0)
+_PART_SECONDS = 1800.0  # of the machine, for one piece of work; a few are enough
 _FOREIGN = {"tensorboard/events": b"not ours", "3.orbax-checkpoint-tmp/x": b"nor this"}
-
-
-class Crash(BaseException):
-    """The host's process is gone."""
 
 
 class BreachError(AssertionError):
@@ -78,167 +82,7 @@ class Explored:
         self.operations += other.operations
 
 
-# Who moves
-
-
-@dataclass(slots=True, eq=False)
-class _Actor:
-    """A host: a thread that runs only when it has the turn."""
-
-    index: int
-    crash_at: int | None = None
-    turn: threading.Lock = field(default_factory=threading.Lock)  # held while it may not move
-    changes: int = 0
-    is_dead: bool = False
-    is_done: bool = False
-    until: Callable[[], bool] | None = None
-    deadline: float = 0.0
-
-
-class _Scheduler:
-    """Threads of which one runs at a time. Also their clock, which moves when all of them wait."""
-
-    def __init__(self, choose: Callable[[int], int]) -> None:
-        self._choose = choose
-        self._time = 1_700_000_000.0
-        self._actors: list[_Actor] = []
-        self._mine = threading.local()
-        self._ended = threading.Event()
-        self.trace: list[str] = []
-        self.operations = 0
-        self.crashes = 0
-
-    # A clock
-
-    def monotonic(self) -> float:
-        return self._time
-
-    def now(self) -> float:
-        return self._time
-
-    def sleep(self, seconds: float) -> None:
-        self.wait(lambda: False, seconds)
-
-    # What hosts call
-
-    def step(self, what: str, changes: bool = True) -> None:
-        """Another host may move, or this one may die, before it does `what`."""
-        actor: _Actor | None = getattr(self._mine, "actor", None)
-        if actor is None:
-            return  # who looks at the world from outside
-        if actor.is_dead:
-            raise Crash
-        self.operations += 1
-        if changes:
-            if actor.crash_at == actor.changes:
-                actor.is_dead = True
-                self.crashes += 1
-                self.trace.append(f"host {actor.index} DIES before {what}")
-                raise Crash
-            actor.changes += 1
-        self._pass(actor)
-        self.trace.append(f"host {actor.index} {what}")
-
-    def wait(self, until: Callable[[], bool], seconds: float) -> None:
-        """Lets the others move until something holds, or some seconds have gone by."""
-        actor: _Actor = self._mine.actor
-        if actor.is_dead:
-            raise Crash
-        actor.until, actor.deadline = until, self._time + seconds
-        self._pass(actor)
-        actor.until = None
-
-    def _pass(self, actor: _Actor) -> None:
-        chosen = self._next()
-        if chosen is actor:
-            return
-        if chosen is not None:
-            chosen.turn.release()
-        actor.turn.acquire()
-
-    def _next(self) -> _Actor | None:
-        live = [actor for actor in self._actors if not actor.is_done]
-        if not live:
-            return None
-        while True:
-            able = [a for a in live if a.until is None or a.deadline <= self._time or a.until()]
-            if able:
-                return able[self._choose(len(able))]
-            self._time = min(actor.deadline for actor in live)
-
-    def dead(self) -> dict[int, Silence]:
-        return {actor.index: Silence(10.0) for actor in self._actors if actor.is_dead}
-
-    def run(
-        self, target: Callable[[int], Any], count: int, crashes: Mapping[int, int]
-    ) -> tuple[list[Any], list[int]]:
-        """Runs `target(index)` on each host; returns what each returned or raised, and how many
-        changes each made.
-        """
-        self._actors = [_Actor(index, crashes.get(index)) for index in range(count)]
-        for actor in self._actors:
-            actor.turn.acquire()
-        results: list[Any] = [None] * count
-        self._ended.clear()
-
-        def host(actor: _Actor) -> None:
-            self._mine.actor = actor
-            actor.turn.acquire()
-            try:
-                results[actor.index] = target(actor.index)
-            except Crash:
-                results[actor.index] = Crash
-            except BaseException as error:
-                results[actor.index] = error
-            actor.is_done = True
-            if (chosen := self._next()) is not None:
-                chosen.turn.release()
-            else:
-                self._ended.set()
-
-        threads = [threading.Thread(target=host, args=(a,), daemon=True) for a in self._actors]
-        for thread in threads:
-            thread.start()
-        first = self._next()
-        assert first is not None
-        first.turn.release()
-        if not self._ended.wait(60):
-            raise BreachError("a host does not come to an end\n" + "\n".join(self.trace[-40:]))
-        return results, [actor.changes for actor in self._actors]
-
-
-class _Board:
-    """The registers of one job."""
-
-    def __init__(self, scheduler: _Scheduler, index: int, count: int, values: dict[str, str]):
-        self.index, self.count = index, count
-        self._scheduler, self._values = scheduler, values
-
-    def set(self, key: str, value: str) -> bool:
-        self._scheduler.step(f"tells {key}")
-        if key in self._values:
-            return False
-        self._values[key] = value
-        return True
-
-    def wait(self, key: str, seconds: float) -> str | None:
-        if key not in self._values:
-            self._scheduler.wait(lambda: key in self._values, seconds)
-        return self._values.get(key)
-
-    def read(self, prefix: str) -> dict[str, str]:
-        return {key: value for key, value in self._values.items() if key.startswith(prefix)}
-
-    def clear(self, prefix: str) -> None:
-        for key in [key for key in self._values if key.startswith(prefix)]:
-            del self._values[key]
-
-    def silent(self) -> Mapping[int, Silence]:
-        """Returns the hosts of the job that are dead: sooner than any real beacon tells."""
-        return self._scheduler.dead()
-
-
-# What they do
+# What hosts do
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,15 +91,33 @@ class _Plan:
 
     Attributes:
         steps: (step, replace) in order.
-        crashes: host -> before which of its changes it dies.
+        crashes: host -> before which of its changes it dies. What a host tells is a change, too.
+        lost: host -> after which of its changes, of a bucket, it does not hear that they were done.
         power: whether the machine's power goes after the job: what was not synced is lost.
+        pause: before which change of host 0 the whole job stands still, until another one has taken
+            the run and ended; and the plan of that one.
     """
 
     hosts: int
     steps: Sequence[tuple[int, bool]]
     keep: int | None = None
     crashes: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[int, Container[int]] = field(default_factory=dict)
     power: bool = False
+    pause: tuple[int, _Plan] | None = None
+
+    def __str__(self) -> str:
+        saves = [f"step {step}{' again' if replace else ''}" for step, replace in self.steps]
+        kept = "every step" if self.keep is None else f"the newest {self.keep}"
+        told = [
+            f"{self.hosts} {'host' if self.hosts == 1 else 'hosts'}",
+            f"restores, saves {' and '.join(saves)}, keeps {kept}",
+        ]
+        told += [f"host {h} dies before its change {n}" for h, n in sorted(self.crashes.items())]
+        told += [f"some replies to host {h} are lost" for h in sorted(self.lost)]
+        if self.pause is not None:
+            told.append(f"stands still before change {self.pause[0]} of host 0, for another job")
+        return "; ".join([*told, *(["the power goes at the end"] if self.power else [])])
 
 
 def _content(job: int, step: int, host: int) -> bytes:
@@ -265,42 +127,80 @@ def _content(job: int, step: int, host: int) -> bytes:
 class _World:
     def __init__(self, name: str, in_bucket: bool, choose: Callable[[int], int]) -> None:
         self.name = name
-        self.scheduler = _Scheduler(choose)
+        self.scheduler = Scheduler(choose)
         self.files: Any = MemoryBucket() if in_bucket else MemoryStore()
         for key, data in _FOREIGN.items():
             self.files.files[key] = data
-        self.store: Any = stepped(self.files, self.scheduler.step)
+        self.store: Any = stepped(self.files, self.scheduler.step, self.scheduler.reply_is_lost)
         self.jobs = 0
+        # As it was found after the last job; nothing changes the files between two jobs.
+        self.found: Sequence[Candidate] = ()
+        self.committed: dict[int, int] = {}
+        self.holder: Lease  # of the job that moves
 
     def run(self, plan: _Plan) -> list[int]:
         """Runs one job and checks the invariants. Returns how many changes each host made."""
         job, values = self.jobs, {}  # type: int, dict[str, str]
         self.jobs += 1
-        self.scheduler.trace.append(f"-- job {job}: {plan}")
-        before = self._committed()
+        self.scheduler.tell(f"-- job {job}: {plan}")
+        before = self.committed
 
         def host(index: int) -> list[tuple[str, Any]]:
-            group = HostGroup(
-                _Board(self.scheduler, index, plan.hosts, values), clock=self.scheduler
-            )
+            board = SteppedBoard(self.scheduler, index, plan.hosts, values)
+            group = HostGroup(board, clock=self.scheduler, names=["simulated"] * plan.hosts)
             return self._host(group, job, plan)
 
-        results, changes = self.scheduler.run(host, plan.hosts, plan.crashes)
+        took_over: list[Mapping[int, int]] = []
+
+        def meanwhile(what: str) -> bool:
+            assert plan.pause is not None
+            if not self.holder.epoch:
+                return False  # a job that does not hold the run yet can take it later
+            holder = self.holder
+            self.scheduler.tell(f"stands still before this, with all hosts of its job: {what}")
+            self.committed = self._committed()
+            self.run(plan.pause[1])
+            took_over.append(self.committed)
+            self.scheduler.tell("goes on")
+            self.holder = holder
+            return True
+
+        pause = None if plan.pause is None else (plan.pause[0], meanwhile)
+        results, changes = self.scheduler.run(host, plan.hosts, plan.crashes, plan.lost, pause)
         if plan.power:
-            self.files.lose_power()
-        self._check(job, plan, before, results)
+            emptied = self.files.lose_power()
+            self.scheduler.tell(f"the power goes; empty now: {', '.join(emptied) or 'nothing'}")
+        if took_over:
+            self._check_harmless(took_over[0], results)
+        else:
+            self._check(job, plan, before, results)
         return changes
 
     def _host(self, group: HostGroup, job: int, plan: _Plan) -> list[tuple[str, Any]]:
         keep = None if plan.keep is None else config.latest(plan.keep)
-        saver = Saver(self.store, group, self.scheduler, _OPTIONS, keep)
+        lease: Lease | None = None
+        if group.is_primary:
+            ttl = _OPTIONS.lease_ttl_seconds
+            owner = {"machine": "", "pid": 0, "started": "", "name": f"job {job}"}
+            self.holder = lease = Lease(self.store, self.scheduler, ttl_seconds=ttl, owner=owner)
+        saver = Saver(self.store, group, self.scheduler, _OPTIONS, keep, lease)
         told: list[tuple[str, Any]] = []
+
+        def ended(what: str, how: Any) -> None:
+            told.append((what, how))
+            failed = f", but: {type(how).__name__}: {how}" if isinstance(how, Exception) else ""
+            self.scheduler.tell(f"is done: {what}{failed}")
+
         restorer = Restorer(self.store, group, _OPTIONS, self.scheduler, seen=saver.learn)
         try:
             found = restorer.restore(None, self._load, Phases("restore", group.index))
         except CheckpointError as error:
-            return [("restore", error)]
-        told.append(("restore", None if found is None else found[0]))
+            ended("restore", error)
+            return told
+        if found is None:
+            ended("restore (nothing there)", None)
+        else:
+            ended(f"restore step {found[0][0]} of job {found[0][1]}", found[0])
         for step, replace in plan.steps:
             mine = _content(job, step, group.index)
             shard = f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json"
@@ -319,9 +219,11 @@ class _World:
                 phases = Phases("save", group.index)
                 saver.begin(step, captured, phases, replace=replace).finish()
             except CheckpointError as error:
-                told.append(("save", error))
+                ended(f"save step {step}", error)
             else:
-                told.append(("save", step))
+                ended(f"save step {step}", step)
+        if lease is not None:
+            lease.release()
         return told
 
     def _load(self, candidate: Candidate) -> Callable[[], tuple[int, int]]:
@@ -340,7 +242,8 @@ class _World:
     def _committed(self) -> dict[int, int]:
         """Returns which job has saved each committed step, after looking at every byte."""
         found: dict[int, int] = {}
-        for candidate in inspect_run(self.files).candidates:
+        self.found = inspect_run(self.files).candidates
+        for candidate in self.found:
             if candidate.state == "damaged":
                 self._breach(f"{candidate.name} is damaged: {candidate.reason}")
             marker = candidate.marker
@@ -362,6 +265,20 @@ class _World:
                     self._breach(f"step {step} is of job {job}, and of host {host} {part!r}")
         return found
 
+    def _check_harmless(self, left: Mapping[int, int], results: Sequence[Any]) -> None:
+        """A job that has lost the run, and went on, has committed and deleted nothing."""
+        for index, result in enumerate(results):
+            if isinstance(result, BaseException):
+                self._breach(f"host {index}: {type(result).__name__}: {result}")
+        self.committed = self._committed()
+        if self.committed != left:
+            self._breach(f"the job that had lost the run has made {self.committed} of {left}")
+        lived = [result for result in results if result is not Crash]
+        for number in range(max(map(len, lived), default=0)):
+            ends = [isinstance(r[number][1], Exception) for r in lived if len(r) > number]
+            if len(set(ends)) > 1:
+                self._breach(f"hosts do not agree: {[r[number:] for r in lived]}")
+
     def _check(
         self, job: int, plan: _Plan, before: Mapping[int, int], results: Sequence[Any]
     ) -> None:
@@ -369,10 +286,16 @@ class _World:
             if isinstance(result, BaseException):
                 self._breach(f"host {index}: {type(result).__name__}: {result}")
         lived = [result for result in results if result is not Crash]
-        after = self._committed()
+        nobody_died = len(lived) == len(results)
+        self.committed = after = self._committed()
+        steps = [f"step {step} of job {of}" for step, of in sorted(after.items())]
+        self.scheduler.tell(f"committed: {', '.join(steps) or 'nothing'}")
         restored = {str(r[0][1]) for r in lived if not isinstance(r[0][1], Exception)}
         if len(restored) > 1:
             self._breach(f"hosts restored different steps: {restored}")
+        failed = [r[0][1] for r in lived if isinstance(r[0][1], Exception)]
+        if failed and nobody_died:
+            self._breach(f"nothing was restored though nobody died: {failed[0]}")
         newest = max(before, default=None)
         wanted = None if newest is None else (newest, before[newest])
         if restored and restored != {str(wanted)}:
@@ -385,7 +308,7 @@ class _World:
                 self._breach(f"hosts do not agree on step {step}: {ends}")
             if good == {True}:
                 saved.add(step)
-            elif not plan.crashes and ends:
+            elif nobody_died and ends:
                 self._breach(f"step {step} was not saved though nobody died: {ends[0]}")
         tried = {step for step, _ in plan.steps}
         keep = plan.keep if plan.keep is not None else 10**9
@@ -406,20 +329,37 @@ class _World:
 
     def finish(self) -> None:
         """A job that nothing happens to: it restores, saves, and nothing is left behind."""
-        last = max(self._committed(), default=0)
+        last = max(self.committed, default=0)
         self.run(_Plan(2, [(last + 1, False), (last + 2, False)]))
-        found = inspect_run(self.files).candidates
-        left = [c.name for c in found if c.state not in ("committed", "void", "refused")]
+        left = [c.name for c in self.found if c.state not in ("committed", "void", "refused")]
         if left:
             self._breach(f"left over: {left}")
         tops = {key.split("/")[0] for key in self.files.files}
-        known = {c.name for c in found} | {"RUN.json"} | {key.split("/")[0] for key in _FOREIGN}
+        known = (
+            {c.name for c in self.found}
+            | {"RUN.json", "lease"}
+            | {key.split("/")[0] for key in _FOREIGN}
+        )
         if tops - known:
             self._breach(f"left over: {sorted(tops - known)}")
 
-    def _breach(self, what: str) -> None:
-        told = "\n".join(f"  {number}. {line}" for number, line in enumerate(self.scheduler.trace))
-        raise BreachError(f"{self.name}: {what}\n{told}")
+    def _breach(self, what: str) -> NoReturn:
+        raise BreachError(f"{self.told()}\n{self.name} breaks a promise: {what}")
+
+    def told(self) -> str:
+        """Returns what has happened, for a reader who has not seen such a world before."""
+        lines = [
+            f"{self.name}: {self.files.told}",
+            f"It holds {' and '.join(_FOREIGN)} of others from the start.",
+            "Host 0 is the primary. Who dies does so before a change, if it comes so far: what"
+            " writes, deletes, renames or copies, or tells the others something; counted from 0.",
+            "An agreement is an exchange of the hosts, or a save. `children` lists a directory,"
+            " `list` all below it; `write` is what TensorStore writes, and does not sync.",
+            "The seconds are virtual: they go by only while every host waits.",
+        ]
+        for when, line in self.scheduler.trace:
+            lines += ["", line[3:]] if line.startswith("-- ") else [f"{when:8.2f} s  {line}"]
+        return "\n".join(lines)
 
     @property
     def explored(self) -> Explored:
@@ -431,13 +371,20 @@ class _World:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Names drawn by chance are drawn from the seed, so that a world is the same each time."""
+    """Names drawn by chance are drawn from the seed, so that a world is the same each time, on
+    every machine.
+    """
     chance = random.Random(seed)
+    writer = {"machine": "", "pid": 0, "started": "", "name": "simulated"}
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with mock.patch.object(
-            secrets, "token_hex", lambda n=16: f"{chance.getrandbits(8 * n):0{2 * n}x}"
+        with (
+            mock.patch.object(
+                secrets, "token_hex", lambda n=16: f"{chance.getrandbits(8 * n):0{2 * n}x}"
+            ),
+            mock.patch.object(save, "writer_identity", return_value=writer),
+            mock.patch.object(telemetry, "time", _NO_TIME),
         ):
             yield
     finally:
@@ -450,9 +397,12 @@ def run_world(seed: int, *, show: bool = False) -> Explored:
     Raises:
         BreachError: an invariant does not hold in it.
     """
-    chance = random.Random(seed)
+    chance, luck = random.Random(seed), random.Random(f"replies {seed}")
+    other = random.Random(f"other job {seed}")
     with _seeded(seed):
-        world = _World(f"seed {seed}", chance.random() < 0.5, chance.randrange)
+        in_bucket = chance.random() < 0.5
+        world = _World(f"seed {seed}", in_bucket, chance.randrange)
+        share = luck.choice([0.0, 0.02, 0.1]) if in_bucket else 0.0
         step = 0
         for _ in range(chance.randint(1, 2)):
             hosts = chance.choice([1, 2, 2, 3, 4])
@@ -464,12 +414,31 @@ def run_world(seed: int, *, show: bool = False) -> Explored:
             dying = chance.sample(range(hosts), chance.randint(0, hosts))
             crashes = {host: chance.randint(0, 25 * len(steps)) for host in dying}
             keep = chance.choice([None, None, 1, 2])
-            world.run(_Plan(hosts, steps, keep, crashes, power=chance.random() < 0.3))
-            step = max([step, *world._committed()])
+            lost = _lost_replies(luck, share, hosts, 100 * len(steps)) if share else {}
+            pause = _other_job(other, step) if other.random() < 0.3 else None
+            power = chance.random() < 0.3
+            world.run(_Plan(hosts, steps, keep, crashes, lost, power, pause))
+            step = max([step, *world.committed])
         world.finish()
     if show:
-        print("\n".join(world.scheduler.trace))
+        print(world.told())
     return world.explored
+
+
+def _other_job(chance: random.Random, step: int) -> tuple[int, _Plan]:
+    """Returns when a job stands still, and what the one does that takes the run meanwhile: it saves
+    what the first one is about to save, too, or something else.
+    """
+    steps = [(chance.randint(max(step - 1, 1), step + 1), True)]
+    hosts, keep = chance.choice([1, 1, 2]), chance.choice([None, 1])
+    return chance.randint(0, 60), _Plan(hosts, steps, keep)
+
+
+def _lost_replies(
+    luck: random.Random, share: float, hosts: int, changes: int
+) -> dict[int, Container[int]]:
+    lost = {host: [n for n in range(changes) if luck.random() < share] for host in range(hosts)}
+    return {host: numbers for host, numbers in lost.items() if numbers}
 
 
 def explore(seeds: Iterable[int]) -> Explored:
@@ -494,8 +463,9 @@ def _crash_cases(hosts: int, changes: Sequence[int], most: int) -> Iterator[dict
 def exhaust(
     hosts: int, in_bucket: bool, *, again: bool = False, most: int = 2, every: int = 1
 ) -> Explored:
-    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die: they
-    save step 2 (or step 1 again), and keep one step.
+    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, and
+    once for each reply of a bucket that can be lost, and once for each place at which all can stand
+    still while another job does the same: they save step 2 (or step 1 again), and keep one step.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
@@ -503,25 +473,46 @@ def exhaust(
     kind = "bucket" if in_bucket else "file system"
     plan = _Plan(hosts, [(1 if again else 2, again)], None if again else 1)
 
-    def world(crashes: Mapping[int, int]) -> tuple[_World, list[int]]:
+    def world(
+        crashes: Mapping[int, int], lost: Mapping[int, Container[int]], pause: int | None
+    ) -> tuple[_World, list[int]]:
+        told = f"crashes {dict(crashes)}, lost {dict(lost)}, pause {pause}"
         with _seeded(0):
             turns = itertools.count()
             one = _World(
-                f"{hosts} hosts, {kind}, again={again}, crashes {dict(crashes)}",
+                f"{hosts} hosts, {kind}, again={again}, {told}",
                 in_bucket,
                 lambda able: next(turns) % able,
             )
             one.run(_Plan(hosts, [(1, False)]))
+            other = _Plan(1, [(plan.steps[0][0], True)], plan.keep)
             changes = one.run(
-                _Plan(plan.hosts, plan.steps, plan.keep, crashes, power=bool(crashes))
+                _Plan(
+                    plan.hosts,
+                    plan.steps,
+                    plan.keep,
+                    crashes,
+                    lost,
+                    power=bool(crashes),
+                    pause=None if pause is None else (pause, other),
+                )
             )
             one.finish()
         return one, changes
 
-    _, changes = world({})
+    _, changes = world({}, {}, None)
+    cases: Iterator[tuple[Any, Any, Any]] = itertools.chain(
+        ((crashes, {}, None) for crashes in _crash_cases(hosts, changes, most)),
+        (
+            ({}, {host: {place}}, None)
+            for host in range(hosts if in_bucket else 0)
+            for place in range(changes[host])
+        ),
+        (({}, {}, place) for place in range(changes[0])),
+    )
     total = Explored()
-    for crashes in itertools.islice(_crash_cases(hosts, changes, most), 0, None, every):
-        total.add(world(crashes)[0].explored)
+    for case in itertools.islice(cases, 0, None, every):
+        total.add(world(*case)[0].explored)
     return total
 
 
@@ -530,6 +521,8 @@ def exhaust(
 
 def _part(work: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Explored:
     name, arguments, more = work
+    # Whoever blocks in earnest, on a lock, does not wait in virtual time.
+    faulthandler.dump_traceback_later(_PART_SECONDS, exit=True)
     return explore(*arguments) if name == "explore" else exhaust(*arguments, **more)
 
 
@@ -540,7 +533,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=0, help="how many random worlds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--exhaust", action="store_true", help="every crash and pair of crashes")
+    parser.add_argument(
+        "--exhaust", action="store_true", help="every crash, pair of crashes and lost reply"
+    )
     parser.add_argument("--seed", type=int, help="run this world alone")
     parser.add_argument("--show", action="store_true", help="tell what happens in it")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())

@@ -7,10 +7,11 @@ results = hosts.run(lambda group: group.exchange("vote", group.index, timeout_se
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from datarax_dist import format as fmt
 from datarax_dist.errors import StorageError
@@ -25,6 +26,9 @@ __all__ = [
     "SimulatedHosts",
     "stepped",
 ]
+
+
+_Result = TypeVar("_Result")
 
 
 class FakeClock:
@@ -66,6 +70,14 @@ class SimulatedHosts:
             return list(pool.map(one, self.groups))
 
 
+_digest = functools.lru_cache(1 << 12)(fmt.digest)  # of contents that are listed again and again
+
+
+@functools.lru_cache(1 << 12)
+def _listed(key: str, data: bytes, generation: int) -> Entry:
+    return Entry(key, len(data), _digest(data, "md5"), str(generation))
+
+
 class _MemoryFiles:
     """Files in memory, shared by all simulated hosts. `log` lists what was done, in order.
 
@@ -90,11 +102,13 @@ class _MemoryFiles:
         """Crashes at the operation after so many more; None heals."""
         self._left = operations
 
-    def lose_power(self) -> None:
-        """Empties every file that was written and not synced."""
-        for key in self._volatile:
+    def lose_power(self) -> Sequence[str]:
+        """Empties every file that was written and not synced; returns which."""
+        emptied = sorted(self._volatile)
+        for key in emptied:
             self.files[key] = b""
         self._volatile.clear()
+        return emptied
 
     def write(self, key: str, data: bytes) -> None:
         """Writes as a library would that does not sync: TensorStore, say."""
@@ -123,26 +137,29 @@ class _MemoryFiles:
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if key in self.files:
-                return self.files[key] == data
+                return self.holds(key, data)
             self._change()
             self.files[key] = data
             self.log.append(("create", key))
             return True
 
+    def holds(self, key: str, data: bytes) -> bool:
+        """Reads back what could not be written, as a store does whose reply may have been lost."""
+        return self.files.get(key) == data
+
     def children(self, prefix: str) -> list[str]:
         start = f"{prefix}/" if prefix else ""
         with self._lock:
-            rest = [key[len(start) :] for key in self.files if key.startswith(start)]
-        return sorted({f"{name.split('/')[0]}/" if "/" in name else name for name in rest})
+            parts = [
+                key[len(start) :].partition("/") for key in self.files if key.startswith(start)
+            ]
+        return sorted({name + slash for name, slash, _ in parts})
 
     def list(self, prefix: str) -> list[Entry]:
         start = f"{prefix}/" if prefix else ""
         with self._lock:
-            return [
-                self._entry(key, data)
-                for key, data in sorted(self.files.items())
-                if key.startswith(start) or key == prefix
-            ]
+            keys = [key for key in self.files if key.startswith(start) or key == prefix]
+            return [self._entry(key, self.files[key]) for key in sorted(keys)]
 
     def _entry(self, key: str, data: bytes) -> Entry:
         return Entry(key, len(data))
@@ -151,7 +168,7 @@ class _MemoryFiles:
         self, key: str, expected_size: int | None = None, *, like: str = ""
     ) -> tuple[int, str]:
         data = self.files[key]
-        return len(data), fmt.digest(data, like or self.digest_kind)
+        return len(data), _digest(data, like or self.digest_kind)
 
     def delete(self, prefix: str, *, last: str | None = None) -> None:
         with self._lock:
@@ -172,6 +189,8 @@ class _MemoryFiles:
 
 class MemoryStore(_MemoryFiles):
     """A file system in memory: `_MemoryFiles` whose directories can be renamed."""
+
+    told = "a file system; what is not synced is empty when the power has gone"
 
     def rename(self, source: str, destination: str) -> None:
         with self._lock:
@@ -208,6 +227,7 @@ class MemoryBucket(_MemoryFiles):
     condition. What is written is durable at once.
     """
 
+    told = "a bucket; what it holds is durable, and nothing can be renamed"
     root = "gs://memory"
     digest_kind = "md5"
 
@@ -215,26 +235,26 @@ class MemoryBucket(_MemoryFiles):
         super().__init__()
         self.files = self._written = _Written()
 
-    def lose_power(self) -> None:
+    def lose_power(self) -> Sequence[str]:
         self._volatile.clear()
+        return ()
 
     def _entry(self, key: str, data: bytes) -> Entry:
-        generation = str(self._written.generations[key])
-        return Entry(key, len(data), fmt.digest(data, "md5"), generation)
+        return _listed(key, data, self._written.generations[key])
 
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         with self._lock:
             for entry in entries:
-                if entry.key in self.files and self._entry(entry.key, b"").generation == (
-                    entry.generation
+                if entry.key in self.files and entry.generation == (
+                    str(self._written.generations[entry.key])
                 ):
                     self._change()
                     del self.files[entry.key]
 
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
         with self._lock:
-            if self.files.get(key) not in (expected, data):
-                return False
+            if self.files.get(key) != expected:
+                return self.holds(key, data)
             self._change()
             self.files[key] = data
             self.log.append(("replace", key))
@@ -262,7 +282,7 @@ class _Stepped:
         self.root, self.digest_kind = files.root, files.digest_kind
 
     def _do(self, method: str, key: str, *arguments: Any, changes: bool = True) -> Any:
-        self._step(f"{method}: {key}", changes)
+        self._step(f"{method}: {key or 'the root'}", changes)
         return getattr(self._files, method)(key, *arguments)
 
     def get(self, key: str) -> bytes:
@@ -299,29 +319,70 @@ class _Stepped:
 
 class _SteppedFiles(_Stepped):
     def rename(self, source: str, destination: str) -> None:
-        self._do("rename", source, destination)
+        self._step(f"rename: {source} to {destination}", True)
+        self._files.rename(source, destination)
 
 
 class _SteppedBucket(_Stepped):
+    """Where a reply is lost, the request was done, and is made again as `BucketStore` makes it:
+    with the condition that it had. Others may act in between.
+    """
+
+    def __init__(
+        self, files: MemoryBucket, step: Callable[[str, bool], None], is_lost: Callable[[], bool]
+    ) -> None:
+        super().__init__(files, step)
+        self._is_lost = is_lost
+
+    def _change(self, what: str, request: Callable[[], _Result], again: Any = None) -> _Result:
+        self._step(what, True)
+        result = request()
+        while self._is_lost():
+            self._step(f"{what}, once more, as no reply came", True)
+            result = (again or request)()
+        return result
+
+    def _do(self, method: str, key: str, *arguments: Any, changes: bool = True) -> Any:
+        if not changes:
+            return super()._do(method, key, *arguments, changes=False)
+        request = functools.partial(getattr(self._files, method), key, *arguments)
+        return self._change(f"{method}: {key}", request)
+
     def replace(self, key: str, expected: bytes, data: bytes) -> bool:
-        return self._do("replace", key, expected, data)
+        # Once done, it is refused: what it was to replace, by its generation, is gone.
+        return self._change(
+            f"replace: {key}",
+            lambda: self._files.replace(key, expected, data),
+            lambda: self._files.holds(key, data),
+        )
 
     def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
         for name in names:
-            self._step(f"copy: {source}/{name} to {destination}", True)
-            self._files.copy(source, destination, [name])
+            self._change(
+                f"copy: {source}/{name} to {destination}",
+                functools.partial(self._files.copy, source, destination, [name]),
+            )
 
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            self._step(f"delete: {entry.key}", True)
-            self._files.delete_listed([entry])
+            self._change(
+                f"delete: {entry.key}", functools.partial(self._files.delete_listed, [entry])
+            )
 
 
-def stepped(files: MemoryStore | MemoryBucket, step: Callable[[str, bool], None]) -> Any:
+def stepped(
+    files: MemoryStore | MemoryBucket,
+    step: Callable[[str, bool], None],
+    is_lost: Callable[[], bool] = lambda: False,
+) -> Any:
     """Returns a store over `files` of which each operation is a step of its own: `step(what,
-    changes)` is called before it, and may raise, wait, or let others act.
+    changes)` is called before it, and may raise, wait, or let others act. In a bucket `is_lost()`
+    is asked after each change; where it says so, its reply is lost, and the change is asked for
+    again.
     """
-    return (_SteppedBucket if isinstance(files, MemoryBucket) else _SteppedFiles)(files, step)
+    if isinstance(files, MemoryBucket):
+        return _SteppedBucket(files, step, is_lost)
+    return _SteppedFiles(files, step)
 
 
 class MemoryArrays:
