@@ -224,8 +224,10 @@ class MemoryBucket(_MemoryFiles):
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         with self._lock:
             for entry in entries:
-                if entry.key in self.files and self._entry(entry.key, b"").generation == (
-                    entry.generation
+                there = self.files.get(entry.key)
+                if there is not None and entry.generation in (
+                    "",
+                    self._entry(entry.key, b"").generation,
                 ):
                     self._change()
                     del self.files[entry.key]
