@@ -37,6 +37,7 @@ from datarax_dist.testing import (
     MemoryStore,
     SimulatedHosts,
 )
+from datarax_dist.testing.simulated import stepped
 
 stores = pytest.mark.parametrize("make", [MemoryStore, MemoryBucket], ids=["file system", "bucket"])
 OPTIONS = config.Options(
@@ -56,10 +57,13 @@ def save(
     *,
     keep: Any = None,
     suspects: Any = (),
+    learn: bool = False,
     content: bytes = b"x",
 ) -> Any:
     saver = Saver(store, group, SystemClock(), OPTIONS, keep)
     saver.suspects.update(suspects)
+    if learn:
+        saver.learn(inspect_run(store))
     request = SaveRequest(
         step=step,
         writer=MemoryArrays(store, group.index, {"a": content * (group.index + 1)}),
@@ -168,7 +172,7 @@ def test_a_suspect_step_that_is_asked_for_is_tried_and_a_success_clears_it(make:
     for _ in range(2):
         note(store, 3)
     step, report = restore(store, step=3)
-    assert (step, report.suspects) == (3, ())
+    assert (step, report.suspects, report.refused) == (3, (), {})
     assert attempts(store) == []
     assert restore(store)[0] == 3
 
@@ -390,7 +394,7 @@ def test_a_step_that_is_deleted_takes_its_attempts_along(make: Any) -> None:
 
 
 @stores
-@pytest.mark.parametrize("by", ["a restore", "a save"])
+@pytest.mark.parametrize("by", ["a restore", "a save", "a save that knows the run"])
 def test_attempts_at_steps_that_are_gone_are_tidied_away_and_those_of_another_run_stay(
     make: Any, by: str
 ) -> None:
@@ -402,7 +406,7 @@ def test_attempts_at_steps_that_are_gone_are_tidied_away_and_those_of_another_ru
         _, report = restore(store)
         assert sorted(report.removed) == sorted(gone)
     else:
-        job(store, 4)
+        job(store, 4, learn="knows" in by)
     assert attempts(store) == sorted([live, theirs])
 
 
@@ -434,6 +438,7 @@ HOSTILE: list[Any] = [
     {"writer": "me"},
     {"writer": {"machine": [1], "pid": "x", "started": {}, "name": 5}},
     {"writer": {**ELSEWHERE, "pid": -1, "name": "\x1b[31m" * 1000}},
+    {"writer": {**DEAD, "more": "x" * (1 << 16)}},
     {"created_at": float("inf")},
     {"created_at": float("nan")},
     {"created_at": float("-inf")},
@@ -450,7 +455,7 @@ def test_hostile_attempts_are_harmless(content: Any) -> None:
     store = make_run(MemoryStore)
     for number in range(3):
         nonce = f"{number:016x}"
-        name = note(store, 3, writer=ELSEWHERE, nonce=nonce)
+        name = note(store, 3, nonce=nonce)
         if isinstance(content, bytes):
             store.put(name, content)
         else:
@@ -526,22 +531,32 @@ def test_restores_of_others_that_begin_and_end_do_not_make_a_look_at_the_root_st
     assert asked == ["", ""]
 
 
-def test_in_a_bucket_an_attempt_costs_one_create_and_one_delete(
-    gcs: FakeGCS, bucket: str, monkeypatch: pytest.MonkeyPatch
+def test_an_attempt_costs_one_create_and_one_delete_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def counted() -> dict[str, int]:
-        gcs.clear_requests()
-        checkpointer.restore()
-        kinds = collections.Counter(request.kind for request in gcs.requests)
-        del kinds["stat"]  # Orbax's own, of which there is one more or less
-        return dict(kinds)
+    bucket = make_run(MemoryBucket)
 
+    def operations() -> list[str]:
+        done: list[str] = []
+        restore(stepped(bucket, lambda what, changes: done.append(what.split("-")[0])))
+        return done
+
+    ours = operations()
+    monkeypatch.setattr("datarax_dist.attempts.Trial.begin", lambda *_: None)
+    others = operations()
+    more = collections.Counter(ours) - collections.Counter(others)
+    assert sorted(more.elements()) == ["create: 3.restoring", "delete: 3.restoring"]
+    assert [what for what in ours if ".restoring" not in what] == others
+
+
+def test_in_a_bucket_that_is_one_upload_and_one_batch(gcs: FakeGCS, bucket: str) -> None:
     with dd.Checkpointer(f"gs://{bucket}/run") as checkpointer:
         checkpointer.save(1, state={"w": np.ones(3)}).result()
-        ours = counted()
-        assert not [name for name in gcs.objects(bucket) if ".restoring-" in name]
-        monkeypatch.setattr("datarax_dist.attempts.Trial.begin", lambda *_: None)
-        assert ours == {**counted(), "insert": 1, "batch": 1}
+        gcs.clear_requests()
+        checkpointer.restore()
+    kinds = [r.kind for r in gcs.requests if r.kind in ("insert", "batch", "delete")]
+    assert kinds == ["insert", "batch"]
+    assert not [name for name in gcs.objects(bucket) if ".restoring-" in name]
 
 
 # With arrays, and from the command line
@@ -567,6 +582,15 @@ def test_a_checkpointer_goes_on_from_the_older_step_and_saves_the_suspect_one_ag
         checkpointer.save(3, state={"w": np.full(4, 33)}).result()
         assert checkpointer.restore().state["w"].tolist() == [33] * 4
     assert sorted(os.listdir(tmp_path)) == ["3", "RUN.json"]
+
+
+def test_a_step_that_was_restored_after_all_is_not_replaced_by_accident(tmp_path: Path) -> None:
+    suspect_run(tmp_path)
+    with dd.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore().step == 2
+        assert checkpointer.restore(step=3).step == 3
+        with pytest.raises(dd.errors.StepExistsError):
+            checkpointer.save(3, state={"w": np.zeros(4)})
 
 
 def test_try_restore_of_a_run_with_suspect_steps_only_is_an_error(tmp_path: Path) -> None:
