@@ -421,6 +421,23 @@ def test_attempts_at_what_a_step_was_before_are_tidied_away(make: Any) -> None:
     assert attempts(store) == [live]
 
 
+def test_a_marker_that_cannot_be_read_does_not_fail_a_save_that_looks_at_attempts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_run(MemoryStore)
+    kept = note(store, 3)
+    get = store.get
+
+    def refuse(key: str) -> bytes:
+        if key == "3/COMMIT.json":
+            raise StorageError("no", errno=errno.EIO)
+        return bytes(get(key))
+
+    monkeypatch.setattr(store, "get", refuse)
+    assert job(store, 4).step == 4
+    assert attempts(store) == [kept]
+
+
 HOSTILE: list[Any] = [
     b"",
     b"not json",
