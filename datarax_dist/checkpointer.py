@@ -432,7 +432,8 @@ class Checkpointer:
         report = dataclasses.replace(report, data_changes=changes)
         for name, (then, now) in changes.items():
             logger.warning("%s: %s was %r, and is %r now, as allowed", self._root, name, then, now)
-        self._saver.suspects.update(report.damaged)
+        self._saver.suspects.update(report.damaged, report.suspects)
+        self._saver.suspects.discard(report.step)
         return Restored(report.step, value, metadata, report)
 
     def _load(

@@ -34,6 +34,7 @@ __all__ = [
     "LeaseRecord",
     "PositionIndex",
     "PositionRecord",
+    "RestoreAttempt",
     "StepClaim",
 ]
 
@@ -50,6 +51,9 @@ MAX_BLOB_BYTES = 2 << 30  # of one position
 MAX_SHARDS = 1 << 20
 MAX_LEASE_SECONDS = 24 * 3600.0
 _ASIDE = re.compile(r"([0-9]+)\.(staging|replaced|deleting)-([0-9a-f]{16})")
+_ATTEMPT = re.compile(r"(0|[1-9][0-9]{0,17})\.restoring-([0-9a-f]{16})")
+_MAX_ATTEMPT_BYTES = 1 << 16
+_LATEST_SECONDS = 2.0**36  # in the year 4147
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 _EPOCH = re.compile(r"([0-9]{10})\.json")
 
@@ -83,6 +87,26 @@ class StepClaim:
     hosts: int
     writer: Mapping[str, Any]
     created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreAttempt:
+    """`<step>.restoring-<nonce>`: a restore of this step has begun.
+
+    Attributes:
+        marker: the digest of the step's `COMMIT.json`.
+        hosts: how many restore.
+        timeout_seconds: how long its hosts wait for each other.
+    """
+
+    run: str
+    step: int
+    nonce: str
+    marker: str
+    hosts: int
+    writer: Mapping[str, Any]
+    created_at: float
+    timeout_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +236,17 @@ def parse_lease_name(name: str) -> int | None:
     """Returns the epoch that a file's name says, or None."""
     found = _EPOCH.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def attempt_name(step: int, nonce: str) -> str:
+    """Returns the name of the file, beside a step, that says that it is being restored."""
+    return f"{step}.restoring-{nonce}"
+
+
+def parse_attempt_name(name: str) -> tuple[int, str] | None:
+    """Returns step and nonce of a restore's attempt, or None when it is no name of one."""
+    found = _ATTEMPT.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def host_record_name(host: int, hosts: int) -> str:
@@ -426,6 +461,46 @@ def parse_claim(data: bytes) -> StepClaim:
         writer=_get(body, "writer", dict, STEP_NAME),
         created_at=_get(body, "created_at", (int, float), STEP_NAME),
     )
+
+
+def dump_attempt(attempt: RestoreAttempt) -> bytes:
+    return seal(
+        {
+            "run": attempt.run,
+            "step": attempt.step,
+            "nonce": attempt.nonce,
+            "marker": attempt.marker,
+            "hosts": attempt.hosts,
+            "writer": dict(attempt.writer),
+            "created_at": attempt.created_at,
+            "timeout_seconds": attempt.timeout_seconds,
+        }
+    )
+
+
+def parse_attempt(data: bytes, name: str) -> RestoreAttempt:
+    """Raises `InvalidRecordError` for anything that is not the attempt of this name."""
+    if len(data) > _MAX_ATTEMPT_BYTES:
+        raise InvalidRecordError(f"{name} has {len(data)} bytes, more than any attempt")
+    body = unseal(data, name)
+    times = [
+        float(_get(body, key, (int, float), name)) for key in ("created_at", "timeout_seconds")
+    ]
+    attempt = RestoreAttempt(
+        run=_get(body, "run", str, name),
+        step=_get(body, "step", int, name),
+        nonce=_get(body, "nonce", str, name),
+        marker=_get(body, "marker", str, name),
+        hosts=_get(body, "hosts", int, name),
+        writer=_get(body, "writer", dict, name),
+        created_at=times[0],
+        timeout_seconds=times[1],
+    )
+    if parse_attempt_name(name) != (attempt.step, attempt.nonce):
+        raise InvalidRecordError(f"{name} is the attempt of another name")
+    if not all(0 <= value < _LATEST_SECONDS for value in times):
+        raise InvalidRecordError(f"{name} has no time that can be")
+    return attempt
 
 
 def dump_record(record: HostRecord) -> bytes:

@@ -4,6 +4,7 @@ step are whole. Reads only.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Candidate:
         files: what is missing or damaged.
         digest: of the marker of a committed one.
         version: the format version, where it is newer than ours.
+        suspect: why a restore passes over a committed one; empty when it does not
+            (`attempts.mark_suspects`).
     """
 
     step: int
@@ -60,14 +63,18 @@ class Candidate:
     files: Sequence[str] = ()
     digest: str = ""
     version: int = 0
+    suspect: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a root holds."""
+    """What a root holds. `attempts` are the names of its restores that have not ended (known on the
+    primary).
+    """
 
     run: str | None
     candidates: Sequence[Candidate]
+    attempts: Sequence[str] = ()
 
     @property
     def committed(self) -> list[int]:
@@ -106,10 +113,16 @@ def inspect_run(store: Store) -> Inspection:
         )
         # Nothing was renamed, made or removed meanwhile, by a job that is saving; and the listing
         # was not damaged on its way, which would hide a step.
-        if settled and store.children("") == names:
+        if settled and _lasting(store.children("")) == _lasting(names):
             break
         before = states
-    return inspection
+    attempts = [name for name in names if fmt.parse_attempt_name(name) is not None]
+    return dataclasses.replace(inspection, attempts=tuple(attempts))
+
+
+def _lasting(names: Sequence[str]) -> list[str]:
+    """Returns names of a root without those that come and go with each restore of any job."""
+    return [name for name in names if fmt.parse_attempt_name(name) is None]
 
 
 def _inspect(store: Store, names: Sequence[str]) -> Inspection:
@@ -390,6 +403,7 @@ def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
                 "files": list(c.files),
                 "digest": c.digest,
                 "version": c.version,
+                "suspect": c.suspect,
             }
             for c in inspection.candidates
         ],

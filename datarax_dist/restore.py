@@ -1,7 +1,9 @@
 """The restore protocol, over the ports: no jax, no orbax.
 
 1. list     The primary reads the root and proposes candidates, newest first; what it refuses, it
-             says why. No other host lists.
+             says why. No other host lists. Before a candidate is tried, the primary notes that in
+             the root, and strikes it out when the process that tried has survived (`attempts`): a
+             step whose restore crashed the job twice is not proposed any more.
 2. verify   Each host verifies its share of the candidate's files at the chosen level; all take the
              newest that all accept.
 3. load     Each host loads; what fails is exchanged, never raised on one host alone. Damage moves
@@ -21,6 +23,7 @@ from typing import Any
 
 from datarax_dist import errors, retention
 from datarax_dist import format as fmt
+from datarax_dist.attempts import Trial, mark_suspects
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.config import Options
 from datarax_dist.errors import (
@@ -28,6 +31,7 @@ from datarax_dist.errors import (
     CorruptStepError,
     FormatVersionError,
     InvalidArgumentError,
+    PeerLostError,
     StepNotFoundError,
     StorageError,
 )
@@ -68,6 +72,8 @@ class RestoreReport:
         seconds: for each phase, on this host.
         removed: leftovers that were removed (known on the primary).
         damaged: steps that were found damaged. They stay as they are; they may be saved again.
+        suspects: other steps whose restore crashed the job twice. They stay, too, and may be saved
+            again.
         data_changes: what differs between the data pipelines then and now, and was allowed: name ->
             (saved, now).
     """
@@ -80,6 +86,7 @@ class RestoreReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     removed: Sequence[str] = ()
     damaged: Sequence[int] = ()
+    suspects: Sequence[int] = ()
     data_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -112,16 +119,44 @@ class Restorer:
         self._options = options
         self._clock = clock or SystemClock()
         self._seen = seen  # told of what the primary has found in the root
+        self._trial = Trial(
+            store, self._clock, group.count, timeout_seconds=options.restore_timeout_seconds
+        )
+        self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
 
-    def inspect(self, step: int | None = None) -> Inspection:
-        """Returns the primary's view of the root, on every host. `step` is what is asked for."""
+    def inspect(self) -> Inspection:
+        """Returns the primary's view of the root, on every host."""
+        return self._inspect(None, self._list)
+
+    def _inspect(
+        self, step: int | None, leader: Callable[[Sequence[Any]], dict[str, Any]]
+    ) -> Inspection:
         body = self._group.exchange(
             "list",
             [self._store.root, step],
-            leader=self._list,
+            leader=leader,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
         return inspection_from_json(body)
+
+    def _propose(self, asked: Sequence[Any]) -> dict[str, Any]:
+        """Lists, and notes what is tried first: no host begins with it before."""
+        body = self._list(asked)
+        inspection, step = inspection_from_json(body), asked[0][1]
+        for candidate in inspection.candidates:
+            if candidate.suspect and step is None:
+                logger.warning(
+                    "step %d of %s is %s", candidate.step, self._store.root, candidate.suspect
+                )
+        candidates, _ = self._choose(inspection, step)
+        self._begin(inspection, candidates)
+        return body
+
+    def _begin(self, inspection: Inspection, candidates: Sequence[Candidate]) -> None:
+        """Notes that the first of some candidates is tried. For the primary."""
+        self._trial.end()
+        if candidates and candidates[0].state == "committed" and inspection.run is not None:
+            self._trial.begin(inspection.run, candidates[0])
 
     def _list(self, asked: Sequence[Any]) -> dict[str, Any]:
         for host, (root, step) in enumerate(asked):
@@ -135,7 +170,8 @@ class Restorer:
                     f"Host {host} asks for step {step}, host 0 for {asked[0][1]}: every host must"
                     " restore the same one. Nothing was changed."
                 )
-        inspection = inspect_run(self._store)
+        inspection = mark_suspects(self._store, inspect_run(self._store), self._clock.now())
+        self._attempts = inspection.attempts
         self._seen(inspection)
         return inspection_to_json(inspection)
 
@@ -156,15 +192,20 @@ class Restorer:
 
         Raises:
             StepNotFoundError: `step` was asked for and is not there.
-            CorruptStepError: it is damaged, or every committed step is.
+            CorruptStepError: it is damaged, or every committed step is damaged or suspect.
         """
         for _ in range(_TRIES):
-            with phases.span("list"):
-                inspection = self.inspect(step)
             try:
+                with phases.span("list"):
+                    inspection = self._inspect(step, self._propose)
                 return self._restore(inspection, step, load, phases)
             except _MovedError:
                 logger.info("%s changes while it is read; reading it again", self._store.root)
+            except PeerLostError:
+                self._trial.leave()
+                raise
+            finally:
+                self._trial.end()
         raise StorageError(
             f"{self._store.root} changed {_TRIES} times while it was read. Is a job saving and"
             " deleting steps faster than they can be read?",
@@ -182,15 +223,18 @@ class Restorer:
         damage: dict[int, Sequence[str]] = {
             c.step: c.files for c in inspection.candidates if c.state == "damaged"
         }
-        for told in candidates:
+        suspects = [c for c in reversed(inspection.candidates) if c.suspect]
+        for place, told in enumerate(candidates):
             level = self._options.verify_on_restore
             candidate, bad = self._verify(told, phases, level)
             applied: Any = None
             if not bad:
                 bad, applied = self._load(candidate, load, phases)
             if bad and candidate.state == "committed":
-                self._stop_if_moved(told)
+                self._go_on(inspection, candidates[place:])
             if not bad:
+                if self._group.is_primary and inspection.run is not None:
+                    self._trial.succeed(inspection.run, candidate.step, self._attempts)
                 removed = self._tidy(inspection)
                 report = RestoreReport(
                     step=candidate.step,
@@ -201,6 +245,7 @@ class Restorer:
                     seconds=dict(phases.seconds),
                     removed=tuple(removed),
                     damaged=tuple(sorted(damage)),
+                    suspects=tuple(c.step for c in suspects if c.step != candidate.step),
                 )
                 log = logger.warning if refused or candidate.state == "foreign" else logger.info
                 log("%s: %s", self._store.root, report)
@@ -209,6 +254,17 @@ class Restorer:
             refused[f"step {candidate.step}"] = f"damaged: {files}"
             damage[candidate.step] = list(bad)
             logger.warning("step %d of %s is damaged: %s", candidate.step, self._store.root, files)
+        if suspects and step is None:
+            # Not None, which would make a job begin anew.
+            newest = suspects[-1].step
+            raise CorruptStepError(
+                f"No step of {self._store.root} is restored, and nothing was changed: every"
+                f" committed one is suspect, or damaged.{_lines(refused)}\nFind out what ended"
+                " those restores (too little memory, say; the logs of the jobs may tell). Then"
+                f" restore(step={newest}) tries one all the same, and a success clears it.",
+                step=newest,
+                files=[],
+            )
         if damage and (step is None or step in damage):
             newest = max(damage) if step is None else step
             which = f"Step {newest}" if step is not None else "Every committed step"
@@ -240,13 +296,15 @@ class Restorer:
         for candidate in inspection.candidates:
             if candidate.state == "void":
                 continue
-            if candidate.reason and (step is None or candidate.step == step):
+            # Who asks for a step by its number gets it tried.
+            reason = candidate.reason or (candidate.suspect if step is None else "")
+            if reason and (step is None or candidate.step == step):
                 label = (
                     f"step {candidate.step}"
                     if candidate.name == str(candidate.step)
                     else candidate.name
                 )
-                refused[label] = candidate.reason
+                refused[label] = reason
         chosen = [
             c for c in inspection.candidates if c.state == "committed" and step in (None, c.step)
         ]
@@ -261,20 +319,36 @@ class Restorer:
             for candidate in foreign:
                 refused.pop(f"step {candidate.step}", None)
             return foreign, refused
-        return chosen, refused
+        return [c for c in chosen if step is not None or not c.suspect], refused
 
-    def _stop_if_moved(self, candidate: Candidate) -> None:
+    def _stop_if_moved(
+        self, candidate: Candidate, otherwise: Callable[[], None] | None = None
+    ) -> None:
         """Raises on every host when a job that is saving has deleted or replaced a candidate: then
         it is not damaged.
+
+        Args:
+            otherwise: what the primary does when nobody has, before any host goes on.
         """
+
+        def look(_: Sequence[Any]) -> bool:
+            moved = has_moved(self._store, candidate)
+            if not moved and otherwise is not None:
+                otherwise()
+            return moved
+
         moved = self._group.exchange(
             "moved",
             None,
-            leader=lambda _: has_moved(self._store, candidate),
+            leader=look,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
         if moved:
             raise _MovedError
+
+    def _go_on(self, inspection: Inspection, candidates: Sequence[Candidate]) -> None:
+        """From the first candidate, which is damaged, to the next one, if there is one."""
+        self._stop_if_moved(candidates[0], lambda: self._begin(inspection, candidates[1:]))
 
     def _verify(
         self, candidate: Candidate, phases: Phases, level: str, *, read_all: bool = False
@@ -400,6 +474,7 @@ class Restorer:
         another machine, goes with the next save.
         """
         unfinished = any(c.state in ("staged", "deleting") for c in inspection.candidates)
+        unfinished = unfinished or retention.has_stray_attempts(self._attempts, inspection)
         if not self._group.is_primary or not unfinished:
             return []
         try:

@@ -25,10 +25,11 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datarax_dist import attempts
 from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError, StorageError
-from datarax_dist.inspection import is_committed
+from datarax_dist.inspection import Inspection, is_committed
 from datarax_dist.lease import Lease, is_certainly_dead, writer_identity
 from datarax_dist.storage import Store, SupportsRename, SupportsReplace, for_each
 
@@ -40,6 +41,7 @@ __all__ = [
     "fence",
     "find_leftovers",
     "give_up",
+    "has_stray_attempts",
     "is_ours",
     "plan_retention",
     "read_claim",
@@ -54,7 +56,8 @@ _VOID_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A directory of this run that is not a step, or not any more.
+    """A directory of this run that is not a step, or not any more; or the file that says that a
+    step is being restored which is not there any more.
 
     Attributes:
         abandoned: nobody can be writing to it: its writer is certainly gone, or it was being
@@ -116,6 +119,7 @@ def delete_step(
     if not isinstance(store, SupportsRename):
         _delete_asides(store, step, store.children(""))
     if is_gone:
+        attempts.remove_attempts(store, None, step, names)
         logger.info("deleted step %d of %s", step, store.root)
     return is_gone
 
@@ -131,9 +135,12 @@ def _delete_asides(store: Store, step: int, names: Sequence[str]) -> None:
 
 
 def delete_replaced(store: Store, step: int, names: Sequence[str]) -> None:
-    """Deletes what was this step before it was saved again, as far as it is among `names`."""
+    """Deletes what was this step before it was saved again, as far as it is among `names`; and the
+    attempts to restore that.
+    """
     for name in _asides(step, names):
         _delete_directory(store, step, name, replaced=True)
+    attempts.remove_attempts(store, None, step, names)
 
 
 def _delete_directory(
@@ -319,8 +326,20 @@ def find_leftovers(
             return None if step in known else _leftover(store, run, name, step, "", now, ended)
         return None if aside is None else _leftover(store, run, name, *aside, now, ended)
 
-    looked = for_each(store, look, [c[:-1] for c in store.children("") if c.endswith("/")])
-    return [left for left in looked if left is not None]
+    names = store.children("")
+    looked = for_each(store, look, [name[:-1] for name in names if name.endswith("/")])
+    stale = [] if run is None else attempts.find_stale(store, run, names)
+    return [
+        *(left for left in looked if left is not None),
+        *(Leftover(name, step, True) for name, step in stale),
+    ]
+
+
+def has_stray_attempts(names: Sequence[str], inspection: Inspection) -> bool:
+    """Whether there are attempts to restore a step of which nothing is there, among `names`."""
+    there = {candidate.step for candidate in inspection.candidates}
+    found = [fmt.parse_attempt_name(name) for name in names]
+    return any(parsed is not None and parsed[0] not in there for parsed in found)
 
 
 def _leftover(
@@ -466,7 +485,7 @@ def remove_leftovers(
             )
         else:
             logger.warning(
-                "removed %s/%s: a save or a deletion of step %d did not end",
+                "removed %s/%s: a save, a deletion or a restore of step %d did not end",
                 store.root,
                 leftover.name,
                 leftover.step,
@@ -477,6 +496,9 @@ def remove_leftovers(
 
 def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: float) -> bool:
     step, name = leftover.step, leftover.name
+    if fmt.parse_attempt_name(name) is not None:
+        attempts.remove_attempts(store, run, step, [name])
+        return True
     aside = fmt.parse_aside_name(name)
     if isinstance(store, SupportsRename):
         return _delete_directory(store, step, name)

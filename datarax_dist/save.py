@@ -182,8 +182,9 @@ class Saver:
         self._clock = clock
         self._options = options
         self.keep = keep
-        # Steps that a restore here has found damaged: they may be saved again, and they do not
-        # count where retention decides how many good ones are left.
+        # Steps that a restore here has found damaged, or passed over because their restore crashes:
+        # they may be saved again, and they do not count where retention decides how many good ones
+        # are left.
         self.suspects: set[int] = set()
         self.claim = b""  # of the save under way
         self._known = _Known()
@@ -199,7 +200,8 @@ class Saver:
                 for c in inspection.candidates
                 if c.name == fmt.step_name(c.step) or c.state == "committed"
             },
-            tidy=all(c.state not in ("staged", "deleting", "void") for c in inspection.candidates),
+            tidy=all(c.state not in ("staged", "deleting", "void") for c in inspection.candidates)
+            and not retention.has_stray_attempts(inspection.attempts, inspection),
         )
 
     def forget(self) -> None:

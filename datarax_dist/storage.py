@@ -119,7 +119,7 @@ class SupportsReplace(Protocol):
 
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         """Removes files as they were listed: what was written again since stays, and that is no
-        error.
+        error. One without a generation is removed whatever it is.
         """
 
     def copy(self, source: str, destination: str, names: Sequence[str]) -> None:

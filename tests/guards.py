@@ -214,7 +214,7 @@ GUARDS = [
     Guard(
         "a listing of the run is asked for twice",
         "inspection.py",
-        '        if settled and store.children("") == names:',
+        '        if settled and _lasting(store.children("")) == _lasting(names):',
         "        if settled:",
         "tests/test_protocol.py -k hides_no_step",
     ),
@@ -238,6 +238,34 @@ GUARDS = [
         "now - void.at > _VOID_SECONDS",
         "True",
         "tests/test_protocol.py -k stays_for_a_day",
+    ),
+    Guard(
+        "a restore is noted before any host begins it",
+        "restore.py",
+        "        self._begin(inspection, candidates)\n        return body",
+        "        return body",
+        "tests/test_attempts.py -k before_any_host",
+    ),
+    Guard(
+        "a restore that lost a host stays noted",
+        "restore.py",
+        "                self._trial.leave()\n",
+        "",
+        "tests/test_attempts.py -k host_that_is_lost",
+    ),
+    Guard(
+        "a restore that may be going on does not count",
+        "attempts.py",
+        "            and _has_ended(attempt, here, now)\n",
+        "",
+        "tests/test_attempts.py -k must_have_ended",
+    ),
+    Guard(
+        "suspect steps only are no new start",
+        "restore.py",
+        "        if suspects and step is None:",
+        "        if False:",
+        "tests/test_attempts.py -k every_step_is_suspect",
     ),
     Guard(
         "uploads are compared by the bucket",

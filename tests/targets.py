@@ -375,3 +375,44 @@ def save_what_is_free(root: str, steps: list[int]) -> Any:
             else:
                 outcomes.append((step, "saved"))
     return outcomes
+
+
+def restore_and_go_on(root: str) -> Any:
+    """Restores the newest step that is good, and saves the one after it; returns both, and what the
+    report says.
+    """
+    import jax
+
+    import datarax_dist as dd
+
+    jax.devices()
+    batches = dd.data.shards(Counter, 8)
+    with dd.Checkpointer(root) as ckpt:
+        state = mesh_state((-1,), ("x",), 99)
+        restored = ckpt.restore(state=state, data={"batches": batches})
+        digest = dd.tree_digest(restored.state)
+        step = restored.step + 1
+        next(batches)
+        handle = ckpt.save(
+            step, state=mesh_state((-1,), ("x",), step + 100), data={"batches": batches}
+        )
+        assert handle is not None
+        handle.result(60)
+        return restored.step, digest, dict(restored.report.refused), restored.report.suspects
+
+
+def restore_slowly(root: str, begun: str, go_on: str) -> Any:
+    """Restores, and stands still in the middle of it until a file is there."""
+    import pathlib
+    import time
+
+    from datarax_dist import telemetry
+
+    def wait(phase: str, host: int) -> None:
+        if phase == "restore:load":
+            pathlib.Path(begun).touch()
+            while not pathlib.Path(go_on).exists():
+                time.sleep(0.02)
+
+    telemetry.observe(wait)
+    return restore_step(root, (-1,), ("x",))[0]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from datarax_dist.attempts import mark_suspects
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli.output import FINDINGS, NOT_AUTHORISED, OK, note, print_clean, print_json
 from datarax_dist.config import check_root, is_bucket
@@ -122,7 +123,7 @@ def _environment(root: str) -> Iterator[Finding]:
 
 def _steps(store: Store) -> Iterator[Finding]:
     try:
-        inspection = inspect_run(store)
+        inspection = mark_suspects(store, inspect_run(store), time.time())
     except CheckpointError as error:
         denied = getattr(error, "errno", None) == errno.EACCES
         yield Finding("denied" if denied else "error", "steps", str(error))
@@ -130,6 +131,9 @@ def _steps(store: Store) -> Iterator[Finding]:
     other = len(inspection.candidates) - len(inspection.committed)
     text = f"{len(inspection.committed)} committed"
     yield Finding("ok", "steps", text + (f", {other} others (datarax-dist ls)" if other else ""))
+    for candidate in inspection.candidates:
+        if candidate.suspect:
+            yield Finding("warning", f"step {candidate.step}", f"is {candidate.suspect}")
 
 
 # Buckets

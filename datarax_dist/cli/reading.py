@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datarax_dist import format as fmt
+from datarax_dist.attempts import mark_suspects
 from datarax_dist.cli.output import (
     FINDINGS,
     NEWER_FORMAT,
@@ -71,8 +72,8 @@ def _row(candidate: Candidate, now: float) -> dict[str, Any]:
     return {
         "step": candidate.step,
         "name": candidate.name,
-        "state": candidate.state,
-        "reason": candidate.reason or None,
+        "state": "suspect" if candidate.suspect else candidate.state,
+        "reason": candidate.reason or candidate.suspect.removeprefix("suspect: ") or None,
         "bytes": marker.bytes if marker else None,
         "hosts": marker.hosts if marker else None,
         "committed_at": marker.committed_at if marker else None,
@@ -132,8 +133,8 @@ def _choose(store: Store, inspection: Inspection, step: str) -> Candidate:
 
 def ls(arguments: argparse.Namespace) -> int:
     store = open_root(arguments.root)
-    inspection = inspect_run(store)
     now = time.time()
+    inspection = mark_suspects(store, inspect_run(store), now)
     rows = [_row(candidate, now) for candidate in inspection.candidates]
     if arguments.json:
         print_json({"root": store.root, "run": inspection.run, "steps": rows})
@@ -165,7 +166,7 @@ def _reason(row: Mapping[str, Any]) -> str:
 def show(arguments: argparse.Namespace) -> int:
     root, step = split_target(arguments.target)
     store = open_root(root)
-    inspection = inspect_run(store)
+    inspection = mark_suspects(store, inspect_run(store), time.time())
     candidate = _choose(store, inspection, step or "latest")
     newer = _newer_format(store, candidate)
     if newer is not None:

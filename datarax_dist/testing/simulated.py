@@ -245,8 +245,10 @@ class MemoryBucket(_MemoryFiles):
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         with self._lock:
             for entry in entries:
-                if entry.key in self.files and entry.generation == (
-                    str(self._written.generations[entry.key])
+                there = self.files.get(entry.key)
+                if there is not None and entry.generation in (
+                    "",
+                    str(self._written.generations[entry.key]),
                 ):
                     self._change()
                     del self.files[entry.key]

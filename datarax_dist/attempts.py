@@ -1,0 +1,218 @@
+"""Which step is being restored, so that one whose restore crashes the job is not tried for ever.
+
+What is wrong with a step need not be seen in its files: a restore may be killed because it takes
+too much memory, or crash in a library. Nobody is left then to say so. So the primary says before
+what it is about to do:
+
+1. Before any host verifies or loads a step, the primary makes `<step>.restoring-<nonce>`, a file
+   below the root, the *attempt*. It names the very step by the digest of its marker.
+2. The attempt goes when the restore of that step has ended in any way but the death of a process:
+   it succeeded, the step is damaged, there was an error. A success takes along those of earlier
+   restores. When a host is lost, the attempt stays: its death is what is counted.
+3. Whoever restores later counts the attempts of restores that must have ended. From the second on
+   the step is *suspect*, and passed over, unless it is asked for by its number.
+
+An attempt is a note, and nothing depends on it: where it cannot be written, read or removed, the
+restore goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datarax_dist import format as fmt
+from datarax_dist.clock import Clock
+from datarax_dist.errors import CheckpointError
+from datarax_dist.inspection import Candidate, Inspection
+from datarax_dist.lease import is_certainly_dead, writer_identity
+from datarax_dist.storage import Entry, Store, SupportsReplace, for_each
+
+__all__ = ["Trial", "find_stale", "mark_suspects", "remove_attempts"]
+
+logger = logging.getLogger("datarax_dist")
+
+_CRASHES = 2  # a step is suspect from this one on
+_MOST_READ = 64  # attempts at one step
+_WAITS = 5  # verify, load, load once more, verify once more, positions: each has the deadline
+_CLOCKS_SECONDS = 600.0  # by how much two clocks may differ
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)  # the root is only read, by this job
+_NO_NAMES = ("", "localhost", "localhost.localdomain")
+
+
+class Trial:
+    """The attempt of a restore that is under way. For the primary; elsewhere it is never begun."""
+
+    def __init__(self, store: Store, clock: Clock, hosts: int, timeout_seconds: float) -> None:
+        self._store = store
+        self._clock = clock
+        self._hosts = hosts
+        self._timeout_seconds = timeout_seconds
+        self._open: str | None = None
+
+    def begin(self, run: str, candidate: Candidate) -> None:
+        """Says that this step is going to be restored. Ends the attempt before, if there is one."""
+        self.end()
+        nonce = secrets.token_hex(8)
+        self._open = name = fmt.attempt_name(candidate.step, nonce)
+        attempt = fmt.RestoreAttempt(
+            run=run,
+            step=candidate.step,
+            nonce=nonce,
+            marker=candidate.digest,
+            hosts=self._hosts,
+            writer=writer_identity(),
+            created_at=self._clock.now(),
+            timeout_seconds=self._timeout_seconds,
+        )
+        try:
+            self._store.create(name, fmt.dump_attempt(attempt))
+        except CheckpointError as error:
+            logger.debug("this restore is not noted in %s: %s", self._store.root, error)
+            if isinstance(error, OSError) and error.errno in _REFUSED:
+                self._open = None
+
+    def end(self) -> None:
+        """The attempt has ended, and nobody has died of it."""
+        if (name := self._open) is not None:
+            _remove(self._store, [name])
+            self._open = None
+
+    def succeed(self, run: str, step: int, names: Sequence[str]) -> None:
+        """The step was restored: earlier attempts at it, among `names`, do not count any more."""
+        if (name := self._open) is not None:
+            _remove(self._store, [name, *_ours(self._store, run, step, names)])
+            self._open = None
+
+    def leave(self) -> None:
+        """A host was lost: the attempt stays, and counts when this process has ended, too."""
+        self._open = None
+
+
+def mark_suspects(store: Store, inspection: Inspection, now: float) -> Inspection:
+    """Returns the inspection with the reason at each committed step that a restore passes over.
+
+    Costs one read for each attempt where a step has two or more, and else nothing.
+    """
+    if not inspection.attempts:
+        return inspection
+    here = writer_identity()
+
+    def judged(candidate: Candidate) -> Candidate:
+        names = _of_step(candidate.step, inspection.attempts)
+        if candidate.state != "committed" or len(names) < _CRASHES:
+            return candidate
+        crashed = [
+            attempt
+            for attempt in _read_all(store, names[:_MOST_READ])
+            if (attempt.run, attempt.marker) == (inspection.run, candidate.digest)
+            and _has_ended(attempt, here, now)
+        ]
+        if len(crashed) < _CRASHES:
+            return candidate
+        return dataclasses.replace(candidate, suspect=_reason(candidate.step, crashed))
+
+    return dataclasses.replace(inspection, candidates=tuple(map(judged, inspection.candidates)))
+
+
+def remove_attempts(store: Store, run: str | None, step: int, names: Sequence[str]) -> None:
+    """Removes what attempts at a step there are among `names`. A run of None is any run."""
+    _remove(store, _ours(store, run, step, names))
+
+
+def find_stale(store: Store, run: str, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Returns the attempts of this run, and their steps, at what is not there any more."""
+    found = [name for name in names if fmt.parse_attempt_name(name) is not None]
+    return [
+        (fmt.attempt_name(attempt.step, attempt.nonce), attempt.step)
+        for attempt in _read_all(store, found)
+        if attempt.run == run and _is_gone(store, attempt, names)
+    ]
+
+
+def _is_gone(store: Store, attempt: fmt.RestoreAttempt, names: Sequence[str]) -> bool:
+    if any(fmt.parse_aside_name(name[:-1]) == (attempt.step, "replaced") for name in names):
+        return False
+    try:
+        marker = store.get(f"{fmt.step_name(attempt.step)}/{fmt.COMMIT_NAME}")
+    except KeyError:
+        return True
+    except CheckpointError:  # it cannot be read now; nobody waits for an answer
+        return False
+    return fmt.digest(marker) != attempt.marker
+
+
+def _of_step(step: int, names: Sequence[str]) -> list[str]:
+    found = ((name, fmt.parse_attempt_name(name)) for name in names)
+    return [name for name, parsed in found if parsed is not None and parsed[0] == step]
+
+
+def _ours(store: Store, run: str | None, step: int, names: Sequence[str]) -> list[str]:
+    attempts = _read_all(store, _of_step(step, names))
+    return [fmt.attempt_name(a.step, a.nonce) for a in attempts if run in (None, a.run)]
+
+
+def _read_all(store: Store, names: Sequence[str]) -> list[fmt.RestoreAttempt]:
+    """Returns those that are attempts, and can be read."""
+
+    def read(name: str) -> fmt.RestoreAttempt | None:
+        try:
+            return fmt.parse_attempt(store.get(name), name)
+        except KeyError:  # its restore has ended meanwhile
+            return None
+        except (fmt.InvalidRecordError, CheckpointError) as error:
+            logger.debug("%s of %s does not count: %s", name, store.root, error)
+            return None
+
+    found = for_each(store, read, names) if names else []
+    return [attempt for attempt in found if attempt is not None]
+
+
+def _has_ended(attempt: fmt.RestoreAttempt, here: Mapping[str, Any], now: float) -> bool:
+    """Whether a restore that has left its attempt cannot be going on any more."""
+    writer, machine = attempt.writer, here["machine"]
+    if machine and writer.get("machine") == machine:
+        return is_certainly_dead(writer)  # here its process can be looked for
+    # A restarted pod has the name of the one before, whose place it has taken.
+    name = writer.get("name")
+    if machine and writer.get("machine") and name == here["name"] and name not in _NO_NAMES:
+        return True
+    longest = _WAITS * attempt.timeout_seconds + _CLOCKS_SECONDS
+    return now - attempt.created_at > longest
+
+
+def _reason(step: int, crashed: Sequence[fmt.RestoreAttempt]) -> str:
+    last = max(crashed, key=lambda attempt: attempt.created_at)
+    name = last.writer.get("name")
+    known = isinstance(name, str) and 0 < len(name) <= 253 and name.isprintable()
+    times = "twice" if len(crashed) == 2 else f"{len(crashed)} times"
+    at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(last.created_at))
+    return (
+        f"suspect: its restore crashed the job {times}, last at {at} on"
+        f" {name if known else 'an unknown host'}; restore(step={step}) tries it all the same, and"
+        " a success clears it"
+    )
+
+
+def _remove(store: Store, names: Sequence[str]) -> None:
+    if not names:
+        return
+    try:
+        if isinstance(store, SupportsReplace):
+            store.delete_listed([Entry(name, 0) for name in names])  # in one request
+        else:
+            for name in names:
+                store.delete(name)
+    except CheckpointError as error:
+        logger.warning(
+            "could not remove %s of %s: %s. Such a file counts as a restore that has crashed, once"
+            " its process is gone.",
+            ", ".join(names[:10]),
+            store.root,
+            error,
+        )
