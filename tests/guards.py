@@ -267,6 +267,92 @@ GUARDS = [
         "        if False:",
         "tests/test_attempts.py -k every_step_is_suspect",
     ),
+    # One writer
+    Guard(
+        "the epoch is checked before a step is published",
+        "save.py",
+        '            self.operation.check("commit")\n            self._saver.check_lease()\n',
+        '            self.operation.check("commit")\n',
+        "tests/test_lease.py -k 'lost_the_run and saves'",
+    ),
+    Guard(
+        "who takes a run over makes void what others have begun",
+        "lease.py",
+        "            fence(run, _unfenced(seen))\n",
+        "",
+        "tests/test_lease.py -k 'fences_again or lost_the_run'",
+    ),
+    Guard(
+        "what a job has staged that has lost the run gets another name",
+        "retention.py",
+        "                with contextlib.suppress(KeyError):  # it has gone meanwhile\n",
+        "                continue\n                with contextlib.suppress(KeyError):\n",
+        "tests/test_lease.py -k 'lost_the_run and file and saves'",
+    ),
+    Guard(
+        "the marker of a job that has lost the run has its place taken",
+        "retention.py",
+        "        if not is_committed(store, fmt.step_name(step)):\n            give_up(",
+        "        if False:\n            give_up(",
+        "tests/test_lease.py -k 'lost_the_run and bucket and saves'",
+    ),
+    Guard(
+        "a step is moved into a directory that was made for it",
+        "retention.py",
+        "        _move_into(store, step, aside, lease)\n",
+        "        store.rename(name, aside)\n",
+        "tests/test_lease.py -k 'lost_the_run and file and deletes'",
+    ),
+    Guard(
+        "what is about to be deleted stands in the lease",
+        "retention.py",
+        "        lease.announce(step, fmt.digest(old))\n",
+        "        lease.check()\n",
+        "tests/test_lease.py -k 'lost_the_run and bucket and deletes'",
+    ),
+    Guard(
+        "what a job says that has lost the run is said in vain",
+        "lease.py",
+        "            if lease.record.fenced:\n                break\n",
+        "",
+        "tests/test_lease.py -k 'lost_the_run and bucket and deletes'",
+    ),
+    Guard(
+        "an owner that is alive keeps the run",
+        "lease.py",
+        "                moves, watched, since = watched is not None, newest, now\n",
+        "                moves, watched = watched is not None, newest\n",
+        "tests/test_lease.py -k 'dies_while or as_soon_as'",
+    ),
+    Guard(
+        "the epoch stands in the marker",
+        "save.py",
+        "                epoch=self._saver.epoch,\n",
+        "                epoch=0,\n",
+        "tests/test_lease.py -k epoch_stands",
+    ),
+    # Who shows no sign of life
+    Guard(
+        "a silent host is not waited for",
+        "hosts.py",
+        "            if left <= 0 or not self._board.silent().keys().isdisjoint(missing):\n",
+        "            if left <= 0:\n",
+        "tests/test_beacons.py -k primary_names",
+    ),
+    Guard(
+        "who was stopped itself takes nobody for silent",
+        "beacons.py",
+        "            self._awake += min(now - self._looked, self._longest_gap)\n",
+        "            self._awake += now - self._looked\n",
+        "tests/test_beacons.py -k stopped_itself",
+    ),
+    Guard(
+        "the others are watched only while the board answers",
+        "beacons.py",
+        "            self._watched += min(now - self._answered, self._longest_gap)\n",
+        "            self._watched += now - self._answered\n",
+        "tests/test_beacons.py -k does_not_answer",
+    ),
     Guard(
         "uploads are compared by the bucket",
         "buckets.py",
@@ -338,7 +424,10 @@ def removed(copy: Path, guard: Guard) -> str:
             capture_output=True,
             text=True,
             check=False,
+            timeout=300,
         )
+    except subprocess.TimeoutExpired:
+        return "a test that does not come to an end"
     finally:
         file.write_text(text)
     if done.returncode not in (0, 1):
