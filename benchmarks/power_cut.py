@@ -75,12 +75,26 @@ def mounted(kind: str, image: Path, point: Path) -> Iterator[Path]:
     """Mounts an image, and unmounts it."""
     point.mkdir(parents=True, exist_ok=True)
     if kind == "btrfs":  # copies have one and the same identity
+        if shutil.which("btrfs") is None:
+            raise CannotRunError("btrfs is not installed")
         subprocess.run(["btrfs", "device", "scan", "--forget"], check=False, capture_output=True)
     run("mount", "-t", kind, "-o", _MOUNT[kind], image, point)
     try:
         yield point
     finally:
-        run("umount", point)
+        unmount(point)
+
+
+def unmount(point: Path) -> None:
+    """Unmounts; a loop device on it lets go of its file a moment after it was unmounted itself."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return run("umount", point)
+        except CannotRunError as error:
+            if "busy" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def allocate(image: Path, size: int) -> None:

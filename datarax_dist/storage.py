@@ -208,7 +208,8 @@ class LocalStore:
                 os.link(temporary, path)
             except FileExistsError:
                 with open(path, "rb") as file:
-                    return file.read() == data
+                    if file.read() != data:
+                        return False
             finally:
                 os.unlink(temporary)
             _sync_directory(os.path.dirname(path))

@@ -300,7 +300,7 @@ def _look(top: Path, markers: Mapping[str, tuple[int, int]]) -> _Found:
     after = inspect_run(store)
     if set(after.committed) != {*steps, 9}:
         return _Found(steps, f"after the next save there are the steps {after.committed}")
-    names = {name for name in store.children("") if not name.endswith(".tmp")}
+    names = set(store.children(""))
     expected = {fmt.RUN_NAME, *(f"{c.name}/" for c in after.candidates if c.state == "committed")}
     if names != expected:
         return _Found(steps, f"after the next save is left behind: {sorted(names ^ expected)}")
