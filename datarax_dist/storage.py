@@ -17,6 +17,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -40,6 +41,8 @@ __all__ = [
 
 _CHUNK_BYTES = 1 << 20
 _PARALLEL = 16
+# What a `put` or `create` that was cut off leaves; nobody has written such a key.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -205,7 +208,8 @@ class LocalStore:
                 os.link(temporary, path)
             except FileExistsError:
                 with open(path, "rb") as file:
-                    return file.read() == data
+                    if file.read() != data:
+                        return False
             finally:
                 os.unlink(temporary)
             _sync_directory(os.path.dirname(path))
@@ -241,7 +245,9 @@ class LocalStore:
         try:
             with _storage_errors("list", path), os.scandir(path) as entries:
                 return sorted(
-                    e.name + ("/" if e.is_dir(follow_symlinks=False) else "") for e in entries
+                    e.name + ("/" if e.is_dir(follow_symlinks=False) else "")
+                    for e in entries
+                    if not _TEMPORARY.fullmatch(e.name)
                 )
         except KeyError:
             return []
@@ -287,9 +293,8 @@ class LocalStore:
         try:
             with _storage_errors("delete", path):
                 if os.path.isdir(path) and not os.path.islink(path):
-                    for name in os.listdir(path) if last is not None else ():
-                        if name != last:
-                            _remove(os.path.join(path, name))
+                    if last is not None:
+                        _remove_all_but(last, path)
                     shutil.rmtree(path)
                 else:
                     os.unlink(path)
@@ -326,6 +331,13 @@ class LocalStore:
             os.rename(self.path(source), target)
             for directory in {os.path.dirname(target), os.path.dirname(self.path(source))}:
                 _sync_directory(directory)
+
+
+def _remove_all_but(last: str, directory: str) -> None:
+    for name in os.listdir(directory):
+        if name != last:
+            _remove(os.path.join(directory, name))
+    _sync_directory(directory)  # or after a power cut `last` may be what is missing, and alone
 
 
 def _remove(path: str) -> None:

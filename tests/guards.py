@@ -49,6 +49,27 @@ GUARDS = [
         "tests/test_explorer.py -k dies",
     ),
     Guard(
+        "the name of a step is fsynced",
+        "storage.py",
+        "            _sync_directory(os.path.dirname(target))\n",
+        "",
+        'tests/test_power.py -k "each_fsync and rename"',
+    ),
+    Guard(
+        "a deletion is fsynced before its claim goes",
+        "storage.py",
+        "    _sync_directory(directory)  # or after",
+        "    # or after",
+        "tests/test_power.py -k remove_all_but",
+    ),
+    Guard(
+        "what a write that was cut off leaves is no key",
+        "storage.py",
+        "                    if not _TEMPORARY.fullmatch(e.name)\n",
+        "",
+        "tests/test_power.py -k before_its_claim",
+    ),
+    Guard(
         "the marker is deleted first",
         "retention.py",
         '    store.delete(f"{name}/{fmt.COMMIT_NAME}")\n    reached("retire")\n    store.delete(name, last=fmt.STEP_NAME)\n',
