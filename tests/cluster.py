@@ -301,12 +301,12 @@ def tell(path: str, event: str, host: int, *, wait: bool = False, **facts: Any) 
         _lines.append(line)  # open as long as this process lives: its end is news, too
 
 
-def pause_once(path: str, phase: str, host: int) -> None:
-    """In a process that is `host`: waits, when `phase` begins next, until the test says `go`."""
-    paused = threading.Lock()
+def tell_once(path: str, event: str, phase: str, host: int, *, wait: bool = False) -> None:
+    """In a process that is `host`: tells, when `phase` begins next."""
+    told = threading.Lock()
 
     def sink(name: str, where: int) -> None:
-        if name == phase and where == host and paused.acquire(blocking=False):
-            tell(path, "paused", host, wait=True, phase=phase)
+        if name == phase and where == host and told.acquire(blocking=False):
+            tell(path, event, host, wait=wait, phase=phase)
 
     telemetry.observe(sink)

@@ -57,8 +57,8 @@ def save_until_lost(path: str, root: str, moment: str, victim: int) -> Any:
     saved: list[int] = []
     with dd.Checkpointer(root, keep=dd.latest(1), options=options) as ckpt:
         for step, state in states.items():
-            if step == 2:
-                cluster.pause_once(path, moment, me if me == victim else -1)
+            if step == 2 and me == victim:
+                cluster.tell_once(path, "paused", moment, me, wait=True)
             if me == victim and (step, moment) in ((2, "before"), (3, "after")):
                 cluster.tell(path, "paused", me, wait=True, phase=moment)
             next(batches)

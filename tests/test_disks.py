@@ -265,9 +265,9 @@ def test_a_disk_that_stalls_fails_the_save_at_its_deadline(disk: disks.Disk, pha
 LATE = pytest.mark.xfail(reason="where the primary hangs, all wait ten seconds more")
 
 
-def save_and_tell(path: str, root: str, phase: str, victim: int, seconds: float) -> Any:
+def save_and_tell(path: str, root: str, phase: str, victim: int, other: str, seconds: float) -> Any:
     """Saves three steps; says how each ended. The victim waits at `phase` of step 2, and all wait
-    after it, until the test lets them go.
+    after it, until the test lets them go. The other host says when it is at the phase `other`.
     """
     import jax
 
@@ -279,7 +279,9 @@ def save_and_tell(path: str, root: str, phase: str, victim: int, seconds: float)
             state = targets.mesh_state((devices,), ("x",), step)
             batches = dd.data.shards(targets.Counter, 8)
             if step == 2 and me == victim:
-                cluster.pause_once(path, phase, me)
+                cluster.tell_once(path, "paused", phase, me, wait=True)
+            elif step == 2:
+                cluster.tell_once(path, "there", other, me)
             facts: dict[str, Any] = {"kind": "saved", "text": ""}
             try:
                 handle = ckpt.save(step, state=state, data={"batches": batches}, metadata={})
@@ -299,11 +301,13 @@ def break_in_save(
     break_it: Callable[[int], None],
     mend_it: Callable[[int], None],
     *,
+    other: str = "save:prepare",
     seconds: float = 60.0,
     within: float = TOLD_SECONDS,
     prefixes: Any = (),
 ) -> list[tuple[dict[str, Any], float]]:
-    """Runs two hosts, breaks a disk in the save of step 2, and mends it. Returns how that save
+    """Runs two hosts, breaks a disk in the save of step 2, while the victim is at `phase` and the
+    other one at `other` or beyond, and mends it. Returns how that save
     ended on each host, and how long after the break; checks that the next one works, in the same
     processes and in a fresh job.
     """
@@ -313,13 +317,14 @@ def break_in_save(
         cluster.start_hosts(
             save_and_tell,
             2,
-            (stage.path, str(root), phase, victim, seconds),
+            (stage.path, str(root), phase, victim, other, seconds),
             prefixes=prefixes,
             timeout_seconds=120,
         ) as job,
     ):
         paused = stage.wait("paused", host=victim, until=patience)
         assert paused is not None and paused.facts["event"] == "paused", paused
+        assert stage.wait("there", host=1 - victim, until=patience), "the other is not there"
         pid = paused.facts["pid"]
         break_it(pid)
         begin = time.monotonic()
@@ -415,16 +420,16 @@ def test_a_shared_disk_that_turns_read_only_is_told_on_all_hosts_and_the_next_sa
 @pytest.mark.multihost
 @pytest.mark.xdist_group("multihost")
 @pytest.mark.parametrize(
-    ("host", "phase"),
+    ("host", "phase", "other"),
     [
-        pytest.param(0, "save:positions", marks=[pytest.mark.long, LATE]),
-        pytest.param(0, "save:arrays", marks=pytest.mark.long),
-        pytest.param(0, "save:commit", marks=[pytest.mark.long, LATE]),
-        (1, "save:record"),
+        pytest.param(0, "save:positions", "save:prepare", marks=[pytest.mark.long, LATE]),
+        pytest.param(0, "save:arrays", "save:arrays", marks=pytest.mark.long),
+        pytest.param(0, "save:commit", "save:written", marks=[pytest.mark.long, LATE]),
+        (1, "save:record", "save:written"),
     ],
 )
 def test_a_shared_disk_that_stalls_is_told_on_all_hosts_at_the_deadline_and_the_next_save_works(
-    disk: disks.Disk, host: int, phase: str
+    disk: disks.Disk, host: int, phase: str, other: str
 ) -> None:
     ends = break_in_save(
         disk.path / "run",
@@ -432,6 +437,7 @@ def test_a_shared_disk_that_stalls_is_told_on_all_hosts_at_the_deadline_and_the_
         host,
         lambda pid: disk.stall(),
         lambda pid: disk.go_on(),
+        other=other,
         seconds=STALL_SECONDS,
         within=STALL_SECONDS + MARGIN_SECONDS,
     )
