@@ -216,7 +216,7 @@ def test_a_host_that_is_gone_at_any_moment_is_named_within_15_seconds_and_the_ru
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("net", [3], indirect=True)
+@pytest.mark.parametrize("net", [4], indirect=True)
 @pytest.mark.parametrize("fault", ["cut", "stop"])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_all_the_hosts_that_are_left_are_told_the_same(
