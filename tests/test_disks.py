@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,17 @@ NAMING = ("save:publish",)
 LATER = ("save:committed", "save:retire")
 PHASES = (*WRITING, *NAMING, *LATER)
 assert {*PHASES, "save:arrays"} == set(telemetry.SAVE_PHASES)  # that is for hosts that meet there
+
+
+# Orbax leaves its other writes behind when one of them has failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _what_is_left_is_collected_here() -> Iterator[None]:
+    """Rather than in whichever test comes later, which it would fail."""
+    yield
+    gc.collect()
 
 
 def on_phases(names: tuple[str, ...], short: tuple[str, ...]) -> Any:
