@@ -233,13 +233,15 @@ class OrbaxArrays:
             self._checkpointer = _Engine(self._host, self._options, limit)
         path = os.path.join(self._root, prefix, "state")
         if self._host == 0 and not is_bucket(path):
-            os.makedirs(path, exist_ok=True)
+            with _wrapped("write", path):
+                os.makedirs(path, exist_ok=True)
         _gates[path] = gate = _Gate(self._options.save_timeout_seconds)
         try:
             with _wrapped("write", path):
                 self._checkpointer.save(path, arrays, all_written)
         except BaseException:
             gate.cancel()
+            self.abandon(self._checkpointer)
             raise
         return _OrbaxWrite(self, self._checkpointer, path, gate)
 
@@ -286,9 +288,14 @@ class OrbaxArrays:
                 return read()
             return _in_time(read, self._options.restore_timeout_seconds, f"Reading {path}")
 
-    def abandon(self) -> None:
-        """Lets go of an Orbax checkpointer that hangs; the next save gets a new one."""
-        self._checkpointer = None
+    def abandon(self, checkpointer: _Engine) -> None:
+        """Lets go of an Orbax checkpointer that hangs or has failed; the next save gets a new one.
+
+        One that has failed keeps what it has not told: of several errors of one save it raises the
+        first, and another one in the next save.
+        """
+        if self._checkpointer is checkpointer:
+            self._checkpointer = None
 
     def close(self) -> None:
         if self._checkpointer is not None:
@@ -344,6 +351,7 @@ class _OrbaxWrite:
             if self._engine._host == 0 and is_bucket(self._path):
                 _read_structure(self._path)
         except BaseException as error:
+            self._engine.abandon(self._checkpointer)
             ended.set_exception(error)
         else:
             ended.set_result(None)
@@ -366,7 +374,7 @@ class _OrbaxWrite:
         with _wrapped("write", self._path):
             done, _ = concurrent.futures.wait([self._ended], timeout_seconds)
             if not done:
-                self._engine.abandon()
+                self._engine.abandon(self._checkpointer)
                 raise StorageError(
                     f"Writing the arrays to {self._path} has not ended at the save's deadline. Is"
                     " the storage stuck? Options.save_timeout_seconds sets the deadline.",
@@ -442,7 +450,11 @@ def _wrapped(action: str, path: str) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number is None and (found := _OS_ERROR.search(str(error))):
             number = int(found[1])
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if number is None and isinstance(_first(error), TimeoutError):
+            number = errno.ETIMEDOUT  # Orbax's own deadline, which is just behind that of the save
+        if isinstance(error, MemoryError) or (
+            number is None and "RESOURCE_EXHAUSTED" in str(error)  # said of a full disk, too
+        ):
             number = errno.ENOMEM  # of the host or the device: nothing is damaged
         hint = storage_hint(number)
         if number is None and is_bucket(path):
@@ -457,11 +469,15 @@ def _cause(error: BaseException) -> str:
     """Returns what an error says, and before it what was its first cause: Orbax tells that last, or
     not at all.
     """
-    first = error
-    while first.__cause__ is not None:
-        first = first.__cause__
+    first = _first(error)
     told = describe(error, 1000)
     return told if first is error else f"{describe(first, 400)} ({told})"
+
+
+def _first(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _restore_args(leaf: LeafSpec, target: Any) -> Any:

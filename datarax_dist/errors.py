@@ -251,8 +251,10 @@ _HINTS = {
     errno.EFBIG: "A file is larger than this process or file system allows (ulimit -f).",
     errno.ENOMEM: "There is not enough memory for it, on this host or its devices.",
     errno.EROFS: "The file system is read-only.",
+    errno.EIO: "The device below the file system has failed: look at the system's log (dmesg).",
     errno.EACCES: "This user may not do that here: check the owner and the mode.",
     errno.EPERM: "This user may not do that here: check the owner and the mode.",
     errno.EMFILE: "This process has too many files open: raise its limit (ulimit -n).",
+    errno.ETIMEDOUT: "It has not ended at its deadline. Is the storage stuck, or slow?",
     errno.ESTALE: "The file handle is stale: the server of this file system has changed it.",
 }

@@ -562,7 +562,7 @@ def test_an_engine_that_was_given_up_does_not_speak_for_a_later_save(tmp_path: P
     write("1", "first")
     given_up = engine._checkpointer
     assert given_up is not None
-    engine.abandon()
+    engine.abandon(given_up)
     write("2", "second")
     assert engine._checkpointer is not None
     engine._checkpointer._barrier(key="async_write_complete", timeout_ms=0)

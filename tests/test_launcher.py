@@ -66,6 +66,12 @@ def wait_when_peer_dies(folder: str) -> None:
     wait_for_ever(folder)
 
 
+def coordinator() -> str:
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address
+
+
 def return_argument(argument: str) -> str:
     return argument
 
@@ -101,6 +107,19 @@ def test_one_host_needs_no_jax_distributed():
 def test_variables_given_reach_every_host():
     (result,) = run_hosts(os.getenv, 1, args=("DATARAX_X",), env={"DATARAX_X": "y"})
     assert result.value == "y"
+
+
+def test_each_host_can_be_placed_by_a_command_of_its_own():
+    prefixes = [["env", "DATARAX_X=zero"], ["env", "DATARAX_X=one"]]
+    results = run_hosts(os.getenv, 2, args=("DATARAX_X",), prefixes=prefixes)
+    assert [result.value for result in results] == ["zero", "one"]
+    with pytest.raises(ValueError, match="2 prefixes were given for 3 hosts"):
+        run_hosts(os.getenv, 3, args=("DATARAX_X",), prefixes=prefixes)
+
+
+def test_the_job_is_formed_at_the_address_given():
+    results = run_hosts(coordinator, 2, address="127.0.0.2")
+    assert [result.value.rpartition(":")[0] for result in results] == ["127.0.0.2"] * 2
 
 
 def test_the_error_of_a_failing_host_is_returned_beside_the_values_of_the_others():

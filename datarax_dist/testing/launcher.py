@@ -102,12 +102,14 @@ class _Call:
 class _Child:
     """One started host, as the parent sees it."""
 
-    def __init__(self, host: int, folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, host: int, folder: Path, env: Mapping[str, str], prefix: Sequence[str]
+    ) -> None:
         self.host = host
         self._folder = folder
         with (folder / "output").open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD_CODE, str(folder)],
+                [*prefix, sys.executable, "-c", _CHILD_CODE, str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -191,6 +193,8 @@ def run_hosts(
     timeout_seconds: float = 120.0,
     grace_seconds: float = 15.0,
     env: Mapping[str, str] | None = None,
+    prefixes: Sequence[Sequence[str]] = (),
+    address: str = "127.0.0.1",
 ) -> list[HostResult]:
     """Runs ``target(*args)`` on ``hosts`` real processes and returns what each of them did.
 
@@ -211,6 +215,10 @@ def run_hosts(
         grace_seconds: How long the other hosts may go on once one has raised or died; those that
             still run are then killed, and their exit code is ``-SIGKILL``.
         env: Variables to set on top of this process's environment, for every host.
+        prefixes: For each host, what to write before the command that starts it, to place it in a
+            namespace of its own say: ``["ip", "netns", "exec", "host0"]``. It must replace itself
+            with the command, which is how signals reach the host.
+        address: Of host 0, as all hosts reach it.
 
     Returns:
         One result for each host, in the order of their indices.
@@ -218,7 +226,8 @@ def run_hosts(
     Raises:
         TimeoutError: The run took longer than ``timeout_seconds``. Every process started was
             killed; the message ends with each host's last output and its stacks.
-        ValueError: A count is below 1, or the target is not a module-level function.
+        ValueError: A count is below 1, there are prefixes but not one for each host, or the target
+            is not a module-level function.
 
     Example:
         >>> import os
@@ -228,8 +237,10 @@ def run_hosts(
     """
     if hosts < 1 or devices_per_host < 1:
         raise ValueError(f"hosts and devices_per_host must be >= 1: {hosts}, {devices_per_host}")
+    if prefixes and len(prefixes) != hosts:
+        raise ValueError(f"{len(prefixes)} prefixes were given for {hosts} hosts")
     module, file, qualname = _describe_target(target)
-    coordinator = f"127.0.0.1:{free_port()}"
+    coordinator = f"{address}:{free_port()}"
     child_env = _child_environment(devices_per_host, env)
     deadline = time.monotonic() + timeout_seconds
 
@@ -251,7 +262,8 @@ def run_hosts(
                     search_path=tuple(os.path.abspath(entry) for entry in sys.path),
                 )
                 (folder / "call").write_bytes(pickle.dumps(call))
-                children.append(_Child(host, folder, child_env))
+                prefix = prefixes[host] if prefixes else ()
+                children.append(_Child(host, folder, child_env, prefix))
             _await_hosts(children, deadline, timeout_seconds, grace_seconds)
             _release_hosts(children)
             return [child.result() for child in children]
