@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from datarax_dist.inspection import (
     Candidate,
     Inspection,
     files_to_verify,
+    find_irregular,
     has_moved,
     inspect_run,
     inspection_from_json,
@@ -297,6 +297,8 @@ class Restorer:
                     wrong = dict.fromkeys(error.files, str(error))
                 except BaseException as error:
                     failure = error
+            elif isinstance(self._store, SupportsRename):
+                wrong = find_irregular(self._store.list(candidate.name), candidate.name)
             votes = self._group.exchange(
                 "verify",
                 wrong,
@@ -388,7 +390,10 @@ class Restorer:
             return _Attempt(apply=load(candidate))
         except CorruptStepError as error:
             return _Attempt({path: str(error) for path in error.files})
-        except (StorageError, fmt.InvalidRecordError, json.JSONDecodeError) as error:
+        except fmt.InvalidRecordError as error:
+            told = CorruptStepError(f"Step {candidate.step}: {error}", step=candidate.step, files=[])
+            return _Attempt({"state": errors.describe(error, 500)}, unread=told)
+        except StorageError as error:
             if errors.is_passing(error):
                 return _Attempt(failure=error)
             return _Attempt({"state": errors.describe(error, 500)}, unread=error)

@@ -155,7 +155,7 @@ def _delete_objects(
     assert isinstance(store, SupportsReplace)
     marker = f"{name}/{fmt.COMMIT_NAME}"
     old: bytes | None = None
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         old = store.get(marker)
     run = (old and _run_in(old)) or _run_of(store, name)
     # Old from the start: it need not stay until somebody's return.
@@ -184,7 +184,7 @@ def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes 
         return void
     try:
         there = store.get(key)
-    except KeyError:
+    except (KeyError, fmt.InvalidRecordError):
         return None
     if fmt.parse_void(there) is None:
         return None
@@ -287,7 +287,7 @@ def _run_of(store: Store, name: str) -> str | None:
         return claim.run
     if isinstance(store, SupportsRename):
         return None
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         if run := _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")):
             return run
     with contextlib.suppress(KeyError, fmt.InvalidRecordError, FormatVersionError):
