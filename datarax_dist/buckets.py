@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from datarax_dist import format as fmt
-from datarax_dist.errors import CheckpointError, StorageError, describe
+from datarax_dist.errors import CheckpointError, StorageError, cause, describe
 from datarax_dist.storage import Entry
 
 __all__ = ["BucketStore", "advice", "bucket_and_prefix"]
@@ -171,7 +171,7 @@ class BucketStore:
             number, hint = self._advice(error)
             raise StorageError(
                 f"Could not {action} {where}: {describe(error, 800)}. {hint}", errno=number
-            ) from error
+            ) from cause(error)
 
     def _advice(self, error: Exception) -> tuple[int, str]:
         if isinstance(error, _Damaged):

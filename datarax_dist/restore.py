@@ -391,7 +391,9 @@ class Restorer:
         except CorruptStepError as error:
             return _Attempt({path: str(error) for path in error.files})
         except fmt.InvalidRecordError as error:
-            told = CorruptStepError(f"Step {candidate.step}: {error}", step=candidate.step, files=[])
+            told = CorruptStepError(
+                f"Step {candidate.step}: {error}", step=candidate.step, files=[]
+            )
             return _Attempt({"state": errors.describe(error, 500)}, unread=told)
         except StorageError as error:
             if errors.is_passing(error):

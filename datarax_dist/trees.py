@@ -124,7 +124,9 @@ class TreeSpec:
         except RecursionError:
             raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} is nested too deep") from None
         if len(numbers) != len(leaves):
-            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: its structure has not all of its leaves")
+            raise fmt.InvalidRecordError(
+                f"{fmt.TREE_NAME}: its structure has not all of its leaves"
+            )
         return TreeSpec(body["structure"], leaves)
 
     def build(self, values: Sequence[Any]) -> Any:
