@@ -203,7 +203,8 @@ def check_root(root: str | os.PathLike[str]) -> str:
             return _check_bucket(text, rest)
         if scheme == "file":
             raise InvalidArgumentError(
-                mask(f"file:// is not supported; give the path itself: /{rest.lstrip('/')}")
+                "file:// is not supported; give the path itself:"
+                f" /{mask(text).removeprefix('file://').lstrip('/')}"
             )
         raise InvalidArgumentError(
             f"{scheme}:// is not supported, so nothing was written. A root is a path on a local or"

@@ -254,6 +254,7 @@ _NAMES = "|".join(
     )
 )
 _SECRETS = (
+    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[^-]*", re.IGNORECASE),
     re.compile(
         rf"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic)\s+)?){_VALUE}", re.IGNORECASE
     ),
@@ -265,7 +266,6 @@ _SECRETS = (
         rf"|x-goog-signature)[\"']?\s*[:=]\s*[\"']?){_VALUE}",
         re.IGNORECASE,
     ),
-    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[^-]*", re.IGNORECASE),
     re.compile(r"(\bya29\.)[\w.-]+"),  # what Google's access tokens begin with
     re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+(?=@)", re.IGNORECASE),
 )

@@ -542,17 +542,17 @@ def _text(saved: LeafSpec) -> str:
 
 
 def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
-    """Returns a leaf as it was saved, or as the target wants it. `value` is what Orbax restored."""
-    if spec.kind == "empty":
-        value = _empty(spec)
-        if is_key(value):
-            return value
-    elif spec.inline:
-        value = codec.decode(spec.value)
-    elif spec.kind == "scalar":
-        value = np.asarray(value)[()]
-    elif spec.kind == "key_data":
-        value = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)
+    """Returns a leaf as it was saved, or as the target wants it. `value` is what Orbax restored.
+
+    Raises:
+        InvalidRecordError: what `TREE.json` says of it cannot be.
+    """
+    try:
+        value = _as_saved(spec, value)
+    except (TypeError, ValueError) as error:
+        raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {spec.name}: {error}") from error
+    if spec.kind == "empty" and is_key(value):
+        return value
     if target is None or isinstance(target, jax.Array | jax.ShapeDtypeStruct):
         if isinstance(target, jax.ShapeDtypeStruct | jax.Array) and not isinstance(
             value, jax.Array
@@ -567,6 +567,18 @@ def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
         return np.asarray(value, target.dtype)[()]
     if isinstance(target, np.ndarray):
         return np.asarray(value, target.dtype)
+    return value
+
+
+def _as_saved(spec: LeafSpec, value: Any) -> Any:
+    if spec.kind == "empty":
+        return _empty(spec)
+    if spec.inline:
+        return codec.decode(spec.value)
+    if spec.kind == "scalar":
+        return np.asarray(value)[()]
+    if spec.kind == "key_data":
+        return jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)
     return value
 
 

@@ -23,6 +23,7 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     PositionError,
     UnsupportedLeafError,
+    cause,
     mask,
 )
 
@@ -491,4 +492,4 @@ def _apply(
             f" {mask(str(error))}"
             "\nIts data or its settings are not those of the saved one. Make it the same again; and"
             " make new loaders before the next try, this one may have been changed."
-        ) from error
+        ) from cause(error)
