@@ -41,7 +41,7 @@ from datarax_dist.testing.simulated import MemoryBucket, MemoryStore
 
 # Orbax leaves a read behind when it finds that it cannot go on.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s).*coroutine object Store._get_array_metadatas:pytest.PytestUnraisableExceptionWarning"
+    "ignore:(?s).*coroutine object Store._get_array_m:pytest.PytestUnraisableExceptionWarning"
 )
 
 PARSERS = fuzz_records.parsers()
@@ -345,8 +345,9 @@ def restore(root: Path, **options: Any) -> dd.Restored | None:
     try:
         with dd.Checkpointer(root, options=dd.Options(**options)) as ckpt:
             restored = ckpt.try_restore(data=loader)
-    finally:
+    except errors.CheckpointError:
         gc.collect()
+        raise
     assert time.monotonic() - begin < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # in KiB
     if restored is not None and restored.step == 1:
