@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -47,6 +48,7 @@ pytestmark = pytest.mark.filterwarnings(
 PARSERS = fuzz_records.parsers()
 SEALED = sorted(name for name, parser in PARSERS.items() if parser.sealed)
 LEVELS = ("marker", "sizes", "full")
+_OPENED_OR_CHANGED = 0x20 | 0x02 | 0x04 | 0x100 | 0x200 | 0xC0  # of inotify
 RECORD = "hosts/host_00000-of-00001.json"
 INDEX, SHARD = "data/data/index.json", "data/data/shard_00000-of-00001.json"
 OURS = ("COMMIT.json", "STEP.json", RECORD, "TREE.json", INDEX, SHARD, "metadata/metadata")
@@ -312,30 +314,25 @@ def snapshot(folder: Path) -> dict[str, bytes | str]:
     return found
 
 
-_opened: list[str] | None = None
-
-
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _opened is not None and event in ("open", "os.listdir", "os.scandir", "os.remove"):
-        _opened.append(str(arguments[0]))
-
-
-sys.addaudithook(_watch)
-
-
 @contextlib.contextmanager
-def nothing_touched(*folders: Path) -> Iterator[None]:
-    """Checks that nothing below `folders` is opened, listed, changed or removed."""
-    global _opened
-    before = [snapshot(folder) for folder in folders]
-    _opened = []
+def nothing_touched(folder: Path) -> Iterator[None]:
+    """Checks that nothing below `folder` is opened, changed or removed, by Python or TensorStore:
+    the kernel tells.
+    """
+    before = snapshot(folder)
+    libc = ctypes.CDLL(None, use_errno=True)
+    events = libc.inotify_init1(os.O_NONBLOCK)
+    assert events >= 0, os.strerror(ctypes.get_errno())
     try:
+        for directory, _, _ in list(os.walk(folder)):  # which opens them
+            watch = libc.inotify_add_watch(events, os.fsencode(directory), _OPENED_OR_CHANGED)
+            assert watch >= 0, os.strerror(ctypes.get_errno())
         yield
-        touched = [name for name in _opened if any(name.startswith(f"{f}/") for f in folders)]
+        with pytest.raises(BlockingIOError):
+            assert not os.read(events, 65536), "something was opened"
     finally:
-        _opened = None
-    assert touched == []
-    assert [snapshot(folder) for folder in folders] == before
+        os.close(events)
+    assert snapshot(folder) == before
 
 
 def restore(root: Path, **options: Any) -> dd.Restored | None:
