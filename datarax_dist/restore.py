@@ -287,18 +287,19 @@ class Restorer:
         with phases.span("verify"):
             wrong: dict[str, str] = {}
             failure: BaseException | None = None
-            if candidate.state == "committed":
-                try:
+            found: dict[str, str] = {}
+            try:
+                if candidate.state == "committed":
                     marker = read_marker(self._store, candidate)
                     candidate = dataclasses.replace(candidate, marker=marker)
                     found = self._verify_share(candidate, level, read_all)
-                    wrong = dict(list(found.items())[:_MOST_TOLD])
-                except CorruptStepError as error:
-                    wrong = dict.fromkeys(error.files, str(error))
-                except BaseException as error:
-                    failure = error
-            elif isinstance(self._store, SupportsRename):
-                wrong = find_irregular(self._store.list(candidate.name), candidate.name)
+                elif isinstance(self._store, SupportsRename):
+                    found = find_irregular(self._store.list(candidate.name), candidate.name)
+                wrong = dict(list(found.items())[:_MOST_TOLD])
+            except CorruptStepError as error:
+                wrong = dict.fromkeys(error.files, str(error))
+            except BaseException as error:
+                failure = error
             votes = self._group.exchange(
                 "verify",
                 wrong,

@@ -320,8 +320,8 @@ GUARDS = [
     Guard(
         "links are looked for in a step of plain Orbax",
         "restore.py",
-        "            elif isinstance(self._store, SupportsRename):\n                wrong = find",
-        "            elif False:\n                wrong = find",
+        "                elif isinstance(self._store, SupportsRename):\n                    found = find",
+        "                elif False:\n                    found = find",
         "tests/test_hostile.py -k plain_orbax",
     ),
     Guard(
