@@ -43,6 +43,7 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     StorageError,
     StructureMismatchError,
+    cause,
     describe,
     storage_hint,
 )
@@ -462,7 +463,7 @@ def _wrapped(action: str, path: str) -> Iterator[None]:
         raise StorageError(
             f"Could not {action} the arrays: {_cause(error)}. {hint}",
             errno=number,
-        ) from error
+        ) from cause(error)
 
 
 def _cause(error: BaseException) -> str:

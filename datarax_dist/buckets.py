@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from datarax_dist import format as fmt
-from datarax_dist.errors import CheckpointError, StorageError, describe
+from datarax_dist.errors import CheckpointError, StorageError, cause, describe
 from datarax_dist.storage import Entry
 
 __all__ = ["BucketStore", "advice", "bucket_and_prefix"]
@@ -165,11 +165,13 @@ class BucketStore:
             yield
         except (CheckpointError, FileNotFoundError, FileExistsError, KeyError):
             raise
+        except fmt.InvalidRecordError:
+            raise
         except Exception as error:
             number, hint = self._advice(error)
             raise StorageError(
                 f"Could not {action} {where}: {describe(error, 800)}. {hint}", errno=number
-            ) from error
+            ) from cause(error)
 
     def _advice(self, error: Exception) -> tuple[int, str]:
         if isinstance(error, _Damaged):
@@ -193,21 +195,39 @@ class BucketStore:
         return self._get(key)[0]
 
     def _get(self, key: str) -> tuple[bytes, str]:
-        """Returns the content of an object, checked, and its generation."""
+        """Returns the content of an object, checked, and its generation. One byte more than it may
+        have is asked for, and no more comes.
+        """
+        limit = fmt.most_bytes(key)
 
-        def read(headers: Mapping[str, Any], content: bytes) -> tuple[bytes, str]:
+        def read(headers: Mapping[str, Any], content: bytes) -> tuple[bytes, str, bool]:
+            if len(content) > limit:
+                raise fmt.too_large(key, headers.get("Content-Range", "").rpartition("/")[2])
+            # It is that of the whole object, for a range too; and the range is the whole object.
             wanted = _hashes(headers).get("crc32c")
             if wanted is not None and wanted != fmt.crc32c(content).to_bytes(4, "big"):
                 raise _Damaged(f"{key} was changed on its way here (checksum)")
-            return content, str(headers.get("X-Goog-Generation", ""))
+            return content, str(headers.get("X-Goog-Generation", "")), wanted is not None
 
-        with self._errors("read", key):
-            try:
-                return self._request(
-                    "GET", "b/{}/o/{}", self.bucket, self._name(key), alt="media", read=read
-                )
-            except FileNotFoundError as error:
-                raise KeyError(key) from error
+        content, generation, is_checked = b"", "", False
+        for headers in ({"Range": f"bytes=0-{limit}"}, {}):
+            with self._errors("read", key):
+                try:
+                    content, generation, is_checked = self._request(
+                        *("GET", "b/{}/o/{}", self.bucket, self._name(key)),
+                        alt="media",
+                        headers=headers,
+                        read=read,
+                    )
+                except FileNotFoundError as error:
+                    raise KeyError(key) from error
+                except Exception as error:
+                    if str(getattr(error, "code", "")) != "416":  # there is no first byte
+                        raise
+                    is_checked = True
+            if is_checked:  # else a proxy has taken away the checksum of what it calls a part
+                break
+        return content, generation
 
     def put(self, key: str, data: bytes) -> None:
         self._upload(key, data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import operator
 import os
@@ -325,7 +324,7 @@ class Checkpointer:
             shared[fmt.TREE_NAME] = fmt.seal(tree)
             agreement["the structure of the state"] = _tree_digest(plan.spec)
             items.append("state")
-        shared["metadata/metadata"] = json.dumps(metadata).encode()  # as Orbax's JSON item has it
+        shared["metadata/metadata"] = fmt.dump_metadata(metadata)
         writer = self._arrays.writer(plan.arrays if plan and plan.spec.leaves else None)
         files = writer.step_files()
         shared |= {name: data for name, data in files.items() if name != _ORBAX_MARKER}
@@ -459,11 +458,11 @@ class Checkpointer:
             spec = arrays_io.describe_foreign(os.path.join(self._root, where))
             has_state = True
         else:
-            metadata = json.loads(read("metadata/metadata"))
+            metadata = fmt.parse_metadata(read("metadata/metadata"), "metadata/metadata")
             if metadata_only:
                 return lambda: (None, metadata, {})
             if has_state:
-                spec = trees.TreeSpec.from_json(fmt.unseal(read(fmt.TREE_NAME), fmt.TREE_NAME))
+                spec = trees.parse_tree(read(fmt.TREE_NAME))
         if target is not None and not has_state:
             raise StepNotFoundError(
                 f"Step {candidate.step} of {self._root} has no state; restore with state=None.",

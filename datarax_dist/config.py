@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from datarax_dist.errors import InvalidArgumentError
+from datarax_dist.errors import InvalidArgumentError, mask
 
 __all__ = ["KeepPolicy", "Options", "SavePolicy", "every_n_steps", "every_steps", "latest"]
 
@@ -222,7 +222,8 @@ def check_root(root: str | os.PathLike[str]) -> str:
             return _check_bucket(text, rest)
         if scheme == "file":
             raise InvalidArgumentError(
-                f"file:// is not supported; give the path itself: /{rest.lstrip('/')}"
+                "file:// is not supported; give the path itself:"
+                f" /{mask(text).removeprefix('file://').lstrip('/')}"
             )
         raise InvalidArgumentError(
             f"{scheme}:// is not supported, so nothing was written. A root is a path on a local or"
@@ -232,7 +233,7 @@ def check_root(root: str | os.PathLike[str]) -> str:
         bucket = re.match(r"(gs|s3|az|hf):/*([^/].*)", text)
         raise InvalidArgumentError(
             "The root must be absolute, so that all hosts mean the same place. Use"
-            f" {f'{bucket[1]}://{bucket[2]}' if bucket else os.path.abspath(text)!r}."
+            f" {mask(f'{bucket[1]}://{bucket[2]}') if bucket else os.path.abspath(text)!r}."
         )
     return str(os.path.normpath(text))
 
@@ -245,8 +246,9 @@ def is_bucket(root: str) -> bool:
 def _check_bucket(root: str, rest: str) -> str:
     bucket, _, prefix = rest.partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        shown = f"gs://***@{rest.rpartition('@')[2]}" if "@" in rest else root  # a password
         raise InvalidArgumentError(
-            f"{root!r} names no bucket. A root in a bucket is gs://BUCKET/PREFIX; names of buckets"
+            f"{shown!r} names no bucket. A root in a bucket is gs://BUCKET/PREFIX; names of buckets"
             " have 3 or more lower-case letters, digits, '-', '_' and '.'."
         )
     parts = prefix.rstrip("/").split("/") if prefix.rstrip("/") else []

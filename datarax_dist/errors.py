@@ -21,6 +21,7 @@ An error that the primary decides on travels to every host and keeps its type th
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -215,7 +216,20 @@ def describe(error: BaseException, limit: int = 2000) -> str:
         text = f"{type(error).__name__}({error.errno}, {error.strerror!r}){name}"
     else:
         text = f"{type(error).__name__}: {error}"
+    text = mask(text)
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def mask(text: str) -> str:
+    """Returns a text of others without what would let a reader act as this process: tokens, signed
+    URLs, passwords in URLs.
+
+    >>> mask("GET https://host/x?alt=media&access_token=ya29.abc failed")
+    'GET https://host/x?alt=media&access_token=*** failed'
+    """
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***", text)
+    return text
 
 
 def storage_hint(number: int | None) -> str:
@@ -228,6 +242,45 @@ def is_passing(error: BaseException) -> bool:
     damaged. Going back to an older step would be the wrong answer.
     """
     return isinstance(error, OSError) and error.errno in _PASSING
+
+
+_VALUE = r"[^\s&\"'<>,;)}\]]+"
+_NAMES = "|".join(
+    (
+        *("access_token", "id_token", "refresh_token", "token", "assertion", "client_secret"),
+        *("private_key", "password", "upload_id", "api_?key", "key", "sig", "signature"),
+        *("x-goog-signature", "x-goog-credential", "x-amz-signature", "x-amz-credential"),
+        "x-amz-security-token",
+    )
+)
+_SECRETS = (
+    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[^-]*", re.IGNORECASE),
+    re.compile(
+        rf"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic)\s+)?){_VALUE}", re.IGNORECASE
+    ),
+    re.compile(rf"(\bbearer\s+){_VALUE}", re.IGNORECASE),
+    # In a query, or as a field of JSON. A bare `key='...'` is in many a message of ours.
+    re.compile(rf"([?&](?:{_NAMES})=){_VALUE}", re.IGNORECASE),
+    re.compile(
+        rf"(\b(?:access_token|id_token|refresh_token|assertion|client_secret|private_key"
+        rf"|x-goog-signature)[\"']?\s*[:=]\s*[\"']?){_VALUE}",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(\bya29\.)[\w.-]+"),  # what Google's access tokens begin with
+    re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+(?=@)", re.IGNORECASE),
+)
+
+
+def cause(error: BaseException) -> BaseException | None:
+    """Returns what to chain an error of ours to: None when a text of others in the chain has
+    secrets, which every traceback would show.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if mask(text := f"{link} {link!r}") != text:
+            return None
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return error
 
 
 _PASSING = {

@@ -50,12 +50,17 @@ MAX_POSITION_BYTES = 64 << 20  # of the JSON of one position
 MAX_BLOB_BYTES = 2 << 30  # of one position
 MAX_SHARDS = 1 << 20
 MAX_LEASE_SECONDS = 24 * 3600.0
-_ASIDE = re.compile(r"([0-9]+)\.(staging|replaced|deleting)-([0-9a-f]{16})")
 _ATTEMPT = re.compile(r"(0|[1-9][0-9]{0,17})\.restoring-([0-9a-f]{16})")
 _MAX_ATTEMPT_BYTES = 1 << 16
 _LATEST_SECONDS = 2.0**36  # in the year 4147
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 _EPOCH = re.compile(r"([0-9]{10})\.json")
+MAX_SMALL_BYTES = 1 << 20  # of what says whose a directory is
+MAX_VALUES = 1 << 24  # of all values and separators in one file: each takes up to 72 bytes
+_MOST = 1 << 63  # of a number
+_MOST_TEXT = 1024
+_ASIDE = re.compile(r"(0|[1-9][0-9]{0,17})\.(staging|replaced|deleting)-([0-9a-f]{16})")
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class InvalidRecordError(ValueError):
@@ -200,6 +205,22 @@ class PositionRecord:
     ended: bool
     loader: Any
     blobs: Sequence[tuple[int, str]]
+
+
+def most_bytes(key: str) -> int:
+    """Returns how large a file of ours of that name may be; what is larger is not read."""
+    if key.rsplit("/", 1)[-1] in (RUN_NAME, STEP_NAME) or key.startswith(f"{LEASE_NAME}/"):
+        return MAX_SMALL_BYTES
+    if "data" not in key.split("/")[:-1]:
+        return MAX_RECORD_BYTES
+    return MAX_BLOB_BYTES if key.endswith(".bin") else MAX_POSITION_BYTES
+
+
+def too_large(key: str, size: int | str) -> InvalidRecordError:
+    """Returns the error of a file that is larger than `most_bytes`."""
+    return InvalidRecordError(
+        f"{key} has {size} bytes; a file of ours of that name has at most {most_bytes(key)}"
+    )
 
 
 def step_name(step: int) -> str:
@@ -351,7 +372,19 @@ def seal(body: Mapping[str, Any]) -> bytes:
             f" JSON; at most {MAX_RECORD_BYTES} are possible. Keep large values as arrays in"
             " `state`. Nothing was saved."
         )
+    if _values(data) > MAX_VALUES:
+        raise InvalidArgumentError(
+            f"A position, or the part of the state that is not arrays, has more than {MAX_VALUES}"
+            " values or commas. Keep long lists of numbers as arrays. Nothing was saved."
+        )
     return data
+
+
+def _values(data: bytes) -> int:
+    """Returns at least how many values JSON has, before anything is made of it."""
+    if len(data) <= MAX_VALUES:
+        return 0
+    return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:
@@ -363,12 +396,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     """
     if len(data) > MAX_RECORD_BYTES:
         raise InvalidRecordError(f"{name} has {len(data)} bytes, more than any record of ours")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRecordError(f"{name} is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise InvalidRecordError(f"{name} is not a JSON object")
+    body = _parse_object(data, name)
     stored = body.pop("crc32c", None)
     try:
         wanted = crc_text(crc32c(dumps(body)))
@@ -377,10 +405,10 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         raise InvalidRecordError(f"{name} cannot be checked: {error}") from error
     if stored != wanted or not canonical:
         raise InvalidRecordError(
-            f"{name}: checksum mismatch (stored {stored!r}, computed {wanted})"
+            f"{name}: checksum mismatch (stored {_clipped(stored)}, computed {wanted})"
         )
     version = body.pop("format_version", None)
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or not 1 <= version < _MOST:
         raise InvalidRecordError(f"{name} has no format version")
     if version > FORMAT_VERSION:
         raise FormatVersionError(
@@ -392,17 +420,37 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     return body
 
 
+def _parse_object(data: bytes, name: str) -> dict[str, Any]:
+    if _values(data) > MAX_VALUES:
+        raise InvalidRecordError(f"{name} has more values than any record of ours")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRecordError(f"{name} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(body, dict):
+        raise InvalidRecordError(f"{name} is not a JSON object")
+    return body
+
+
+def _clipped(value: Any) -> str:
+    """Returns what was read for a message: short, on one line, whatever it is."""
+    return repr(value[:80]) if isinstance(value, str) else type(value).__name__
+
+
+def _is_plain(text: str) -> bool:
+    return len(text) <= _MOST_TEXT and not _CONTROL.search(text)
+
+
 def safe_key(path: Any, name: str) -> str:
     """Returns `path` when it is a clean relative key that stays inside its directory."""
     if (
         not isinstance(path, str)
         or not path
-        or len(path) > 1024
+        or not _is_plain(path)
         or "\\" in path
-        or "\0" in path
         or any(part in ("", ".", "..") for part in path.split("/"))
     ):
-        raise InvalidRecordError(f"{name} names an impossible file {path!r}")
+        raise InvalidRecordError(f"{name} names an impossible file {_clipped(path)}")
     return path
 
 
@@ -412,7 +460,16 @@ def _get(body: Mapping[str, Any], key: str, kind: type | tuple[type, ...], name:
         raise InvalidRecordError(f"{name}: {key!r} is {type(value).__name__}")
     if isinstance(value, int) and value < 0:
         raise InvalidRecordError(f"{name}: {key!r} is negative")
+    if isinstance(value, int | float) and not -_MOST < value < _MOST:  # NaN is not, either
+        raise InvalidRecordError(f"{name}: {key!r} is out of range")
+    if isinstance(value, str) and not _is_plain(value):
+        raise InvalidRecordError(f"{name}: {key!r} is too long, or has control characters")
     return value
+
+
+def _texts(body: Mapping[str, Any], key: str, name: str) -> Mapping[str, str]:
+    found: dict[str, Any] = _get(body, key, dict, name)
+    return {_get({"name": k}, "name", str, name): _get(found, k, str, name) for k in found}
 
 
 def _digest(row: Mapping[str, Any], name: str) -> str:
@@ -519,6 +576,7 @@ def dump_record(record: HostRecord) -> bytes:
 
 def parse_record(data: bytes, name: str) -> HostRecord:
     body = unseal(data, name)
+    found: dict[str, Any] = _get(body, "seconds", dict, name)
     return HostRecord(
         run=_get(body, "run", str, name),
         step=_get(body, "step", int, name),
@@ -526,7 +584,7 @@ def parse_record(data: bytes, name: str) -> HostRecord:
         host=_get(body, "host", int, name),
         hosts=_get(body, "hosts", int, name),
         files=_entries(body, "files", name),
-        seconds=_get(body, "seconds", dict, name),
+        seconds={k: _get(found, k, (int, float), name) for k in found},
     )
 
 
@@ -557,12 +615,19 @@ def parse_marker(data: bytes) -> CommitMarker:
         hosts=_get(body, "hosts", int, COMMIT_NAME),
         records=_entries(body, "records", COMMIT_NAME),
         bytes=_get(body, "bytes", int, COMMIT_NAME),
-        items=tuple(str(item) for item in _get(body, "items", list, COMMIT_NAME)),
+        items=tuple(
+            str(_get({"items": item}, "items", str, COMMIT_NAME))
+            for item in _get(body, "items", list, COMMIT_NAME)
+        ),
         committed_at=_get(body, "committed_at", (int, float), COMMIT_NAME),
-        versions=_get(body, "versions", dict, COMMIT_NAME),
+        versions=_texts(body, "versions", COMMIT_NAME),
     )
-    wanted = [host_record_name(host, marker.hosts) for host in range(min(marker.hosts, 1 << 20))]
-    if [entry.path for entry in marker.records] != wanted:
+    paths = [entry.path for entry in marker.records]
+    if (
+        marker.hosts < 1
+        or len(paths) != marker.hosts
+        or paths != [host_record_name(host, marker.hosts) for host in range(marker.hosts)]
+    ):
         raise InvalidRecordError(
             f"{COMMIT_NAME} does not list one record for each of {marker.hosts} hosts"
         )
@@ -633,6 +698,26 @@ def dump_run(run: str, created_at: float) -> bytes:
 
 def parse_run(data: bytes) -> str:
     return str(_get(unseal(data, RUN_NAME), "run", str, RUN_NAME))
+
+
+def dump_metadata(metadata: Mapping[str, Any]) -> bytes:
+    """Returns the user's metadata as Orbax's JSON item has it: neither canonical nor sealed.
+
+    Raises:
+        InvalidArgumentError: it would be larger than a reader accepts.
+    """
+    data = json.dumps(metadata).encode()
+    if len(data) > MAX_RECORD_BYTES or _values(data) > MAX_VALUES:
+        raise InvalidArgumentError(
+            f"The metadata takes {len(data)} bytes as JSON; at most {MAX_RECORD_BYTES}, and"
+            f" {MAX_VALUES} values, are possible. Keep large values in `state`. Nothing was saved."
+        )
+    return data
+
+
+def parse_metadata(data: bytes, name: str) -> dict[str, Any]:
+    """Raises `InvalidRecordError` for anything that is no JSON object."""
+    return _parse_object(data, name)
 
 
 def _check_size(data: bytes, name: str) -> None:

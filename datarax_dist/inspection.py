@@ -20,6 +20,7 @@ __all__ = [
     "Inspection",
     "compare",
     "files_to_verify",
+    "find_irregular",
     "find_run",
     "has_moved",
     "inspect_run",
@@ -146,6 +147,12 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
 
     looked = for_each(store, look, [name[:-1] for name in names if name.endswith("/")])
     found = [candidate for candidate in looked if candidate is not None]
+    if isinstance(store, SupportsRename):
+        found += [
+            Candidate(step, name, "refused", "a symbolic link or a file, not a directory")
+            for name in names
+            if (step := fmt.parse_step_name(name)) is not None
+        ]
     if run is None:
         runs = {c.marker.run for c in found if c.marker is not None}
         run = runs.pop() if len(runs) == 1 else None
@@ -199,7 +206,7 @@ def is_committed(store: Store, name: str, names: Iterable[str] | None = None) ->
         return True  # only buckets have void ones
     try:
         return fmt.parse_void(store.get(f"{name}/{fmt.COMMIT_NAME}")) is None
-    except KeyError:
+    except (KeyError, fmt.InvalidRecordError):
         return False
 
 
@@ -290,13 +297,17 @@ def verify_files(
 ) -> dict[str, str]:
     """Returns what is wrong with `files`: path -> reason.
 
-    Level "sizes" compares sizes, and digests where the listing has them. Level "full" reads every
-    byte; with `read_all=False` not of files whose digest the listing has.
+    Level "marker" looks for what is no file: a link may lead out of the step, a FIFO would be
+    waited for. Level "sizes" compares sizes, and digests where the listing has them. Level "full"
+    reads every byte; with `read_all=False` not of files whose digest the listing has.
     """
-    if level == "marker" or not files:
+    if not isinstance(store, SupportsRename) and (level == "marker" or not files):
         return {}
     listing = store.list(directory)
-    wrong = compare(listing, directory, files)
+    wrong = find_irregular(listing, directory)
+    if level == "marker":
+        return wrong
+    wrong |= compare(listing, directory, files)
     if wrong and not isinstance(store, SupportsRename):
         # The listing itself may have been damaged on its way: what is wrong is so twice.
         again = compare(store.list(directory), directory, files)
@@ -328,6 +339,15 @@ def verify_files(
     return wrong | {e.path: r for e, r in zip(unread, reasons, strict=True) if r is not None}
 
 
+def find_irregular(listing: Iterable[Entry], directory: str) -> dict[str, str]:
+    """Returns what in a listing is no file, and is never opened: path -> what it is."""
+    return {
+        entry.key.removeprefix(f"{directory}/"): f"it is {entry.irregular}, not a file"
+        for entry in listing
+        if entry.irregular
+    }
+
+
 def compare(
     listing: Iterable[Entry], directory: str, files: Iterable[fmt.FileEntry]
 ) -> dict[str, str]:
@@ -338,6 +358,8 @@ def compare(
         there = listed.get(entry.path)
         if there is None:
             wrong[entry.path] = "missing"
+        elif there.irregular:
+            wrong[entry.path] = f"it is {there.irregular}, not a file"
         elif there.size != entry.size:
             wrong[entry.path] = f"{there.size} bytes instead of {entry.size}"
         elif fmt.same_kind(there.digest, entry.digest) and there.digest != entry.digest:
@@ -420,7 +442,7 @@ def has_moved(store: Store, candidate: Candidate) -> bool:
     """
     try:
         return fmt.digest(store.get(f"{candidate.name}/{fmt.COMMIT_NAME}")) != candidate.digest
-    except KeyError:
+    except (KeyError, fmt.InvalidRecordError):
         return True
 
 

@@ -131,6 +131,8 @@ def _read(store: Store, epoch: int) -> _Seen | None:
         content = store.get(name)
     except KeyError:
         return None  # removed meanwhile
+    except fmt.InvalidRecordError:  # too large, or no file
+        return _Seen(epoch, b"", None)
     except StorageError as error:
         if errors.is_passing(error):
             raise

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from datarax_dist.inspection import (
     Candidate,
     Inspection,
     files_to_verify,
+    find_irregular,
     has_moved,
     inspect_run,
     inspection_from_json,
@@ -361,16 +361,19 @@ class Restorer:
         with phases.span("verify"):
             wrong: dict[str, str] = {}
             failure: BaseException | None = None
-            if candidate.state == "committed":
-                try:
+            found: dict[str, str] = {}
+            try:
+                if candidate.state == "committed":
                     marker = read_marker(self._store, candidate)
                     candidate = dataclasses.replace(candidate, marker=marker)
                     found = self._verify_share(candidate, level, read_all)
-                    wrong = dict(list(found.items())[:_MOST_TOLD])
-                except CorruptStepError as error:
-                    wrong = dict.fromkeys(error.files, str(error))
-                except BaseException as error:
-                    failure = error
+                elif isinstance(self._store, SupportsRename):
+                    found = find_irregular(self._store.list(candidate.name), candidate.name)
+                wrong = dict(list(found.items())[:_MOST_TOLD])
+            except CorruptStepError as error:
+                wrong = dict.fromkeys(error.files, str(error))
+            except BaseException as error:
+                failure = error
             votes = self._group.exchange(
                 "verify",
                 wrong,
@@ -462,7 +465,12 @@ class Restorer:
             return _Attempt(apply=load(candidate))
         except CorruptStepError as error:
             return _Attempt({path: str(error) for path in error.files})
-        except (StorageError, fmt.InvalidRecordError, json.JSONDecodeError) as error:
+        except fmt.InvalidRecordError as error:
+            told = CorruptStepError(
+                f"Step {candidate.step}: {error}", step=candidate.step, files=[]
+            )
+            return _Attempt({"state": errors.describe(error, 500)}, unread=told)
+        except StorageError as error:
             if errors.is_passing(error):
                 return _Attempt(failure=error)
             return _Attempt({"state": errors.describe(error, 500)}, unread=error)

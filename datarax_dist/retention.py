@@ -212,7 +212,7 @@ def _delete_objects(
     assert isinstance(store, SupportsReplace)
     marker = f"{name}/{fmt.COMMIT_NAME}"
     old: bytes | None = None
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         old = store.get(marker)
     if lease is not None and old is not None:
         lease.announce(step, fmt.digest(old))
@@ -255,7 +255,7 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
         if not is_committed(store, fmt.step_name(step)):
             give_up(store, run, step, secrets.token_hex(8), now)
     for step, marker in [deletion for lease in older for deletion in lease.deleting]:
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, fmt.InvalidRecordError):
             if fmt.digest(store.get(f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}")) == marker:
                 delete_step(store, step)
 
@@ -273,7 +273,7 @@ def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes 
         return void
     try:
         there = store.get(key)
-    except KeyError:
+    except (KeyError, fmt.InvalidRecordError):
         return None
     if fmt.parse_void(there) is None:
         return None
@@ -403,7 +403,7 @@ def _run_of(store: Store, name: str) -> str | None:
         return claim.run
     if isinstance(store, SupportsRename):
         return None
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         if run := _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")):
             return run
     with contextlib.suppress(KeyError, fmt.InvalidRecordError, FormatVersionError):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -43,6 +44,15 @@ _CHUNK_BYTES = 1 << 20
 _PARALLEL = 16
 # What a `put` or `create` that was cut off leaves; nobody has written such a key.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+_NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -51,12 +61,14 @@ _Result = TypeVar("_Result")
 class Entry:
     """A file in a listing: key relative to the root, size in bytes; and, where the storage tells
     these without reading (buckets do), its digest, and which writing of this key it is.
+    `irregular` says what it is when it is no file: "a symbolic link", "a FIFO". Nobody opens it.
     """
 
     key: str
     size: int
     digest: str = ""
     generation: str = ""
+    irregular: str = ""
 
 
 class Store(Protocol):
@@ -71,7 +83,13 @@ class Store(Protocol):
     @property
     def root(self) -> str: ...
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str) -> bytes:
+        """Returns a file of ours, which fits into memory.
+
+        Raises:
+            InvalidRecordError: there is no such file of ours: it is larger than `fmt.most_bytes`,
+                or a link, a directory, a device. Nothing of it was read.
+        """
 
     def put(self, key: str, data: bytes) -> None: ...
 
@@ -182,9 +200,46 @@ class LocalStore:
         return os.path.join(self._root, *key.split("/")) if key else self._root
 
     def get(self, key: str) -> bytes:
-        path = self.path(key)
-        with _storage_errors("read", path), open(path, "rb") as file:
-            return file.read()
+        limit = fmt.most_bytes(key)
+        with _storage_errors("read", self.path(key)):
+            try:
+                descriptor = self._open(key)
+            except _IrregularError as error:
+                raise fmt.InvalidRecordError(f"{key} is {error.kind}, not a file") from None
+            with os.fdopen(descriptor, "rb") as file:
+                if (size := os.fstat(descriptor).st_size) > limit:
+                    raise fmt.too_large(key, size)
+                return file.read(size)
+
+    def _open_directory(self, prefix: str) -> int:
+        """Opens a directory. Below the root no link is followed; the root itself may be one."""
+        descriptor = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        for name in prefix.split("/") if prefix else ():
+            try:
+                inner = os.open(name, _NO_LINK | os.O_DIRECTORY, dir_fd=descriptor)
+            except OSError as error:
+                if (kind := _irregular(name, descriptor)) is not None and kind != "a directory":
+                    raise _IrregularError(kind, self.path(prefix)) from error
+                raise
+            finally:
+                os.close(descriptor)
+            descriptor = inner
+        return descriptor
+
+    def _open(self, key: str) -> int:
+        """Opens a regular file to read, and nothing else: to open a FIFO would wait for ever."""
+        directory, _, name = key.rpartition("/")
+        parent = self._open_directory(directory)
+        try:
+            kind = _irregular(name, parent)
+            if kind is None:
+                descriptor = os.open(name, _NO_LINK, dir_fd=parent)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    return descriptor
+                os.close(descriptor)
+            raise _IrregularError(kind or "no file any more", self.path(key))
+        finally:
+            os.close(parent)
 
     def put(self, key: str, data: bytes) -> None:
         path = self.path(key)
@@ -207,9 +262,11 @@ class LocalStore:
                 # carries a nonce.
                 os.link(temporary, path)
             except FileExistsError:
-                with open(path, "rb") as file:
-                    if file.read() != data:
+                try:
+                    if self.get(key) != data:
                         return False
+                except (KeyError, fmt.InvalidRecordError):
+                    return False
             finally:
                 os.unlink(temporary)
             _sync_directory(os.path.dirname(path))
@@ -243,17 +300,26 @@ class LocalStore:
     def children(self, prefix: str) -> list[str]:
         path = self.path(prefix)
         try:
-            with _storage_errors("list", path), os.scandir(path) as entries:
-                return sorted(
-                    e.name + ("/" if e.is_dir(follow_symlinks=False) else "")
-                    for e in entries
-                    if not _TEMPORARY.fullmatch(e.name)
-                )
+            with _storage_errors("list", path):
+                try:
+                    descriptor = self._open_directory(prefix)
+                except _IrregularError:
+                    return []
+                try:
+                    with os.scandir(descriptor) as entries:
+                        return sorted(
+                            e.name + ("/" if e.is_dir(follow_symlinks=False) else "")
+                            for e in entries
+                            if not _TEMPORARY.fullmatch(e.name)
+                        )
+                finally:
+                    os.close(descriptor)
         except KeyError:
             return []
 
     def list(self, prefix: str) -> list[Entry]:
         top = self.path(prefix)
+        is_link = bool(prefix) and os.path.islink(top)
         paths = [top]
         found = []
 
@@ -262,14 +328,16 @@ class LocalStore:
                 raise error
 
         with _storage_errors("list", top):
-            for directory, _, names in os.walk(top, onerror=stop):
-                paths += [os.path.join(directory, name) for name in names]
+            for directory, inner, names in os.walk(top, onerror=stop) if not is_link else ():
+                # Links to directories are among the directories, and are not walked through.
+                paths += [os.path.join(directory, name) for name in (*names, *inner)]
             for path in paths:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     status = os.lstat(path)
                     if not stat.S_ISDIR(status.st_mode):
                         key = os.path.relpath(path, self._root).replace(os.sep, "/")
-                        found.append(Entry(key, status.st_size))
+                        kind = _kind(status.st_mode) or ""
+                        found.append(Entry(key, status.st_size, irregular=kind))
         return sorted(found, key=lambda entry: entry.key)
 
     def digest(
@@ -277,7 +345,10 @@ class LocalStore:
     ) -> tuple[int, str]:
         path = self.path(key)
         size, digester = 0, fmt.Digester(like or self.digest_kind)
-        with _storage_errors("read", path), open(path, "rb", buffering=0) as file:
+        with (
+            _storage_errors("read", path),
+            os.fdopen(self._open(key), "rb", buffering=0) as file,
+        ):
             if (
                 expected_size is not None
                 and (actual := os.fstat(file.fileno()).st_size) != expected_size
@@ -292,6 +363,7 @@ class LocalStore:
         path = self.path(prefix)
         try:
             with _storage_errors("delete", path):
+                os.close(self._open_directory(prefix.rpartition("/")[0]))  # by no link
                 if os.path.isdir(path) and not os.path.islink(path):
                     if last is not None:
                         _remove_all_but(last, path)
@@ -308,7 +380,7 @@ class LocalStore:
         for key in keys:
             path = self.path(key)
             with _storage_errors("fsync", path):
-                descriptor = os.open(path, os.O_RDONLY)
+                descriptor = self._open(key)
                 try:
                     os.fsync(descriptor)
                 finally:
@@ -338,6 +410,25 @@ def _remove_all_but(last: str, directory: str) -> None:
         if name != last:
             _remove(os.path.join(directory, name))
     _sync_directory(directory)  # or after a power cut `last` may be what is missing, and alone
+
+
+class _IrregularError(OSError):
+    """Something else stands where a file or a directory of ours would."""
+
+    def __init__(self, kind: str, path: str) -> None:
+        super().__init__(errno.EINVAL, f"it is {kind}", path)
+        self.kind = kind
+
+
+def _kind(mode: int) -> str | None:
+    """Returns what is there, when it is no regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return _KINDS.get(stat.S_IFMT(mode), "nothing known")
+
+
+def _irregular(name: str, directory: int) -> str | None:
+    return _kind(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
 
 
 def _remove(path: str) -> None:

@@ -29,7 +29,7 @@ from datarax_dist import config, trees
 from datarax_dist import format as fmt
 from datarax_dist.checkpoint import Run, Target
 from datarax_dist.checkpointer import apply_state, state_tree
-from datarax_dist.errors import InvalidArgumentError, StepExistsError
+from datarax_dist.errors import CorruptStepError, InvalidArgumentError, StepExistsError
 
 __all__ = ["SubstraxStore"]
 
@@ -189,8 +189,10 @@ class SubstraxStore:
         store = self._run._store
         if fmt.TREE_NAME not in store.children(str(step)):
             return []
-        body = fmt.unseal(store.get(f"{step}/{fmt.TREE_NAME}"), fmt.TREE_NAME)
-        return list(trees.TreeSpec.from_json(body).leaves)
+        try:
+            return list(trees.parse_tree(store.get(f"{step}/{fmt.TREE_NAME}")).leaves)
+        except fmt.InvalidRecordError as error:
+            raise CorruptStepError(str(error), step=step, files=[fmt.TREE_NAME]) from error
 
     def read_metadata(self, step: int) -> Any:
         """Returns the `substrax.checkpoint.CheckpointMetadata` of a step.

@@ -37,6 +37,10 @@ Path = tuple[str, ...]
 _NAMELESS = (jax.tree_util.FlattenedIndexKey, jax.tree_util.SequenceKey)
 _SMALL = ("int2", "uint2", "int4", "uint4")
 _UNSTORABLE = ("uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "float128")
+_KINDS = (
+    *("jax", "key", "key_data", "numpy", "scalar"),
+    *("int", "float", "bool", "complex", "str", "bytes", "empty"),
+)
 _INLINE = ("int", "float", "bool", "complex", "str", "bytes", "empty")
 
 
@@ -103,17 +107,26 @@ class TreeSpec:
 
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> TreeSpec:
-        leaves = tuple(
-            LeafSpec(
-                path=tuple(str(part) for part in row["path"]),
-                kind=str(row["kind"]),
-                shape=tuple(int(n) for n in row["shape"]),
-                dtype=str(row["dtype"]),
-                value=row["value"],
-                local=bool(row["local"]),
+        """Returns what `to_json` wrote.
+
+        Raises:
+            InvalidRecordError: it is anything else. Nothing large is made of it.
+        """
+        rows = body.get("leaves")
+        if not isinstance(rows, list):
+            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} lists no leaves")
+        leaves = tuple(_parse_leaf(row) for row in rows)
+        if len({leaf.path for leaf in leaves}) != len(leaves):
+            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} names a leaf twice")
+        numbers: list[int] = []
+        try:
+            _check_structure(body.get("structure"), numbers, len(leaves))
+        except RecursionError:
+            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} is nested too deep") from None
+        if len(numbers) != len(leaves):
+            raise fmt.InvalidRecordError(
+                f"{fmt.TREE_NAME}: its structure has not all of its leaves"
             )
-            for row in body["leaves"]
-        )
         return TreeSpec(body["structure"], leaves)
 
     def build(self, values: Sequence[Any]) -> Any:
@@ -121,6 +134,92 @@ class TreeSpec:
         become dicts.
         """
         return _build(self.structure, values)
+
+
+def parse_tree(data: bytes) -> TreeSpec:
+    """Returns what `TREE.json` says.
+
+    Raises:
+        InvalidRecordError: it is damaged, or no tree of ours.
+        FormatVersionError: of a newer format version.
+    """
+    return TreeSpec.from_json(fmt.unseal(data, fmt.TREE_NAME))
+
+
+def _parse_leaf(row: Any) -> LeafSpec:
+    row = row if isinstance(row, dict) else {}
+    parts, shape, dtype = row.get("path"), row.get("shape"), row.get("dtype")
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a leaf without a path")
+    leaf = LeafSpec(tuple(parts), str(row.get("kind"))[:20], value=row.get("value"))
+    wrong = fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {leaf.name[:200]!r} is no leaf of ours")
+    if leaf.kind not in _KINDS or not isinstance(row.get("local"), bool):
+        raise wrong
+    if not isinstance(shape, list) or len(shape) > 64 or not isinstance(dtype, str):
+        raise wrong
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape) or len(dtype) > 100:
+        raise wrong
+    if leaf.kind in ("jax", "numpy", "scalar", "empty") and not dtype.startswith("key:"):
+        if not _is_dtype(dtype):
+            raise wrong
+    elif leaf.kind not in ("key", "key_data", "empty") and (shape or dtype):
+        raise wrong
+    if leaf.kind == "empty":
+        if 0 not in shape or math.prod(n or 1 for n in shape) >= 1 << 60:
+            raise wrong
+    elif leaf.inline:
+        try:
+            value = codec.decode(leaf.value)
+        except codec.DecodeError:
+            raise wrong from None
+        if type(value).__name__ != leaf.kind:
+            raise wrong
+    return LeafSpec(leaf.path, leaf.kind, tuple(shape), dtype, leaf.value, row["local"])
+
+
+def _is_dtype(name: str) -> bool:
+    try:
+        dtype = np.dtype(name)
+    except (TypeError, ValueError, SyntaxError):
+        return False
+    return str(dtype) == name and _storable(dtype)
+
+
+def _check_structure(node: Any, numbers: list[int], count: int) -> None:
+    """Raises `InvalidRecordError` for what is not as `_structure` writes it. Leaves are numbered in
+    their order.
+    """
+    if type(node) is int:
+        if node != len(numbers) or node >= count:
+            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a leaf that is not the next one")
+        numbers.append(node)
+        return
+    wrong = fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a container that is none of ours")
+    if not isinstance(node, dict):
+        raise wrong
+    tags = set(node)
+    if tags == {"none"}:
+        return
+    named = tags == {"dict"} or tags == {"node", "children"}
+    children = node.get("children") if "node" in tags else next(iter(node.values()), None)
+    if not (named or tags in ({"list"}, {"tuple"})) or not isinstance(children, list):
+        raise wrong
+    keys = set()
+    for child in children:
+        if named:
+            if not isinstance(child, list) or len(child) != 2:
+                raise wrong
+            try:
+                key = codec.decode(child[0]) if "dict" in tags else child[0]
+                keys.add(key)
+            except (codec.DecodeError, TypeError):
+                raise wrong from None
+            if "node" in tags and not isinstance(key, str):
+                raise wrong
+            child = child[1]
+        _check_structure(child, numbers, count)
+    if named and len(keys) != len(children):
+        raise wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,17 +542,17 @@ def _text(saved: LeafSpec) -> str:
 
 
 def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
-    """Returns a leaf as it was saved, or as the target wants it. `value` is what Orbax restored."""
-    if spec.kind == "empty":
-        value = _empty(spec)
-        if is_key(value):
-            return value
-    elif spec.inline:
-        value = codec.decode(spec.value)
-    elif spec.kind == "scalar":
-        value = np.asarray(value)[()]
-    elif spec.kind == "key_data":
-        value = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)
+    """Returns a leaf as it was saved, or as the target wants it. `value` is what Orbax restored.
+
+    Raises:
+        InvalidRecordError: what `TREE.json` says of it cannot be.
+    """
+    try:
+        value = _as_saved(spec, value)
+    except (TypeError, ValueError) as error:
+        raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {spec.name}: {error}") from error
+    if spec.kind == "empty" and is_key(value):
+        return value
     if target is None or isinstance(target, jax.Array | jax.ShapeDtypeStruct):
         if isinstance(target, jax.ShapeDtypeStruct | jax.Array) and not isinstance(
             value, jax.Array
@@ -468,6 +567,18 @@ def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
         return np.asarray(value, target.dtype)[()]
     if isinstance(target, np.ndarray):
         return np.asarray(value, target.dtype)
+    return value
+
+
+def _as_saved(spec: LeafSpec, value: Any) -> Any:
+    if spec.kind == "empty":
+        return _empty(spec)
+    if spec.inline:
+        return codec.decode(spec.value)
+    if spec.kind == "scalar":
+        return np.asarray(value)[()]
+    if spec.kind == "key_data":
+        return jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)
     return value
 
 

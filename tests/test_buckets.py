@@ -553,6 +553,58 @@ def test_requests_do_not_grow_with_the_number_of_arrays(gcs: FakeGCS, root: str)
         assert many <= few + 15, numbers
 
 
+def test_an_object_that_is_too_large_is_refused_with_one_request_and_not_read(
+    gcs: FakeGCS, root: str
+) -> None:
+    store = BucketStore(root)
+    store.put("1/STEP.json", b" " * (8 << 20))
+    refusal = pytest.raises(fmt.InvalidRecordError, match=r"8388608 bytes.* at most 1048576")
+    with refusal:
+        counted(gcs, lambda: store.get("1/STEP.json"))
+    [seen] = [request for request in gcs.requests if request.kind == "read"]
+    assert seen.received <= (1 << 20) + 1
+
+
+def test_objects_that_fit_are_read_with_one_request(gcs: FakeGCS, root: str) -> None:
+    store = BucketStore(root)
+    for data in (b"x", b"x" * fmt.MAX_SMALL_BYTES):
+        store.put("1/STEP.json", data)
+        found, seen = counted(gcs, lambda: store.get("1/STEP.json"))
+        assert (found == data, len(seen)) == (True, 1)
+    store.put("1/STEP.json", b"")
+    assert store.get("1/STEP.json") == b""
+
+
+def test_a_range_that_comes_without_a_checksum_is_asked_for_as_a_whole(
+    gcs: FakeGCS, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = buckets._hashes
+    monkeypatch.setattr(
+        buckets, "_hashes", lambda headers: {} if "Content-Range" in headers else hashes(headers)
+    )
+    store = BucketStore(root)
+    store.put("1/STEP.json", b"content")
+    fault = gcs.fail("corrupted", kind="read", times=2)
+    monkeypatch.setattr(buckets, "_FIRST_PAUSE_SECONDS", 0.001)
+    assert store.get("1/STEP.json") == b"content"
+    assert fault.hits == 2
+
+
+def test_a_huge_marker_in_a_bucket_falls_back_and_is_removed(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(root, 1, 2)
+    monkeypatch.setattr(fmt, "MAX_RECORD_BYTES", 100_000)
+    store = BucketStore(root)
+    store.put("2/COMMIT.json", b" " * 200_000)
+    store.put(f"3.replaced-{'a' * 16}/COMMIT.json", b" " * 200_000)
+    restored = restore(root)
+    assert same(restored, 1)
+    assert "200000 bytes" in restored.report.refused["step 2"]
+    save(root, 4)
+    assert same(restore(root), 4)
+
+
 def test_verifying_sizes_reads_no_array_data(gcs: FakeGCS, root: str) -> None:
     from datarax_dist import cli
 

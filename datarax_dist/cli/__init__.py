@@ -38,6 +38,7 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     StepNotFoundError,
     StorageError,
+    describe,
 )
 
 __all__ = ["main"]
@@ -232,5 +233,5 @@ def _explain(error: Exception) -> int:
         if isinstance(error, kind):
             note(str(error))
             return code
-    note(f"{type(error).__name__}: {error}")
+    note(describe(error))
     return FAILED

@@ -26,7 +26,7 @@ from datarax_dist.cli.output import (
     time_text,
 )
 from datarax_dist.config import check_root, is_bucket
-from datarax_dist.errors import CorruptStepError, FormatVersionError, StepNotFoundError
+from datarax_dist.errors import CorruptStepError, FormatVersionError, StepNotFoundError, mask
 from datarax_dist.inspection import (
     Candidate,
     Inspection,
@@ -63,7 +63,7 @@ def split_target(text: str) -> tuple[str, str | None]:
     if not separator or "/" in step or os.path.isdir(text):
         return text, None
     if step != "latest" and fmt.parse_step_name(step) is None:
-        raise UsageError(f"{text}: after the @ comes a step or 'latest', not {step!r}.")
+        raise UsageError(f"{mask(text)}: after the @ comes a step or 'latest', not {step!r}.")
     return root, step
 
 

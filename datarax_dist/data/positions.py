@@ -23,6 +23,8 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     PositionError,
     UnsupportedLeafError,
+    cause,
+    mask,
 )
 
 __all__ = [
@@ -486,7 +488,8 @@ def _apply(
         raise
     except Exception as error:
         raise PositionError(
-            f"The loader of {name!r} refused its position with {type(error).__name__}: {error}"
+            f"The loader of {name!r} refused its position with {type(error).__name__}:"
+            f" {mask(str(error))}"
             "\nIts data or its settings are not those of the saved one. Make it the same again; and"
             " make new loaders before the next try, this one may have been changed."
-        ) from error
+        ) from cause(error)

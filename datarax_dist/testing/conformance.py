@@ -40,6 +40,18 @@ def put_replaces_whole_content(make: Callable[[], Store]) -> None:
         assert store.get("a/b/c.json") == data
 
 
+def get_refuses_what_is_larger_than_a_file_of_ours(make: Callable[[], Store]) -> None:
+    store = make()
+    store.put("7/STEP.json", b" " * fmt.MAX_SMALL_BYTES)
+    assert len(store.get("7/STEP.json")) == fmt.MAX_SMALL_BYTES
+    store.put("7/STEP.json", b" " * (fmt.MAX_SMALL_BYTES + 1))
+    try:
+        store.get("7/STEP.json")
+    except fmt.InvalidRecordError:
+        return
+    raise AssertionError("it was read, whatever its size")
+
+
 def a_missing_key_is_a_key_error(make: Callable[[], Store]) -> None:
     store = make()
     store.put("a/file", b"x")
@@ -251,6 +263,7 @@ def rename_moves_everything_and_never_onto_something(make: Callable[[], Store]) 
 
 STORE_CHECKS: tuple[Callable[[Callable[[], Store]], None], ...] = (
     put_replaces_whole_content,
+    get_refuses_what_is_larger_than_a_file_of_ours,
     a_missing_key_is_a_key_error,
     create_never_replaces,
     create_that_is_tried_again_knows_its_own_content,

@@ -125,7 +125,10 @@ class _MemoryFiles:
             self._left -= 1
 
     def get(self, key: str) -> bytes:
-        return self.files[key]
+        data = self.files[key]
+        if len(data) > fmt.most_bytes(key):
+            raise fmt.too_large(key, len(data))
+        return data
 
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
