@@ -239,14 +239,15 @@ class BucketStore:
             return self._holds(key, data)
         return True
 
-    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
-        """Writes `data` if `key` holds `expected`; returns whether this call (and no other) did."""
+    def replace(self, key: str, expected: bytes, data: bytes, *, seen: Entry | None = None) -> bool:
+        """See `SupportsReplace`."""
         try:
             content, generation = self._get(key)
         except KeyError:
             return False
         if content != expected:
             return content == data
+        generation = generation if seen is None else seen.generation
         try:
             self._upload(key, data, ifGenerationMatch=generation)
         except FileExistsError:

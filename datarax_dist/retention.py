@@ -12,8 +12,8 @@ A bucket cannot rename, and there every host that is believed dead may come back
 save left is touched, a void marker is put where `COMMIT.json` would be (`give_up`): whichever of
 the two is created first stands. And everything is deleted as it was listed, generation by
 generation, after another look at the marker: what was written since is another one's, and stays.
-What is about to be deleted stands in the lease: who takes the run over deletes it, or finds it
-gone.
+What is about to be deleted stands in the lease: who takes the run over writes its marker once more,
+and then it cannot be deleted as it was seen before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError, StorageError
 from datarax_dist.inspection import Inspection, is_committed
 from datarax_dist.lease import Lease, is_certainly_dead, writer_identity
-from datarax_dist.storage import Store, SupportsRename, SupportsReplace, for_each
+from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, for_each
 
 __all__ = [
     "Leftover",
@@ -214,13 +214,21 @@ def _delete_objects(
     old: bytes | None = None
     with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         old = store.get(marker)
+    seen: Entry | None = None
     if lease is not None and old is not None:
-        lease.announce(step, fmt.digest(old))
+        seen = next(iter(store.list(marker)), None)
+        if seen is None or seen.digest != fmt.digest(old, store.digest_kind):
+            return False  # saved again, or about to be
+        lease.announce(step, seen.digest)
     run = (old and _run_in(old)) or _run_of(store, name)
     # Old from the start: it need not stay until somebody's return.
     void = fmt.dump_void(run or "", step, secrets.token_hex(8), 0.0)
-    if not (store.create(marker, void) if old is None else store.replace(marker, old, void)):
-        return False  # saved again, or about to be
+    if old is None:
+        is_mine = store.create(marker, void)
+    else:
+        is_mine = store.replace(marker, old, void, seen=seen)
+    if not is_mine:
+        return False  # saved again, or about to be; or the run is another job's
     reached("retire")
     is_step = old is not None and fmt.parse_void(old) is None
     if replaced and is_step and not is_committed(store, fmt.step_name(step)):
@@ -251,13 +259,17 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
                 with contextlib.suppress(KeyError):  # it has gone meanwhile
                     store.rename(name, fmt.aside_name(step, "deleting", secrets.token_hex(8)))
         return
+    assert isinstance(store, SupportsReplace)
     for step in begun:
         if not is_committed(store, fmt.step_name(step)):
             give_up(store, run, step, secrets.token_hex(8), now)
-    for step, marker in [deletion for lease in older for deletion in lease.deleting]:
+    for step, digest in [deletion for lease in older for deletion in lease.deleting]:
+        # Written once more, it is not what they have seen.
+        key = f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}"
         with contextlib.suppress(KeyError, fmt.InvalidRecordError):
-            if fmt.digest(store.get(f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}")) == marker:
-                delete_step(store, step)
+            if [entry.digest for entry in store.list(key)] == [digest]:
+                marker = store.get(key)
+                store.replace(key, marker, marker)
 
 
 def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes | None:

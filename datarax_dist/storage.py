@@ -135,8 +135,10 @@ class SupportsRename(Protocol):
 class SupportsReplace(Protocol):
     """The ability of buckets to replace a file on a condition, and to copy without reading."""
 
-    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
-        """Writes `data` if `key` holds `expected`; returns whether this call (and no other) did."""
+    def replace(self, key: str, expected: bytes, data: bytes, *, seen: Entry | None = None) -> bool:
+        """Writes `data` if `key` holds `expected`, be it the same; returns whether this call (and
+        no other) did. With `seen`, as listed: not if `key` was written again since.
+        """
 
     def delete_listed(self, entries: Sequence[Entry]) -> None:
         """Removes files as they were listed: what was written again since stays, and that is no

@@ -207,7 +207,7 @@ GUARDS = [
     Guard(
         "a deletion ends when the marker is another one",
         "retention.py",
-        "        return False  # saved again, or about to be\n",
+        "        return False  # saved again, or about to be; or the run is another job's\n",
         "        pass\n",
         "tests/test_leftovers.py",
     ),
@@ -327,7 +327,7 @@ GUARDS = [
     Guard(
         "what is about to be deleted stands in the lease",
         "retention.py",
-        "        lease.announce(step, fmt.digest(old))\n",
+        "        lease.announce(step, seen.digest)\n",
         "        lease.check()\n",
         "tests/test_lease.py -k 'lost_the_run and bucket and deletes'",
     ),

@@ -174,6 +174,12 @@ def replace_needs_the_expected_content(make: Callable[[], Store]) -> None:
     assert store.replace("7/COMMIT.json", b"void", b"mine")
     assert store.replace("7/COMMIT.json", b"void", b"mine"), "the reply may have been lost"
     assert not store.replace("7/COMMIT.json", b"void", b"theirs")
+    [seen] = store.list("7/COMMIT.json")
+    assert store.replace("7/COMMIT.json", b"mine", b"mine"), "written once more"
+    assert not store.replace("7/COMMIT.json", b"mine", b"void", seen=seen), "it was written since"
+    [seen] = store.list("7/COMMIT.json")
+    assert store.replace("7/COMMIT.json", b"mine", b"void", seen=seen)
+    assert store.replace("7/COMMIT.json", b"void", b"mine")
     assert store.get("7/COMMIT.json") == b"mine"
 
 

@@ -256,10 +256,12 @@ class MemoryBucket(_MemoryFiles):
                     self._change()
                     del self.files[entry.key]
 
-    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
+    def replace(self, key: str, expected: bytes, data: bytes, *, seen: Entry | None = None) -> bool:
         with self._lock:
             if self.files.get(key) != expected:
                 return self.holds(key, data)
+            if seen is not None and seen.generation != str(self._written.generations[key]):
+                return False
             self._change()
             self.files[key] = data
             self.log.append(("replace", key))
@@ -353,11 +355,11 @@ class _SteppedBucket(_Stepped):
         request = functools.partial(getattr(self._files, method), key, *arguments)
         return self._change(f"{method}: {key}", request)
 
-    def replace(self, key: str, expected: bytes, data: bytes) -> bool:
+    def replace(self, key: str, expected: bytes, data: bytes, *, seen: Entry | None = None) -> bool:
         # Once done, it is refused: what it was to replace, by its generation, is gone.
         return self._change(
             f"replace: {key}",
-            lambda: self._files.replace(key, expected, data),
+            lambda: self._files.replace(key, expected, data, seen=seen),
             lambda: self._files.holds(key, data),
         )
 
