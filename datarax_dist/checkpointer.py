@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import operator
@@ -31,6 +32,7 @@ from datarax_dist.errors import (
     CorruptStepError,
     InvalidArgumentError,
     StepNotFoundError,
+    StorageError,
 )
 from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, read_marker
@@ -186,6 +188,7 @@ class Checkpointer:
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
         self._running: Future[None] | None = None
+        self._started: StartedSave | None = None  # what runs
         _left_open.add(self)
         _drain_at_exit()
         self._handle: SaveHandle | None = None
@@ -274,7 +277,10 @@ class Checkpointer:
         if not wanted:
             self._saver.take()  # a job that may not write is told now, and not in an hour
             return None
-        self._drain()
+        try:
+            self._drain()
+        except StorageError as error:
+            refused = error
         previous, self._handle = self._handle, None
         unseen = previous._unseen_error() if previous is not None else None
         phases = Phases("save", self._group.index)
@@ -293,6 +299,7 @@ class Checkpointer:
         )
         handle = SaveHandle(step, phases)
         self._handle = handle
+        self._started = started
         self._running = self._worker.submit(self._finish, started, handle)
         return handle
 
@@ -350,13 +357,12 @@ class Checkpointer:
 
     def _finish(self, started: StartedSave, handle: SaveHandle) -> None:
         """On the worker. A watcher beside it tells the handle of a failure elsewhere at once, while
-        this host still writes.
+        this host still writes; and at the deadline, though this host may hang.
         """
         watcher = threading.Thread(
             target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
         )
-        if self._group.count > 1:
-            watcher.start()
+        watcher.start()
         try:
             report = started.finish()
         except BaseException as error:
@@ -365,8 +371,7 @@ class Checkpointer:
             started.clean_up()
         else:
             handle._settle(report=report)
-        if self._group.count > 1:
-            watcher.join()  # it has the same outcome
+        watcher.join()  # it has the same outcome
         started.operation.close()
 
     def restore(
@@ -594,11 +599,24 @@ class Checkpointer:
         self._saver.let_go(leases.borrow(self._root, self._make_lease) if primary else None)
 
     def _drain(self) -> None:
-        """Waits until the worker has nothing to do: two saves never overlap."""
-        if self._running is not None:
-            while not wait([self._running], 1.0).done:
-                pass  # in slices, so that Ctrl-C is answered
-            self._running = None
+        """Waits until the worker has nothing to do: two saves never overlap.
+
+        Raises:
+            StorageError: its save has failed at its deadline, and the worker hangs in it still.
+        """
+        if self._running is None:
+            return
+        while not wait([self._running], 1.0).done:  # in slices, so that Ctrl-C is answered
+            started, handle = self._started, self._handle
+            failed = handle is None or (handle.done() and handle._future.exception() is not None)
+            if failed and started is not None and (phase := started.hangs()) is not None:
+                raise StorageError(
+                    f"{self._root}: the save of step {started.step} has failed at its deadline, and"
+                    f" still hangs in phase {phase!r}: the storage does not answer. Nothing can be"
+                    " saved, and this process cannot end, until it does.",
+                    errno=errno.ETIMEDOUT,
+                )
+        self._running = self._started = None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -607,7 +625,7 @@ class Checkpointer:
 
 def _watch(started: StartedSave, handle: SaveHandle) -> None:
     try:
-        started.outcome()
+        started.watch()
     except BaseException as error:
         handle._settle(error=error)
 

@@ -51,6 +51,8 @@ _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the 
 _FEW = 16
 _SILENCE_SECONDS = 10.0
 _PATIENCE_SECONDS = 3.0
+_GRACE_SECONDS = 10.0  # how long after a deadline the others wait for the primary to say so
+_LATE_SECONDS = 0.5  # and it for itself, where it hangs
 _ANY_SECONDS = 600.0  # longer than JAX itself lets a call hang
 
 
@@ -485,15 +487,34 @@ class Operation:
             if "error" in (decided := json.loads(value)):
                 raise self._error(decided)
 
-    def result(self, phase: str, deadline: float, *, own: BaseException | None = None) -> Any:
-        """Waits for the decision: a result, or an error, the same on every host."""
+    def result(
+        self,
+        phase: str,
+        deadline: float,
+        *,
+        own: BaseException | None = None,
+        late: Callable[[], tuple[str, BaseException]] | None = None,
+    ) -> Any:
+        """Waits for the decision: a result, or an error, the same on every host.
+
+        Args:
+            own: what this host has failed with.
+            late: on the primary, what it says at the deadline when it hangs itself: the phase, and
+                the error.
+        """
         own = own or self._own
+        grace = _GRACE_SECONDS if late is None else _LATE_SECONDS
         begin = self._clock.monotonic()
         patience = _PATIENCE_SECONDS if self._group.is_primary else 0.0
         while (value := self._outcome(phase)) is None:
             now, silent = self._clock.monotonic(), self._board.silent()
             # The primary decides at the deadline; the others leave it a moment to say so.
-            is_late = now >= deadline + 10.0
+            is_late = now >= deadline + grace
+            if is_late and late is not None:
+                phase_now, error = late()
+                self.fail(phase_now, error)
+                own = own or error
+                continue
             if not silent and not is_late:
                 continue
             if 0 in silent and silent[0].cut_off:

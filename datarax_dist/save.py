@@ -77,6 +77,8 @@ __all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "S
 
 logger = logging.getLogger("datarax_dist")
 
+_HANGS_SECONDS = 10.0  # after the deadline
+
 
 class ArrayWrite(Protocol):
     """A write of arrays: everything is copied, and nothing is written before `release`."""
@@ -487,8 +489,34 @@ class StartedSave:
             self.operation.gather("arrays", self._deadline)
 
     def outcome(self) -> Any:
-        """Step 9: waits for the decision, wherever this host's own work is. Any thread."""
+        """Step 9: waits for the decision."""
         return self.operation.result("written", self._deadline, own=self._failure)
+
+    def watch(self) -> None:
+        """Raises the error that the decision is, wherever this host's own work is, and though it
+        may hang. On a thread of its own.
+        """
+        late = self._late if self._group.is_primary else None
+        self.operation.result("written", self._deadline, own=self._failure, late=late)
+
+    def _late(self) -> tuple[str, BaseException]:
+        phase = self.phases.current
+        name = "" if self._group.count == 1 else f" on host {self._group.index}"
+        error = StorageError(
+            f"the save of step {self.step} has not ended at its deadline of"
+            f" {self._saver._options.save_timeout_seconds:.0f} s;{name} it waits in phase"
+            f" {phase!r}. Does the storage hang, or is it slow? Options.save_timeout_seconds sets"
+            " the deadline.",
+            errno=errno.ETIMEDOUT,
+        )
+        if self._group.count == 1:
+            error = StorageError(f"{error} {self._consequence(phase)}", errno=errno.ETIMEDOUT)
+        return phase, error
+
+    def hangs(self) -> str | None:
+        """Returns where this host's work is, though the save should have ended a while ago."""
+        late = self._saver._clock.monotonic() - self._deadline
+        return self.phases.current if late > _HANGS_SECONDS else None
 
     def finish(self) -> SaveReport:
         """Steps 4 to 10. Returns when this host has nothing more to do for the save; raises what
@@ -596,7 +624,9 @@ class StartedSave:
             if self._write is None:  # no arrays
                 self._all_written()
             else:
-                self._write.wait(self._seconds_left())
+                # The primary may wait in it for others, and says at the deadline for whom.
+                waits = self._group.is_primary and self._group.count > 1
+                self._write.wait(self._seconds_left() + (2.0 if waits else 0.0))
             self._write = None
         self.operation.check("hash")
         with self.phases.span("hash"):

@@ -29,7 +29,7 @@ SAVE_PHASES = (
     "save:start",  # agreed and staged, about to hand the arrays to Orbax
     "save:started",  # arrays are on the host, training goes on
     "save:positions",  # about to write the data positions
-    "save:arrays",  # this host's arrays are written; primary: about to merge
+    "save:arrays",  # of several hosts: this one's arrays are written; primary: about to merge
     "save:hash",  # about to hash and fsync this host's files
     "save:record",  # about to write the host record
     "save:written",  # the host record is durable

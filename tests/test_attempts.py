@@ -598,7 +598,7 @@ def test_a_checkpointer_goes_on_from_the_older_step_and_saves_the_suspect_one_ag
         assert checkpointer.all_steps() == [1, 2, 3]
         checkpointer.save(3, state={"w": np.full(4, 33)}).result()
         assert checkpointer.restore().state["w"].tolist() == [33] * 4
-    assert sorted(os.listdir(tmp_path)) == ["3", "RUN.json"]
+    assert sorted(os.listdir(tmp_path)) == ["3", "RUN.json", "lease"]
 
 
 def test_a_step_that_was_restored_after_all_is_not_replaced_by_accident(tmp_path: Path) -> None:
@@ -628,7 +628,7 @@ def test_a_target_that_does_not_fit_twice_makes_no_step_suspect(tmp_path: Path) 
         for _ in range(2):
             with pytest.raises(dd.errors.StructureMismatchError):
                 checkpointer.restore(state={"v": np.ones(3)})
-    assert sorted(os.listdir(tmp_path)) == ["1", "RUN.json"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "RUN.json", "lease"]
 
 
 def test_plain_orbax_does_not_mind_attempts(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def check_story(root: str, hosts: int, victim: int, phase: str = "restore:load")
     for step, digest, refused, suspects in go_on(root, hosts):
         assert (step, digest) == (3, targets.expected_digest(103)), "the one that was saved again"
         assert (refused, suspects) == ({}, ())
-    assert sorted(store.children("")) == ["1/", "2/", "3/", "4/", "RUN.json"]
+    assert sorted(store.children("")) == ["1/", "2/", "3/", "4/", "RUN.json", "lease/"]
 
 
 @pytest.mark.parametrize(
