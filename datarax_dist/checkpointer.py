@@ -579,9 +579,9 @@ class Checkpointer:
         self._closed = True
         try:
             self._drain()
+            self._let_go()  # not where the worker hangs: it may write yet
         finally:
             self._worker.shutdown(wait=False)
-            self._let_go()
             with contextlib.suppress(Exception):  # it has failed a save, which has said so
                 self._arrays.close()
         self.check_for_errors()

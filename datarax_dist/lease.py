@@ -42,6 +42,8 @@ from datarax_dist.storage import Store
 __all__ = [
     "Lease",
     "borrow",
+    "describe",
+    "give_all_back",
     "give_back",
     "is_certainly_dead",
     "newest_lease",
@@ -109,6 +111,13 @@ def _is_running(writer: Mapping[str, Any]) -> bool:
     return started == writer.get("started") and state in ("R", "S", "D")
 
 
+def describe(lease: fmt.LeaseRecord) -> str:
+    """Returns whose a lease is."""
+    pid, name = str(lease.owner.get("pid"))[:20], str(lease.owner.get("name"))
+    shown = name if len(name) <= 253 and name.isprintable() else "an unknown host"
+    return f"process {pid} on {shown} (epoch {lease.epoch})"
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """A lease as it was seen; `record` is None where it cannot be read."""
@@ -121,8 +130,7 @@ class _Seen:
     def owner(self) -> str:
         if self.record is None:
             return f"a job whose lease cannot be read (epoch {self.epoch})"
-        owner = self.record.owner
-        return f"process {owner.get('pid')} on {owner.get('name')} (epoch {self.epoch})"
+        return describe(self.record)
 
 
 def _read(store: Store, epoch: int) -> _Seen | None:

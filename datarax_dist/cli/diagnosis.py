@@ -24,6 +24,7 @@ from datarax_dist.cli.output import FINDINGS, NOT_AUTHORISED, OK, note, print_cl
 from datarax_dist.config import check_root, is_bucket
 from datarax_dist.errors import CheckpointError, StepNotFoundError
 from datarax_dist.inspection import inspect_run
+from datarax_dist.lease import describe, is_certainly_dead, newest_lease
 from datarax_dist.storage import Store, SupportsRename, SupportsReplace, open_store
 
 __all__ = ["Finding", "diagnose", "doctor"]
@@ -96,7 +97,7 @@ def diagnose(root: str, *, write: bool) -> Iterator[Finding]:
     store = open_store(root)
     denied = False
     looks = _bucket(store) if isinstance(store, BucketStore) else _directory(root, write)
-    for finding in itertools.chain(_environment(root), looks, _steps(store)):
+    for finding in itertools.chain(_environment(root), looks, _lease(store), _steps(store)):
         denied |= finding.level == "denied"
         yield finding
     if write and denied:
@@ -119,6 +120,25 @@ def _environment(root: str) -> Iterator[Finding]:
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         if address := os.environ.get(name):
             yield Finding("info", name, f"this is not Google's service, but {address}")
+
+
+def _lease(store: Store) -> Iterator[Finding]:
+    try:
+        lease = newest_lease(store)
+    except CheckpointError:
+        return  # `_steps` says why
+    if lease is None:
+        return
+    if lease.released:
+        state = "has ended, and has let the run go"
+    elif is_certainly_dead(lease.owner):
+        state = "is gone; the next job follows at once"
+    else:
+        state = (
+            f"holds it, unless it is gone; then the next job follows within {lease.ttl_seconds:.0f}"
+            " s"
+        )
+    yield Finding("info", "writer", f"{describe(lease)} {state}")
 
 
 def _steps(store: Store) -> Iterator[Finding]:
