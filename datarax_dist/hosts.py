@@ -599,14 +599,16 @@ class Operation:
         )
 
     def _out_of_reach(self, phase: str, error: UnreachableError) -> PeerLostError:
-        told = f"{self.name}: in phase {phase!r}, " if phase else f"{self.name}: "
-        seconds = f" for {error.silence.seconds:.0f} s" if error.silence.seconds else ""
-        name = f" ({error.silence.name})" if error.silence.name else ""
-        told += (
-            f"host {self._group.index} cannot reach JAX's coordination service, which runs beside"
-            f" host 0{name}{seconds}: {error}. Is host 0 stopped or gone, or is one of the two cut"
-            " off from the network? Look at the log of host 0, and at the network of both. Then"
-            " restart the job; the last committed step will restore."
+        silence, me = error.silence, self._group.index
+        seconds = f" for {silence.seconds:.0f} s" if silence.seconds else ""
+        name = f" ({silence.name})" if silence.name else ""
+        place = f" in phase {phase!r}" if phase else ""
+        told = (
+            f"{self.name}: waited{seconds}{place}; arrived: hosts {me}, of the others nothing is"
+            f" known; missing: hosts 0. Host {me} cannot reach JAX's coordination service, which"
+            f" runs beside host 0{name}: {error}. Host 0 was stopped or killed, or one of the two is"
+            " cut off from the network. Look at the log of host 0, and at the network of both."
+            " Then restart the job; the last committed step will restore."
         )
         return PeerLostError(
             f"{told} {self._consequence('')}".rstrip(),
@@ -626,7 +628,7 @@ def _no_sign(silent: Mapping[int, Silence], hosts: Sequence[int]) -> str:
     more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
     return (
         f"{shown}{more}. Such a host was killed (out of memory? preempted?), is stopped, is cut off"
-        " from the network, or some library keeps its Python from running: look at its log, and"
+        " from the network, or some library keeps its Python from running. Look at its log, and"
         " at its machine."
     )
 
