@@ -606,8 +606,8 @@ class Operation:
         told = (
             f"{self.name}: waited{seconds}{place}; arrived: hosts {me}, of the others nothing is"
             f" known; missing: hosts 0. Host {me} cannot reach JAX's coordination service, which"
-            f" runs beside host 0{name}: {error}. Host 0 was stopped or killed, or one of the two is"
-            " cut off from the network. Look at the log of host 0, and at the network of both."
+            f" runs beside host 0{name}: {error}. Host 0 was stopped or killed, or one of the two"
+            " is cut off from the network. Look at the log of host 0, and at the network of both."
             " Then restart the job; the last committed step will restore."
         )
         return PeerLostError(
