@@ -513,7 +513,6 @@ class Operation:
             if is_late and late is not None:
                 phase_now, error = late()
                 self.fail(phase_now, error)
-                own = own or error
                 continue
             if not silent and not is_late:
                 continue
@@ -535,6 +534,7 @@ class Operation:
         outcome = json.loads(value)
         if "error" not in outcome:
             return outcome.get("result")
+        own = own or self._own  # what another thread of this host has failed with meanwhile
         if own is not None and (
             self._group.count == 1 or not isinstance(own, Exception) or _same_everywhere(own)
         ):

@@ -363,9 +363,9 @@ def _is_free(lease: _Seen, unchanged_seconds: float) -> bool:
     record = lease.record
     if record is None:
         return unchanged_seconds > _UNREADABLE_SECONDS
-    if record.released or is_certainly_dead(record.owner):
-        return True
-    return unchanged_seconds > record.ttl_seconds
+    # Of this process, and it could not be released: nobody here uses it any more.
+    is_over = record.released or record.owner == writer_identity()
+    return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
 
 
 def _unfenced(seen: Sequence[_Seen]) -> list[fmt.LeaseRecord]:

@@ -367,8 +367,9 @@ class LocalStore:
             with _storage_errors("delete", path):
                 os.close(self._open_directory(prefix.rpartition("/")[0]))  # by no link
                 if os.path.isdir(path) and not os.path.islink(path):
-                    if last is not None:
-                        _remove_all_but(last, path)
+                    for name in os.listdir(path) if last is not None else ():
+                        if name != last:
+                            _remove(os.path.join(path, name))
                     shutil.rmtree(path)
                 else:
                     os.unlink(path)
@@ -405,13 +406,6 @@ class LocalStore:
             os.rename(self.path(source), target)
             for directory in {os.path.dirname(target), os.path.dirname(self.path(source))}:
                 _sync_directory(directory)
-
-
-def _remove_all_but(last: str, directory: str) -> None:
-    for name in os.listdir(directory):
-        if name != last:
-            _remove(os.path.join(directory, name))
-    _sync_directory(directory)  # or after a power cut `last` may be what is missing, and alone
 
 
 class _IrregularError(OSError):

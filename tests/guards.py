@@ -59,13 +59,6 @@ GUARDS = [
         'tests/test_power.py -k "each_fsync and rename"',
     ),
     Guard(
-        "a deletion is fsynced before its claim goes",
-        "storage.py",
-        "    _sync_directory(directory)  # or after",
-        "    # or after",
-        "tests/test_power.py -k remove_all_but",
-    ),
-    Guard(
         "what a write that was cut off leaves is no key",
         "storage.py",
         "                    if not _TEMPORARY.fullmatch(e.name)\n",
@@ -354,6 +347,13 @@ GUARDS = [
         "                epoch=self._saver.epoch,\n",
         "                epoch=0,\n",
         "tests/test_lease.py -k epoch_stands",
+    ),
+    Guard(
+        "what has lost its claim and is nothing but ours is removed",
+        "retention.py",
+        '    unclaimed = claim is None and role in ("staging", "deleting")\n',
+        "    unclaimed = False\n",
+        "tests/test_power.py -k claim_is_lost",
     ),
     # Who shows no sign of life
     Guard(

@@ -571,7 +571,7 @@ def test_in_a_bucket_that_is_one_upload_and_one_batch(gcs: FakeGCS, bucket: str)
         checkpointer.save(1, state={"w": np.ones(3)}).result()
         gcs.clear_requests()
         checkpointer.restore()
-    kinds = [r.kind for r in gcs.requests if r.kind in ("insert", "batch", "delete")]
+        kinds = [r.kind for r in gcs.requests if r.kind in ("insert", "batch", "delete")]
     assert kinds == ["insert", "batch"]
     assert not [name for name in gcs.objects(bucket) if ".restoring-" in name]
 

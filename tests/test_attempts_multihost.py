@@ -62,12 +62,12 @@ def check_story(root: str, hosts: int, victim: int, phase: str = "restore:load")
 @pytest.mark.parametrize(
     ("hosts", "victim", "phase"),
     [
-        (1, 0, "restore:verify"),
         (1, 0, "restore:load"),
-        (1, 0, "restore:positions"),
         (2, 0, "restore:load"),
         (2, 1, "restore:load"),
-        (2, 1, "restore:verify"),
+        pytest.param(1, 0, "restore:verify", marks=pytest.mark.long),
+        pytest.param(1, 0, "restore:positions", marks=pytest.mark.long),
+        pytest.param(2, 1, "restore:verify", marks=pytest.mark.long),
     ],
 )
 def test_a_step_whose_restore_is_killed_twice_is_not_tried_a_third_time(

@@ -133,7 +133,7 @@ def test_a_lost_reply_that_is_not_read_back(
 def test_random_worlds_lose_replies_of_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryBucket, "holds", lambda *_: False)
     with pytest.raises(explorer.BreachError, match="no reply came"):
-        explorer.explore(range(100))
+        explorer.explore(range(1000))
 
 
 def test_a_breach_is_told_with_its_world_and_what_happened(

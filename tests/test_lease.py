@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from datarax_dist import config, retention
 from datarax_dist import format as fmt
 from datarax_dist.errors import LeaseError
 from datarax_dist.inspection import inspect_run
-from datarax_dist.lease import Lease, newest_lease, writer_identity
+from datarax_dist.lease import Lease, _process, newest_lease, writer_identity
 from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore
 
 TTL = 60.0
@@ -116,12 +117,20 @@ def test_on_one_machine_a_running_owner_is_refused_and_a_dead_one_followed_at_on
     store: Any,
 ) -> None:
     never = NoWallClock(lambda: pytest.fail("nobody needs to wait"))
-    take(lease(store, owner=writer_identity()))
+    parent = {"pid": os.getppid(), "started": _process(os.getppid())[0]}
+    take(lease(store, owner={**writer_identity(), **parent}))
     with pytest.raises(LeaseError):
-        take(lease(store, never, owner={**writer_identity(), "pid": 1}))
+        take(lease(store, never, owner=writer_identity()))
     gone = MemoryStore()
     take(lease(gone, owner={**writer_identity(), "started": "1"}))
     second = lease(gone, never)
+    take(second)
+    assert second.epoch == 2
+
+
+def test_what_this_process_could_not_release_does_not_lock_it_out(store: Any) -> None:
+    take(lease(store, owner=writer_identity()))
+    second = lease(store, NoWallClock(lambda: pytest.fail("nobody needs to wait")))
     take(second)
     assert second.epoch == 2
 

@@ -166,11 +166,15 @@ def test_a_deletion_that_comes_back_late_deletes_nothing_that_was_saved_since(
         first = [True]
 
         def stalled(
-            *arguments: Any, original: Any = original, bucket: Any = bucket, first: Any = first
+            *arguments: Any,
+            original: Any = original,
+            bucket: Any = bucket,
+            first: Any = first,
+            **more: Any,
         ) -> Any:
             if first.pop() if first else False:
                 Job("new", requests(bucket)).save(5, replace=True)
-            return original(*arguments)
+            return original(*arguments, **more)
 
         monkeypatch.setattr(bucket, method, stalled)
         retention.delete_step(bucket, 5)
@@ -307,7 +311,7 @@ def test_a_deletion_ends_when_another_job_has_changed_the_marker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bucket = start("5 is committed")
-    monkeypatch.setattr(bucket, "replace", lambda *_: False)
+    monkeypatch.setattr(bucket, "replace", lambda *_, **__: False)
     reached: list[str] = []
     assert not retention.delete_step(bucket, 5, reached=reached.append)
     assert reached == [], "it has not begun"

@@ -51,7 +51,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(root, LocalStore(root), flip_file)
 
 
-@pytest.mark.parametrize("before", [2, 4])
+@pytest.mark.parametrize(
+    ("place", "before"),
+    [
+        ("file system", 4),
+        ("bucket", 2),
+        pytest.param("file system", 2, marks=pytest.mark.long),
+        pytest.param("bucket", 4, marks=pytest.mark.long),
+    ],
+    indirect=["place"],
+)
 def test_a_step_of_n_hosts_restores_on_1_2_and_4_with_another_mesh(
     place: Place, before: int
 ) -> None:

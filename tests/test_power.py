@@ -21,7 +21,6 @@ FSYNCS = {
     "LocalStore.rename, directory": "step 1: saving 0",
     "LocalStore.sync, directory": r"torn: state/.*: missing",
     "LocalStore.sync, file": r"torn: state/.*: 0 bytes instead",
-    "_remove_all_but, directory": r"left behind: .*deleting",
 }
 
 
@@ -75,12 +74,17 @@ def test_a_save_that_is_cut_before_its_claim_leaves_nothing_for_ever(
     assert tried.cuts >= 5
 
 
+def test_a_deletion_whose_claim_is_lost_leaves_nothing_for_ever(
+    one_host: power.Recording, tmp_path: Path
+) -> None:
+    assert power.try_cuts(one_host, tmp_path / "after", chosen=claim_removed).cuts > 0
+
+
 @pytest.mark.parametrize("where", FSYNCS)
 def test_each_fsync_is_needed(where: str, one_host: power.Recording, tmp_path: Path) -> None:
-    chosen = claim_removed if where.startswith("_remove_all_but") else after_marks
-    power.try_cuts(one_host, tmp_path / "with", chosen=chosen)
+    power.try_cuts(one_host, tmp_path / "with", chosen=after_marks)
     with pytest.raises(power.BreachError, match=FSYNCS[where]):
-        power.try_cuts(one_host, tmp_path / "after", without=where, chosen=chosen)
+        power.try_cuts(one_host, tmp_path / "after", without=where, chosen=after_marks)
 
 
 def test_no_fsync_is_forgotten_above(one_host: power.Recording) -> None:

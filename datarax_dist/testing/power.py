@@ -302,6 +302,7 @@ def _look(top: Path, markers: Mapping[str, tuple[int, int]]) -> _Found:
         return _Found(steps, f"after the next save there are the steps {after.committed}")
     names = set(store.children(""))
     expected = {fmt.RUN_NAME, *(f"{c.name}/" for c in after.candidates if c.state == "committed")}
+    expected |= names & {f"{fmt.LEASE_NAME}/"}
     if names != expected:
         return _Found(steps, f"after the next save is left behind: {sorted(names ^ expected)}")
     for path, data in _FOREIGN.items():
