@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import tensorstore as ts
 from etils import epath
 from etils.epath import backend as epath_backend
 from etils.epath import gpath
+from orbax.checkpoint._src.futures import signaling_client
 from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
     BasePyTreeCheckpointHandler,
 )
@@ -47,6 +49,7 @@ from datarax_dist.errors import (
     describe,
     storage_hint,
 )
+from datarax_dist.hosts import PatientClient
 from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
 
 __all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]
@@ -163,12 +166,23 @@ def _at_least(limit: int | None, leaves: Sequence[Any]) -> int | None:
     return max([limit, *(int(getattr(leaf, "nbytes", 0)) + 1 for leaf in leaves)])
 
 
+@functools.cache
+def _make_signals_patient() -> None:
+    """Orbax asks JAX's coordination service whether there are signals to wait for, on the thread
+    that calls `save`, and without a deadline.
+    """
+    signals = signaling_client.get_signaling_client()
+    if isinstance(signals, signaling_client.JaxDistributedSignalingClient):
+        signals._client = PatientClient(signals._client)
+
+
 class _Engine:
     """An Orbax checkpointer, with what it is to call when this host's arrays are written. Each has
     its own: one that hangs and is given up must never speak for a later save.
     """
 
     def __init__(self, host: int, options: Options, limit: int | None) -> None:
+        _make_signals_patient()
         self.limit = limit
         self._all_written: Callable[[], None] = lambda: None
         processes = ocp.options.MultiprocessingOptions(

@@ -32,20 +32,28 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from datarax_dist import errors
 from datarax_dist.beacons import Beacons, Silence
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
 
-__all__ = ["Board", "HostGroup", "JaxBoard", "LocalBoard", "Operation", "current_group"]
+__all__ = [
+    "Board",
+    "HostGroup",
+    "JaxBoard",
+    "LocalBoard",
+    "Operation",
+    "PatientClient",
+    "UnreachableError",
+    "current_group",
+]
 
 logger = logging.getLogger("datarax_dist")
 
 Leader = Callable[[list[Any]], Any]
 Consequence = Callable[[str], str]
-_Result = TypeVar("_Result")
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
 _FEW = 16
@@ -127,34 +135,53 @@ class LocalBoard:
         return {}
 
 
+class PatientClient:
+    """The client of JAX's coordination service, most of whose calls hang for as long as the service
+    does not answer: until JAX ends the process. Here they end when that was so for a while.
+    """
+
+    def __init__(self, client: Any, silence_seconds: float = _SILENCE_SECONDS) -> None:
+        self._client = client
+        self._beacons = _beacons()
+        self._calls = _Calls()
+        self._silence_seconds = silence_seconds
+
+    def silent(self) -> Mapping[int, Silence]:
+        return self._beacons.silent(self._silence_seconds)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """Raises `UnreachableError` when the service does not answer."""
+        call, waited = None, 0.0
+        while True:
+            silence = self.silent().get(0)
+            if waited > _ANY_SECONDS or (silence is not None and silence.cut_off):
+                self._calls = _Calls()  # the thread of the old ones hangs
+                raise UnreachableError("it does not answer", silence)
+            call = call or self._calls.begin(functools.partial(function, *arguments, **more))
+            if call.ended.wait(_SLICE_SECONDS):
+                return call.result()
+            waited += _SLICE_SECONDS
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._client, name)
+        if not callable(function) or name.startswith(("blocking_", "wait_")):
+            return function  # what has a deadline
+        return functools.partial(self._call, function)
+
+
 class JaxBoard:
     """The key-value store of JAX's coordination service. Safe on any thread; uses no device."""
 
     def __init__(self, namespace: str, silence_seconds: float = _SILENCE_SECONDS) -> None:
         from jax._src import distributed
 
-        self._client: Any = distributed.global_state.client
-        self._beacons = _beacons()
-        self._calls = _Calls()
-        self._silence_seconds = silence_seconds
+        self._client = PatientClient(distributed.global_state.client, silence_seconds)
         self.index, self.count = _place()
         self._prefix = f"datarax_dist/{namespace}/"
 
-    def _call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Most calls of the client have no deadline of their own."""
-        call = self._calls.begin(function, *arguments)
-        waited = 0.0
-        while not call.ended.wait(_SLICE_SECONDS):
-            waited += _SLICE_SECONDS
-            silence = self.silent().get(0)
-            if waited > _ANY_SECONDS or (silence is not None and silence.cut_off):
-                self._calls = _Calls()  # the thread of the old ones hangs
-                raise UnreachableError("the coordination service does not answer", silence)
-        return call.result()
-
     def set(self, key: str, value: str) -> bool:
         try:
-            self._call(self._client.key_value_set, self._prefix + key, value)
+            self._client.key_value_set(self._prefix + key, value)
         except UnreachableError:
             raise
         except Exception as error:
@@ -175,7 +202,7 @@ class JaxBoard:
 
     def read(self, prefix: str) -> dict[str, str]:
         try:
-            rows = self._call(self._client.key_value_dir_get, self._prefix + prefix)
+            rows = self._client.key_value_dir_get(self._prefix + prefix)
         except UnreachableError:
             raise
         except Exception as error:
@@ -184,12 +211,12 @@ class JaxBoard:
 
     def clear(self, prefix: str) -> None:
         try:
-            self._call(self._client.key_value_delete, self._prefix + prefix)
+            self._client.key_value_delete(self._prefix + prefix)
         except Exception as error:  # tidying up; the registers are never used again
             logger.debug("could not clear %s: %s", prefix, error)
 
     def silent(self) -> Mapping[int, Silence]:
-        return self._beacons.silent(self._silence_seconds)
+        return self._client.silent()
 
 
 class _Call:
@@ -224,12 +251,12 @@ class _Calls:
         self._begun = False
         self._lock = threading.Lock()
 
-    def begin(self, function: Callable[..., Any], *arguments: Any) -> _Call:
+    def begin(self, work: Callable[[], Any]) -> _Call:
         with self._lock:
             if not self._begun:
                 threading.Thread(target=self._run, name="datarax_dist-board", daemon=True).start()
                 self._begun = True
-        call = _Call(functools.partial(function, *arguments))
+        call = _Call(work)
         self._queue.put(call)
         return call
 

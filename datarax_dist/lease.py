@@ -241,7 +241,12 @@ class Lease:
             if alive and now >= end:
                 raise self._held_by(newest)
             if now == since:
-                logger.info("%s: watching whether %s is alive", store.root, newest.owner)
+                logger.warning(
+                    "%s is held by %s; watching whether it is alive, for up to %.0f s",
+                    store.root,
+                    newest.owner,
+                    newest.record.ttl_seconds if newest.record else _UNREADABLE_SECONDS,
+                )
             clock.sleep(_LOOK_SECONDS)
         if not mine.fenced:
             if self._newer(mine.epoch) is not None:

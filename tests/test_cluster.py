@@ -36,7 +36,7 @@ PRIMARY_PHASES = (
 MOMENTS = ("before", *telemetry.SAVE_PHASES, "after")  # of the save of step 2
 FAULTS = ("cut", "stop", "kill")
 SHORT = [
-    ("cut", 0, "save:hash"),
+    ("cut", 0, "save:start"),  # Orbax asks the coordination service there
     ("cut", 1, "save:written"),
 ]
 
