@@ -627,20 +627,21 @@ class Operation:
 
     def _out_of_reach(self, phase: str, error: UnreachableError) -> PeerLostError:
         silence, me = error.silence, self._group.index
-        seconds = f" for {silence.seconds:.0f} s" if silence.seconds else ""
+        seconds = f"{silence.seconds:.0f} s"
+        said = (str(error).splitlines() or [""])[0][:300]
         name = f" ({silence.name})" if silence.name else ""
         place = f" in phase {phase!r}" if phase else ""
         told = (
-            f"{self.name}: waited{seconds}{place}; arrived: hosts {me}, of the others nothing is"
+            f"{self.name}: waited {seconds}{place}; arrived: hosts {me}, of the others nothing is"
             f" known; missing: hosts 0. Host {me} cannot reach JAX's coordination service, which"
-            f" runs beside host 0{name}: {error}. Host 0 was stopped or killed, or one of the two"
+            f" runs beside host 0{name}: {said}. Host 0 was stopped or killed, or one of the two"
             " is cut off from the network. Look at the log of host 0, and at the network of both."
             " Then restart the job; the last committed step will restore."
         )
         return PeerLostError(
             f"{told} {self._consequence('')}".rstrip(),
             phase=phase,
-            failures={0: f"cannot be reached{seconds}"},
+            failures={0: f"cannot be reached for {seconds}"},
             missing=[0],
         )
 

@@ -6,6 +6,16 @@ from typing import Any
 
 import numpy as np
 
+PRIMARY_PHASES = (  # that no other host has
+    "save:stage",
+    "save:claim",
+    "save:verify",
+    "save:publish",
+    "save:commit",
+    "save:committed",
+    "save:retire",
+)
+
 
 def mesh_state(shape: tuple[int, ...], names: tuple[str, ...], seed: int = 0) -> Any:
     """A state with sharded, replicated and host-local leaves, and of every kind that a user may

@@ -20,15 +20,6 @@ pytestmark = [pytest.mark.multihost, pytest.mark.xdist_group("multihost")]
 
 REPOSITORY = Path(__file__).parent.parent
 # On the primary only, or where it alone does something.
-PRIMARY_PHASES = (
-    "save:stage",
-    "save:claim",
-    "save:verify",
-    "save:publish",
-    "save:commit",
-    "save:committed",
-    "save:retire",
-)
 PHASES = (*telemetry.SAVE_PHASES, *telemetry.BUCKET_PHASES)
 # The others, and four hosts, with `make test-long`.
 SHORT = {
@@ -60,7 +51,7 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
     bucket: str, root: str, phase: str, hosts: int
 ) -> None:
     """The primary dies in the phases that only it has; in the others the hosts take turns."""
-    host = 0 if phase in PRIMARY_PHASES or PHASES.index(phase) % 2 else hosts - 1
+    host = 0 if phase in targets.PRIMARY_PHASES or PHASES.index(phase) % 2 else hosts - 1
     BucketStore(root).put("tensorboard/events", b"mine")
     targets.save_steps(root, (4,), ("x",), [1])
     killed = run_hosts(

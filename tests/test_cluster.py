@@ -25,14 +25,6 @@ NAMED_SECONDS = 15.0  # the promise
 SAVE_SECONDS = 25.0  # the deadline of a save: what is seen sooner is not seen by the deadline
 START_SECONDS = 90.0
 
-PRIMARY_PHASES = (
-    "save:stage",
-    "save:verify",
-    "save:publish",
-    "save:commit",
-    "save:committed",
-    "save:retire",
-)
 MOMENTS = ("before", *telemetry.SAVE_PHASES, "after")  # of the save of step 2
 FAULTS = ("cut", "stop", "kill")
 SHORT = [
@@ -203,7 +195,8 @@ LONG = [
     for moment in MOMENTS
     for victim in (0, 1)
     for fault in FAULTS
-    if (victim == 0 or moment not in PRIMARY_PHASES) and (fault, victim, moment) not in SHORT
+    if (victim == 0 or moment not in targets.PRIMARY_PHASES)
+    and (fault, victim, moment) not in SHORT
 ]
 
 

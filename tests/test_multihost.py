@@ -97,7 +97,7 @@ def test_a_step_of_n_hosts_restores_on_1_2_and_4_with_another_mesh(
 def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else(
     tmp_path: Path, phase: str, host: int
 ) -> None:
-    only_primary = phase in PRIMARY_PHASES
+    only_primary = phase in targets.PRIMARY_PHASES
     if only_primary and host:  # these exist on the primary only: killed there in the next save
         host, occurrence, last = 0, 2, 3
     else:
@@ -127,16 +127,6 @@ def test_sigkill_at_each_phase_leaves_the_newest_committed_step_and_nothing_else
     left = sorted(path.name for path in root.iterdir())
     expected = {str(step) for step in inspect_run(LocalStore(str(root))).committed}
     assert set(left) == expected | {"RUN.json", "lease", "tensorboard", "5.orbax-checkpoint-tmp"}
-
-
-PRIMARY_PHASES = (
-    "save:stage",
-    "save:verify",
-    "save:publish",
-    "save:commit",
-    "save:committed",
-    "save:retire",
-)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from datarax_dist.storage import LocalStore
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import posix
 from datarax_dist.testing.faults import fail_at
-from datarax_dist.testing.simulated import SimulatedHosts
+from datarax_dist.testing.simulated import MemoryArrays, MemoryStore, SimulatedHosts
 
 __all__ = [
     "BreachError",
@@ -143,12 +143,12 @@ def record_one_host(folder: Path) -> Recording:
     return recording
 
 
-class _Files:
+class _Files(MemoryArrays):
     """An array writer that writes a few files, and fsyncs none."""
 
     def __init__(self, root: Path, host: int, content: bytes) -> None:
-        self._root, self._host, self._content = root, host, content
-        self._work: Callable[[], None] = lambda: None
+        super().__init__(MemoryStore(), host, {})
+        self._root, self._bytes = root, content
 
     def start(self, prefix: str, all_written: Callable[[], None]) -> _Files:
         state = self._root / prefix / "state"
@@ -156,29 +156,14 @@ class _Files:
         def work() -> None:
             own = state / f"ocdbt.process_{self._host}" / "d"
             own.mkdir(parents=True, exist_ok=True)
-            (own / "a").write_bytes(self._content * 50)
-            (own / "b").write_bytes(self._content * 9)
+            (own / "a").write_bytes(self._bytes * 50)
+            (own / "b").write_bytes(self._bytes * 9)
             all_written()
             if self._host == 0:
                 (state / "manifest").write_bytes(b"merged")
 
         self._work = work
         return self
-
-    def release(self) -> None: ...
-
-    def cancel(self) -> None: ...
-
-    def wait(self, timeout_seconds: float) -> None:
-        work, self._work = self._work, lambda: None
-        work()
-
-    def parts(self, host: int) -> list[str]:
-        return [f"state/ocdbt.process_{host}"] if host else [""]
-
-    def owns(self, key: str, host: int) -> bool:
-        part = key.partition("ocdbt.process_")[2]
-        return int(part.split("/")[0]) == host if part else host == 0
 
 
 def _save_files(root: Path, group: HostGroup, step: int, content: bytes, **options: Any) -> None:
