@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -156,7 +157,8 @@ def _remove(path: Path) -> None:
     disk.go_on()
     if os.path.ismount(path):
         run("umount", "--lazy", str(path))
-    path.rmdir()
+    # A write that was given up may still make its directories, below the place of the mount.
+    shutil.rmtree(path, ignore_errors=True)
     path.with_suffix(".image").unlink(missing_ok=True)
 
 
