@@ -651,7 +651,11 @@ def _drain_at_exit() -> None:
     starts no threads even there: then the save fails, and says so in the log.)
     """
 
+    process = os.getpid()
+
     def drain() -> None:
+        if os.getpid() != process:
+            return  # a forked child ends: what it has inherited goes on in its parent
         for checkpointer in tuple(_left_open):
             checkpointer._drain()
         leases.give_all_back()

@@ -229,6 +229,39 @@ def test_objects_of_one_process_share_the_run(tmp_path: Path) -> None:
     assert lease is not None and lease.released and lease.epoch == 1
 
 
+FORKS = """
+import multiprocessing, sys, threading
+import numpy as np
+import datarax_dist as dd
+from datarax_dist.lease import newest_lease
+from datarax_dist.storage import LocalStore
+from datarax_dist.testing.faults import _at
+
+ckpt = dd.Checkpointer(sys.argv[1])
+ckpt.save(1, state={"w": np.ones(4)}).result()
+there, go_on = threading.Event(), threading.Event()
+_at("save:record", 0, 1, lambda: (there.set(), go_on.wait(60)))
+handle = ckpt.save(2, state={"w": np.ones(4)})
+there.wait(60)
+child = multiprocessing.get_context("fork").Process(target=print, args=("child",))
+child.start()  # in the middle of a save
+child.join(30)
+go_on.set()
+handle.result()
+print(child.exitcode, newest_lease(LocalStore(sys.argv[1])).released)
+ckpt.close()
+"""
+
+
+def test_a_forked_child_that_ends_lets_nothing_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, str(tmp_path)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=True, env=environment
+    )
+    assert done.stdout.split() == ["child", "0", "False"], done.stderr
+
+
 def test_a_lease_is_renewed_while_nothing_is_saved(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     with dd.Checkpointer(tmp_path, options=dd.Options(lease_ttl_seconds=1.5)) as ckpt:
