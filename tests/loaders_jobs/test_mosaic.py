@@ -6,6 +6,7 @@ three starts, each on another number of hosts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -48,13 +49,20 @@ def make(kind: str, folder: str, hosts: int, *, seed: int = 3) -> Any:
 
     from datarax_dist.data import tracked
 
-    dataset = StreamingDataset(
-        local=folder,
-        batch_size=BATCH // hosts,
-        shuffle=True,
-        shuffle_seed=seed,
-        num_canonical_nodes=2,
-    )
+    for _ in range(5):
+        # It looks for a free name in shared memory, and takes it later; of another job on this
+        # machine it then says that the file exists. The next look finds the next name.
+        with contextlib.suppress(FileExistsError):
+            dataset = StreamingDataset(
+                local=folder,
+                batch_size=BATCH // hosts,
+                shuffle=True,
+                shuffle_seed=seed,
+                num_canonical_nodes=2,
+            )
+            break
+    else:
+        raise AssertionError("Mosaic finds no free name in shared memory")
     if kind == "dataset":
         return tracked(dataset, 0)
     loader = StreamingDataLoader(dataset, batch_size=BATCH // hosts)
