@@ -54,7 +54,7 @@ GUARDS = [
     Guard(
         "the name of a step is fsynced",
         "storage.py",
-        "            _sync_directory(os.path.dirname(target))\n",
+        "            for directory in {os.path.dirname(target), os.path.dirname(self.path(source))}:\n                _sync_directory(directory)\n",
         "",
         'tests/test_power.py -k "each_fsync and rename"',
     ),
@@ -66,11 +66,18 @@ GUARDS = [
         "tests/test_power.py -k before_its_claim",
     ),
     Guard(
-        "the marker is deleted first",
+        "the marker goes first: nothing of a step is deleted before it is out of sight",
         "retention.py",
-        '    store.delete(f"{name}/{fmt.COMMIT_NAME}")\n    reached("retire")\n    store.delete(name, last=fmt.STEP_NAME)\n',
-        '    store.delete(name, last=fmt.COMMIT_NAME)\n    reached("retire")\n',
-        "tests/test_protocol.py -k cut",
+        "        _move_into(store, step, aside, lease)\n        name = aside\n",
+        '        store.delete(f"{own}/state")\n        _move_into(store, step, aside, lease)\n        name = aside\n',
+        "tests/test_explorer.py -k dies",
+    ),
+    Guard(
+        "the marker goes first, in a bucket: nothing is deleted before a void one has its place",
+        "retention.py",
+        "    if old is None:\n        is_mine = store.create(marker, void)\n",
+        '    store.delete(f"{name}/state")\n    if old is None:\n        is_mine = store.create(marker, void)\n',
+        "tests/test_explorer.py -k dies",
     ),
     Guard(
         "a step that is replaced is renamed aside",
