@@ -163,7 +163,6 @@ class LeaseRecord:
         renewals: how often it was renewed; an owner whose number stands still is not alive.
         ttl_seconds: for how long it may stand still.
         released: its owner has ended, and will write nothing any more.
-        fenced: what the owners before it had begun cannot be finished any more.
         deleting: (step, digest of its marker) of what the owner deletes in this moment.
     """
 
@@ -174,7 +173,6 @@ class LeaseRecord:
     ttl_seconds: float
     renewals: int = 0
     released: bool = False
-    fenced: bool = False
     deleting: Sequence[tuple[int, str]] = ()
 
 
@@ -665,7 +663,6 @@ def dump_lease(lease: LeaseRecord) -> bytes:
             "ttl_seconds": lease.ttl_seconds,
             "renewals": lease.renewals,
             "released": lease.released,
-            "fenced": lease.fenced,
             "deleting": [{"step": step, "digest": digest} for step, digest in lease.deleting],
         }
     )
@@ -687,7 +684,6 @@ def parse_lease(data: bytes, name: str) -> LeaseRecord:
         ttl_seconds=min(_get(body, "ttl_seconds", (int, float), name), MAX_LEASE_SECONDS),
         renewals=_get(body, "renewals", int, name),
         released=body.get("released") is True,
-        fenced=body.get("fenced") is True,
         deleting=tuple(deleting),
     )
 

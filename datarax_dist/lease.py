@@ -248,24 +248,20 @@ class Lease:
                     newest.record.ttl_seconds if newest.record else _UNREADABLE_SECONDS,
                 )
             clock.sleep(_LOOK_SECONDS)
-        if not mine.fenced:
+        if newest is not None and not (newest.record is not None and newest.record.released):
             if self._newer(mine.epoch) is not None:
                 return self._take(run, fence)
-            assert newest is not None
             logger.warning("%s is taken over from %s", store.root, newest.owner)
             # When it fails, our file runs out, and who comes next fences them too.
-            fence(run, _unfenced(seen))
-            self._write(dataclasses.replace(mine, fenced=True))
+            fence(run, [lease.record for lease in seen if lease.record is not None])
         self._older = [lease.epoch for lease in seen]
-        self._record = self._record or mine
+        self._record = mine
         return None
 
     def _create(self, run: str, newest: _Seen | None) -> fmt.LeaseRecord | None:
         """Makes the next epoch's file; returns it if this job, and no other, made it."""
         epoch = 1 if newest is None else newest.epoch + 1
         mine = fmt.LeaseRecord(run, epoch, secrets.token_hex(8), self._owner, self._ttl)
-        if newest is None or (newest.record is not None and newest.record.released):
-            mine = dataclasses.replace(mine, fenced=True)  # nobody is left
         made = self._store.create(fmt.lease_name(epoch), fmt.dump_lease(mine))
         return mine if made else None
 
@@ -371,19 +367,6 @@ def _is_free(lease: _Seen, unchanged_seconds: float) -> bool:
     # Of this process, and it could not be released: nobody here uses it any more.
     is_over = record.released or record.owner == writer_identity()
     return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
-
-
-def _unfenced(seen: Sequence[_Seen]) -> list[fmt.LeaseRecord]:
-    """Returns the leases whose owners may be about to finish something. What one says that was
-    fenced before, it has said in vain.
-    """
-    found: list[fmt.LeaseRecord] = []
-    for lease in reversed(seen):
-        if lease.record is not None:
-            found.append(lease.record)
-            if lease.record.fenced:
-                break
-    return found
 
 
 # One lease for each run and process

@@ -182,7 +182,7 @@ def test_who_cannot_finish_taking_over_has_not_and_the_next_one_fences_again(sto
         second.check()
     third = lease(store)
     third.hold("run", fence)
-    assert fenced == [[1], [2, 1]]
+    assert fenced == [[1], [1, 2]]
 
 
 # Jobs

@@ -58,8 +58,8 @@ def test_who_removes_a_copy_of_a_step_puts_it_back_when_the_step_is_being_replac
     duplicate(bucket, "5", aside)
     replace = bucket.replace
 
-    def and_then_the_step_goes(key: str, expected: bytes, data: bytes) -> bool:
-        done = replace(key, expected, data)
+    def and_then_the_step_goes(key: str, expected: bytes, data: bytes, **more: Any) -> bool:
+        done = replace(key, expected, data, **more)
         if key == f"{aside}/COMMIT.json" and "void" not in bucket.files["5/COMMIT.json"].decode():
             void(bucket, 5)
         return done
