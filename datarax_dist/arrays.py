@@ -38,6 +38,7 @@ from orbax.checkpoint._src.serialization import types as serialization_types
 
 from datarax_dist import codec
 from datarax_dist import format as fmt
+from datarax_dist.boards import PatientClient
 from datarax_dist.buckets import advice, bucket_and_prefix
 from datarax_dist.config import Options, is_bucket
 from datarax_dist.errors import (
@@ -49,7 +50,6 @@ from datarax_dist.errors import (
     describe,
     storage_hint,
 )
-from datarax_dist.hosts import PatientClient
 from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
 
 __all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]

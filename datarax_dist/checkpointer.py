@@ -179,8 +179,9 @@ class Checkpointer:
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
         # Reading needs no lease: it is taken by the first `save`.
-        lease = leases.borrow(self._root, self._make_lease) if self._group.is_primary else None
-        self._saver = Saver(self._store, self._group, self._clock, self._options, keep, lease)
+        self._saver = Saver(
+            self._store, self._group, self._clock, self._options, keep, self._borrow_lease()
+        )
         self._pace = data_io.Pace(self._options.batches_per_step)
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
@@ -194,14 +195,19 @@ class Checkpointer:
         self._handle: SaveHandle | None = None
         self._closed = False
 
-    def _make_lease(self) -> leases.Lease:
-        return leases.Lease(
+    def _borrow_lease(self) -> leases.Right:
+        if not self._group.is_primary:
+            return leases.Unguarded()
+        options = self._options
+        make = functools.partial(
+            leases.Lease,
             self._store,
             self._clock,
-            ttl_seconds=self._options.lease_ttl_seconds,
-            wait_seconds=self._options.lease_wait_seconds,
+            ttl_seconds=options.lease_ttl_seconds,
+            wait_seconds=options.lease_wait_seconds,
             renews=True,
         )
+        return leases.borrow(self._root, make)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -595,8 +601,7 @@ class Checkpointer:
         """The same, until this one saves again."""
         self._drain()
         self._let_go()
-        primary = self._group.is_primary
-        self._saver.let_go(leases.borrow(self._root, self._make_lease) if primary else None)
+        self._saver.let_go(self._borrow_lease())
 
     def _drain(self) -> None:
         """Waits until the worker has nothing to do: two saves never overlap.

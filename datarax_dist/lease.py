@@ -31,7 +31,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from datarax_dist import errors
 from datarax_dist import format as fmt
@@ -41,6 +41,8 @@ from datarax_dist.storage import Store
 
 __all__ = [
     "Lease",
+    "Right",
+    "Unguarded",
     "borrow",
     "describe",
     "give_all_back",
@@ -163,6 +165,35 @@ def newest_lease(store: Store) -> fmt.LeaseRecord | None:
     return None
 
 
+class Right(Protocol):
+    """What is asked before something is written: a `Lease`, or `Unguarded`."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    def hold(self, run: str, fence: Fence) -> None: ...
+
+    def check(self) -> None: ...
+
+    def raise_if_lost(self) -> None: ...
+
+    def announce(self, step: int, marker_digest: str) -> None: ...
+
+
+class Unguarded:
+    """No lease: on hosts that are not the primary, and for who removes what nobody can want."""
+
+    epoch = 0
+
+    def hold(self, run: str, fence: Fence) -> None: ...
+
+    def check(self) -> None: ...
+
+    def raise_if_lost(self) -> None: ...
+
+    def announce(self, step: int, marker_digest: str) -> None: ...
+
+
 class Lease:
     """The right of this job to write to a run. For the primary.
 
@@ -198,8 +229,8 @@ class Lease:
         """The fencing token; 0 while the run is not held."""
         return self._record.epoch if self._record is not None else 0
 
-    def hold(self, run: str, fence: Fence) -> bool:
-        """Takes the run, unless it is held already; returns whether it was taken.
+    def hold(self, run: str, fence: Fence) -> None:
+        """Takes the run, unless it is held already.
 
         Args:
             fence: given the run and the older leases, keeps their owners from finishing what they
@@ -212,14 +243,13 @@ class Lease:
             if self._lost is not None:
                 raise self._lost
             if self._record is not None:
-                return False
+                return
             self._take(run, fence)
             self._ended = threading.Event()
             if self._renews:
                 threading.Thread(
                     target=self._keep, args=(self._ended,), name="datarax_dist-lease", daemon=True
                 ).start()
-            return True
 
     def _take(self, run: str, fence: Fence) -> None:
         store, clock = self._store, self._clock

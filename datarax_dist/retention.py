@@ -30,7 +30,7 @@ from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError, StorageError
 from datarax_dist.inspection import Inspection, is_committed
-from datarax_dist.lease import Lease, is_certainly_dead, writer_identity
+from datarax_dist.lease import Right, Unguarded, is_certainly_dead, writer_identity
 from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, for_each
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
 
 logger = logging.getLogger("datarax_dist")
 
+_UNGUARDED = Unguarded()
 _VOID_SECONDS = 24 * 3600.0
 
 
@@ -92,7 +93,7 @@ def delete_step(
     store: Store,
     step: int,
     *,
-    lease: Lease | None = None,
+    lease: Right = _UNGUARDED,
     reached: Callable[[str], None] = lambda phase: None,
 ) -> bool:
     """Deletes a step: marker, then content. Can be stopped anywhere, and done again by anyone.
@@ -110,8 +111,7 @@ def delete_step(
     # What it was before goes first: without its successor it would be the step again. And last,
     # where another job was just about to save the step again.
     names = store.children("")
-    if lease is not None:
-        lease.check()
+    lease.check()
     _delete_asides(store, step, names)
     is_gone = True
     if f"{fmt.step_name(step)}/" in names:
@@ -150,7 +150,7 @@ def _delete_directory(
     reached: Callable[[str], None] = lambda phase: None,
     *,
     replaced: bool = False,
-    lease: Lease | None = None,
+    lease: Right = _UNGUARDED,
 ) -> bool:
     """Deletes a directory.
 
@@ -177,7 +177,7 @@ def _delete_directory(
     return True
 
 
-def _move_into(store: Store, step: int, directory: str, lease: Lease | None) -> None:
+def _move_into(store: Store, step: int, directory: str, lease: Right) -> None:
     """Moves a step into a directory that is made for it, if the run is still this job's."""
     assert isinstance(store, SupportsRename)
     own = fmt.step_name(step)
@@ -187,12 +187,10 @@ def _move_into(store: Store, step: int, directory: str, lease: Lease | None) -> 
             run = _run_in(store.get(f"{own}/{fmt.COMMIT_NAME}")) or ""
             claim = fmt.StepClaim(run, step, "", 0, writer_identity(), 0.0)
         store.put(f"{directory}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
-        if lease is not None:
-            lease.check()
+        lease.check()
         store.rename(own, f"{directory}/{own}")
     except KeyError as error:
-        if lease is not None:
-            lease.check()  # says who has made it impossible
+        lease.check()  # says who has made it impossible
         raise StorageError(
             f"Step {step} of {store.root} was not deleted: another job has removed"
             f" {directory}, or the step. Look again, and delete it then.",
@@ -206,7 +204,7 @@ def _delete_objects(
     name: str,
     reached: Callable[[str], None],
     replaced: bool,
-    lease: Lease | None,
+    lease: Right,
 ) -> bool:
     """In a bucket: a void marker replaces the marker, then all the rest goes, then that."""
     assert isinstance(store, SupportsReplace)
@@ -215,7 +213,7 @@ def _delete_objects(
     with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         old = store.get(marker)
     seen: Entry | None = None
-    if lease is not None and old is not None:
+    if name == fmt.step_name(step) and old is not None:
         seen = next(iter(store.list(marker)), None)
         if seen is None or seen.digest != fmt.digest(old, store.digest_kind):
             return False  # saved again, or about to be
@@ -548,7 +546,7 @@ def retire(
     store: Store,
     steps: Sequence[int],
     *,
-    lease: Lease | None = None,
+    lease: Right = _UNGUARDED,
     reached: Callable[[str], Any],
 ) -> list[int]:
     """Deletes steps by policy. Never raises: a failed deletion does not fail the save that asked

@@ -68,7 +68,7 @@ from datarax_dist.inspection import (
     is_committed,
     read_records,
 )
-from datarax_dist.lease import Lease, writer_identity
+from datarax_dist.lease import Right, Unguarded, writer_identity
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
 from datarax_dist.storage import Store, SupportsRename, for_each
 from datarax_dist.telemetry import Phases
@@ -175,10 +175,10 @@ class Saver:
         clock: Clock,
         options: Options,
         keep: KeepPolicy | None,
-        lease: Lease | None = None,
+        lease: Right | None = None,
     ) -> None:
         self._store = store
-        self.lease = lease
+        self.lease: Right = lease or Unguarded()
         self._is_taken = False
         self._group = group
         self._clock = clock
@@ -223,7 +223,7 @@ class Saver:
         )
         self._is_taken = True
 
-    def let_go(self, lease: Lease | None) -> None:
+    def let_go(self, lease: Right) -> None:
         """Takes note that the lease was given back, and which one will be held next."""
         self.lease, self._is_taken = lease, False
 
@@ -234,22 +234,12 @@ class Saver:
         return options.exchange_timeout_seconds + (0.0 if self._is_taken else patience)
 
     def _hold(self) -> None:
-        if self.lease is not None:
-            run = self._known.run or self._claim_run(self._store.children(""))
-            self.lease.hold(run, self._fence)
+        run = self._known.run or self._claim_run(self._store.children(""))
+        self.lease.hold(run, self._fence)
 
     def _fence(self, run: str, older: Sequence[fmt.LeaseRecord]) -> None:
         retention.fence(self._store, run, older, self._clock.now())
         self.forget()
-
-    @property
-    def epoch(self) -> int:
-        return self.lease.epoch if self.lease is not None else 0
-
-    def check_lease(self) -> None:
-        """Raises `LeaseError` unless the run is this job's, as far as anybody enforces it."""
-        if self.lease is not None:
-            self.lease.check()
 
     def begin(
         self,
@@ -304,8 +294,7 @@ class Saver:
         check_positions([payload["positions"] for payload in payloads])
         if not self._is_taken:
             self._hold()
-        elif self.lease is not None:
-            self.lease.raise_if_lost()
+        self.lease.raise_if_lost()
         phases.reach("stage")
         step = int(payloads[0]["step"])
         nonce = secrets.token_hex(8)
@@ -320,7 +309,7 @@ class Saver:
         try:
             self._check_free(run, step, replace, there)
         except StepExistsError:
-            self.check_lease()  # which would say more
+            self.lease.check()  # which would say more
             raise
         if isinstance(store, SupportsRename):
             self.write_claim(run, step, nonce, len(payloads), staging)
@@ -598,7 +587,7 @@ class StartedSave:
         """Raises `LeaseError` when it is no wonder that something is missing."""
         if self._group.is_primary and not isinstance(error, PeerError):
             with contextlib.suppress(StorageError):
-                self._saver.check_lease()
+                self._saver.lease.check()
 
     def _write_and_commit(self) -> None:
         if not self._claimed:
@@ -606,7 +595,7 @@ class StartedSave:
                 self._claim()
         if self._group.is_primary:
             with self.phases.span("tidy"):
-                self._saver.check_lease()
+                self._saver.lease.check()
                 self._remove_leftovers()
         if self._write is not None:
             self._write.release()
@@ -725,7 +714,7 @@ class StartedSave:
             marker = fmt.CommitMarker(
                 run=self.run,
                 step=self.step,
-                epoch=self._saver.epoch,
+                epoch=self._saver.lease.epoch,
                 nonce=self._nonce,
                 hosts=self._group.count,
                 records=tuple(records),
@@ -760,7 +749,7 @@ class StartedSave:
     def _publish(self, staged: Staged) -> None:
         def check() -> None:
             self.operation.check("commit")
-            self._saver.check_lease()
+            self._saver.lease.check()
             if self._seconds_left() <= 0:
                 raise StorageError(
                     f"Step {self.step} is not committed: its save has not ended at its deadline. Is"

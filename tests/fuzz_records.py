@@ -98,6 +98,38 @@ def parsers() -> dict[str, Parser]:
             known,
             ({**_RUN, "host": 0, "hosts": 1, "files": [_ROW], "seconds": {"arrays": 0.5}},),
         ),
+        "lease": Parser(
+            lambda data: fmt.parse_lease(data, "lease"),
+            known,
+            (
+                {
+                    "run": "a" * 32,
+                    "epoch": 3,
+                    "nonce": "b" * 16,
+                    "owner": {"machine": "m", "pid": 1, "started": "2", "name": "host"},
+                    "ttl_seconds": 60.0,
+                    "renewals": 4,
+                    "released": False,
+                    "deleting": [{"step": 1, "digest": _DIGEST}],
+                },
+            ),
+        ),
+        "attempt": Parser(
+            lambda data: fmt.parse_attempt(data, f"1.restoring-{'c' * 16}"),
+            known,
+            (
+                {
+                    **_RUN,
+                    "step": 1,
+                    "nonce": "c" * 16,
+                    "marker": _DIGEST,
+                    "hosts": 1,
+                    "writer": {"pid": 1},
+                    "created_at": 1.5,
+                    "timeout_seconds": 60.0,
+                },
+            ),
+        ),
         "TREE.json": Parser(trees.parse_tree, known, (tree,)),
         "index": Parser(
             lambda data: fmt.parse_position_index(data, "index.json"),

@@ -110,7 +110,7 @@ GUARDS = [
     ),
     Guard(
         "the first decision stands",
-        "hosts.py",
+        "boards.py",
         "            if key in self._values:\n                return False\n            self._values[key] = value\n",
         "            self._values[key] = value\n",
         "tests/test_conformance.py -k simulated",
@@ -295,7 +295,7 @@ GUARDS = [
     Guard(
         "the epoch is checked before a step is published",
         "save.py",
-        '            self.operation.check("commit")\n            self._saver.check_lease()\n',
+        '            self.operation.check("commit")\n            self._saver.lease.check()\n',
         '            self.operation.check("commit")\n',
         "tests/test_lease.py -k 'lost_the_run and saves'",
     ),
@@ -344,7 +344,7 @@ GUARDS = [
     Guard(
         "the epoch stands in the marker",
         "save.py",
-        "                epoch=self._saver.epoch,\n",
+        "                epoch=self._saver.lease.epoch,\n",
         "                epoch=0,\n",
         "tests/test_lease.py -k epoch_stands",
     ),

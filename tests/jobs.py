@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from datarax_dist import config
+from datarax_dist.boards import LocalBoard
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.errors import CheckpointError, CorruptStepError
-from datarax_dist.hosts import HostGroup, LocalBoard
+from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
 from datarax_dist.lease import Lease
 from datarax_dist.restore import Restorer

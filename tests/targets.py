@@ -412,17 +412,43 @@ def restore_and_go_on(root: str) -> Any:
 
 
 def restore_slowly(root: str, begun: str, go_on: str) -> Any:
-    """Restores, and stands still in the middle of it until a file is there."""
+    """Restores, and stands still in the middle of it. `begun` and `go_on` are FIFOs."""
     import pathlib
-    import time
 
     from datarax_dist import telemetry
 
     def wait(phase: str, host: int) -> None:
         if phase == "restore:load":
-            pathlib.Path(begun).touch()
-            while not pathlib.Path(go_on).exists():
-                time.sleep(0.02)
+            pathlib.Path(begun).write_text("begun")
+            pathlib.Path(go_on).read_text()
 
     telemetry.observe(wait)
     return restore_step(root, (-1,), ("x",))[0]
+
+
+def killed_in_a_save(root: str, silence_seconds: float) -> Any:
+    """Saves a step, in which host 1 is killed; returns how soon that was told, and how."""
+    import os
+    import signal
+    import time
+
+    import jax
+
+    import datarax_dist as dd
+    from datarax_dist import telemetry
+
+    me = jax.process_index()
+    options = dd.Options(peer_silence_seconds=silence_seconds)
+    with dd.Checkpointer(root, options=options) as ckpt:
+        ckpt.save(1, state=mesh_state((-1,), ("x",), 1)).result(60)  # type: ignore[union-attr]
+        if me == 1:
+            telemetry.observe(
+                lambda phase, _: phase == "save:record" and os.kill(os.getpid(), signal.SIGKILL)
+            )
+        handle = ckpt.save(2, state=mesh_state((-1,), ("x",), 2))
+        begin = time.monotonic()
+        try:
+            handle.result(60)  # type: ignore[union-attr]
+        except dd.errors.PeerLostError as error:
+            return time.monotonic() - begin, str(error)
+    raise AssertionError("the save has not failed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -96,25 +95,22 @@ def test_one_crash_does_not_count_and_a_success_clears_it(tmp_path: Path) -> Non
 def test_an_evaluation_that_is_restoring_on_this_machine_does_not_count(tmp_path: Path) -> None:
     root = str(tmp_path / "run")
     targets.save_steps(root, (4,), ("x",), [1, 2, 3])
-    begun, release = str(tmp_path / "begun"), tmp_path / "release"
+    begun, release = tmp_path / "begun", tmp_path / "release"
+    os.mkfifo(begun)
+    os.mkfifo(release)
     crash(root, 1, 0)
-    waited = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         evaluation = pool.submit(
             run_hosts,
             targets.restore_slowly,
             1,
-            args=(root, begun, str(release)),
+            args=(root, str(begun), str(release)),
             timeout_seconds=120,
         )
+        assert begun.read_text() == "begun"
         try:
-            for _ in range(3000):
-                if os.path.exists(begun) or evaluation.done():
-                    break
-                waited.wait(0.02)
-            assert os.path.exists(begun), evaluation
             assert len(attempts(LocalStore(root))) == 2
             assert targets.restore_step(root, (4,), ("x",))[0] == 3
         finally:
-            release.touch()
+            release.write_text("go on")
         assert evaluation.result()[0].value == 3

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import pytest
 
 from datarax_dist.beacons import Beacons, Silence
+from datarax_dist.boards import LocalBoard, UnreachableError
 from datarax_dist.errors import PeerLostError
-from datarax_dist.hosts import HostGroup, LocalBoard, UnreachableError
+from datarax_dist.hosts import HostGroup
 from datarax_dist.testing import FakeClock
 
 
@@ -132,6 +133,22 @@ def test_a_slow_host_is_waited_for_though_another_one_is_silent_that_has_arrived
     timer.start()
     assert group.exchange("vote", 0, timeout_seconds=3600) == [0, 1, 2]
     timer.join()
+
+
+def test_a_primary_that_is_busy_itself_leaves_it_a_moment_to_who_waits_for_that_host() -> None:
+    looks: list[float] = []
+
+    class Looked(Quiet):
+        def silent(self) -> Mapping[int, Silence]:
+            looks.append(0.0)
+            return {2: Silence(11.0)}
+
+    group = HostGroup(Looked(0, 3))
+    operation = group.begin("save")
+    with pytest.raises(PeerLostError, match="Host 2"):
+        operation.result("written", 1e12)
+    assert len(looks) > 3
+    operation.close()
 
 
 def test_the_others_name_a_silent_primary() -> None:

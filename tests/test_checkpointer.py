@@ -608,12 +608,32 @@ def test_metadata_that_is_not_json_is_refused(tmp_path: Path, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["exchange_timeout_seconds", "save_timeout_seconds", "restore_timeout_seconds"]
+    "name",
+    [
+        "exchange_timeout_seconds",
+        "save_timeout_seconds",
+        "restore_timeout_seconds",
+        "peer_silence_seconds",
+        "lease_ttl_seconds",
+    ],
 )
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), None, "60"])
 def test_every_wait_has_a_deadline(name: str, value: Any) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=name):
         dd.Options(**{name: value})
+
+
+def test_a_lease_lasts_for_a_second_at_least_and_a_day_at_most() -> None:
+    for name, value in [
+        ("lease_ttl_seconds", 0.5),
+        ("lease_ttl_seconds", 24 * 3600.0 + 1),
+        ("lease_wait_seconds", -1.0),
+        ("lease_wait_seconds", float("inf")),
+        ("lease_wait_seconds", None),
+    ]:
+        with pytest.raises(errors.InvalidArgumentError, match=name):
+            dd.Options(**{name: value})  # type: ignore[arg-type]
+    dd.Options(lease_wait_seconds=0, lease_ttl_seconds=24 * 3600.0)
 
 
 def test_a_zero_size_array_takes_the_kind_of_its_target(tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import datarax_dist as dd
 from datarax_dist import cli
+from datarax_dist import format as fmt
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli import diagnosis
+from datarax_dist.lease import writer_identity
 from datarax_dist.testing import FakeGCS, conformance
 
 NEEDED = ("list", "get", "create", "delete")
@@ -164,6 +169,23 @@ def test_a_directory_passes_and_nothing_stays(
     (root / "mine").write_text("x")
     assert findings(capsys, "--write", str(root))[0] == 0
     assert [path.name for path in root.iterdir()] == ["mine"]
+
+
+def test_who_writes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    me = f"process {os.getpid()} on"
+    assert "writer" not in findings(capsys, str(tmp_path))[1]
+    with dd.Checkpointer(tmp_path) as ckpt:
+        handle = ckpt.save(1, state={"w": np.ones(3)})
+        assert handle is not None
+        handle.result()
+        level, text = findings(capsys, str(tmp_path))[1]["writer"]
+        assert level == "info" and me in text and "holds it" in text
+    assert "has let the run go" in findings(capsys, str(tmp_path))[1]["writer"][1]
+    name = fmt.lease_name(2)
+    owner = {**writer_identity(), "started": "1"}
+    gone = fmt.LeaseRecord("run", 2, "c" * 16, owner, 60.0)
+    (tmp_path / name).write_bytes(fmt.dump_lease(gone))
+    assert "is gone" in findings(capsys, str(tmp_path))[1]["writer"][1]
 
 
 @pytest.mark.parametrize(

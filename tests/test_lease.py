@@ -15,9 +15,11 @@ from jobs import Job, attempt, requests, whose
 from datarax_dist import config, retention
 from datarax_dist import format as fmt
 from datarax_dist.errors import LeaseError
+from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run
 from datarax_dist.lease import Lease, _process, newest_lease, writer_identity
-from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore
+from datarax_dist.save import Saver
+from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore, SimulatedHosts
 
 TTL = 60.0
 ELSEWHERE = {"machine": "another boot/pid:[1]", "pid": 7, "started": "1", "name": "far"}
@@ -43,8 +45,8 @@ def lease(store: Any, clock: FakeClock | None = None, **more: Any) -> Lease:
     return Lease(store, clock or NoWallClock(), **arguments)
 
 
-def take(one: Lease) -> bool:
-    return one.hold("run", lambda run, older: None)
+def take(one: Lease) -> None:
+    one.hold("run", lambda run, older: None)
 
 
 @pytest.fixture(params=[MemoryStore, MemoryBucket], ids=["file system", "bucket"])
@@ -54,7 +56,9 @@ def store(request: pytest.FixtureRequest) -> Any:
 
 def test_an_owner_that_is_alive_keeps_the_run_and_is_named(store: Any) -> None:
     owner = lease(store)
-    assert take(owner) and not take(owner)
+    take(owner)
+    take(owner)
+    assert owner.epoch == 1
     clock = NoWallClock(while_asleep=owner.renew)
     begin = clock.monotonic()
     with pytest.raises(LeaseError, match="process 7 on far") as caught:
@@ -149,7 +153,7 @@ def test_of_many_that_want_a_run_one_gets_it() -> None:
         with ThreadPoolExecutor(8) as pool:
             ended = list(pool.map(want, range(8)))
         # With clocks that run at once, some may take it from others that show no sign of life.
-        holding = [mine for how, mine in ended if how is True and attempt(mine.check) is None]
+        holding = [mine for how, mine in ended if how is None and attempt(mine.check) is None]
         assert len(holding) == 1
 
 
@@ -183,6 +187,16 @@ def test_who_cannot_finish_taking_over_has_not_and_the_next_one_fences_again(sto
     third = lease(store)
     third.hold("run", fence)
     assert fenced == [[1], [1, 2]]
+
+
+def test_several_deletions_at_once_all_stand_in_the_lease(store: Any) -> None:
+    one = lease(store)
+    take(one)
+    for step in (1, 2, 3):
+        one.announce(step, fmt.digest(b"marker"))
+    found = newest_lease(store)
+    assert found is not None
+    assert [step for step, _ in found.deleting] == [1, 2, 3]
 
 
 # Jobs
@@ -266,6 +280,21 @@ def saver_takes(one: Job) -> None:
     assert one.lease is not None
     run = fmt.parse_run(one.store.get(fmt.RUN_NAME))
     one.lease.hold(run, lambda run, older: retention.fence(one.store, run, older, 0.0))
+
+
+def test_the_other_hosts_wait_as_long_as_the_primary_may_wait_for_the_run() -> None:
+    store, clock = MemoryStore(), FakeClock()
+    take(lease(store))
+    options = config.Options(exchange_timeout_seconds=5, lease_ttl_seconds=60)
+
+    def host(group: HostGroup) -> int:
+        group._clock = clock
+        mine = lease(store, clock, owner=writer_identity()) if group.is_primary else None
+        saver = Saver(store, group, clock, options, None, mine)
+        saver.take()
+        return saver.lease.epoch
+
+    assert SimulatedHosts(2).run(host) == [2, 0]
 
 
 @pytest.mark.parametrize("then", ["waits", "saves 5", "saves 4 again", "saves 5, retires"])

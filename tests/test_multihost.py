@@ -193,6 +193,16 @@ def test_a_policy_that_raises_on_one_host_raises_on_all_and_the_next_save_works(
         assert steps == [2]
 
 
+def test_a_killed_host_is_named_after_as_long_as_the_options_say(tmp_path: Path) -> None:
+    [told, _] = run_hosts(
+        targets.killed_in_a_save, 2, args=(str(tmp_path / "run"), 2.0), timeout_seconds=60
+    )
+    assert told.error is None
+    seconds, text = told.value
+    assert "no sign of life for 2 s" in text or "no sign of life for 3 s" in text
+    assert seconds < 10
+
+
 def test_a_write_that_was_given_up_does_not_speak_for_the_next_save(tmp_path: Path) -> None:
     hosts = run_hosts(targets.given_up_write, 2, args=(str(tmp_path / "run"),), timeout_seconds=120)
     assert [h.error for h in hosts] == [None, None]

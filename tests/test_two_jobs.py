@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 import datarax_dist as dd
 from datarax_dist.errors import LeaseError
 from datarax_dist.inspection import inspect_run
-from datarax_dist.lease import newest_lease
+from datarax_dist.lease import Lease, newest_lease
 from datarax_dist.storage import LocalStore
 from datarax_dist.testing.faults import fail_at
 
@@ -262,14 +263,41 @@ def test_a_forked_child_that_ends_lets_nothing_go(tmp_path: Path) -> None:
     assert done.stdout.split() == ["child", "0", "False"], done.stderr
 
 
-def test_a_lease_is_renewed_while_nothing_is_saved(tmp_path: Path) -> None:
-    store = LocalStore(str(tmp_path))
+def test_a_lease_is_renewed_while_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed = threading.Semaphore(0)
+    renew = Lease.renew
+
+    def and_tell(lease: Lease) -> None:
+        renew(lease)
+        renewed.release()
+
+    monkeypatch.setattr(Lease, "renew", and_tell)
     with dd.Checkpointer(tmp_path, options=dd.Options(lease_ttl_seconds=1.5)) as ckpt:
         save(ckpt, 1)
-        deadline = time.monotonic() + 30
-        while (lease := newest_lease(store)) is None or lease.renewals < 3:
-            assert time.monotonic() < deadline, "it is not renewed"
-            time.sleep(0.05)
+        for _ in range(3):
+            assert renewed.acquire(timeout=30), "it is not renewed"
+        found = newest_lease(LocalStore(str(tmp_path)))
+    assert found is not None and found.renewals >= 3
+
+
+ENDS = """
+import sys
+import numpy as np
+import datarax_dist as dd
+
+ckpt = dd.Checkpointer(sys.argv[1])
+ckpt.save(1, state={"w": np.ones(4)}).result()
+"""
+
+
+def test_a_script_that_ends_without_closing_lets_the_run_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS, str(tmp_path)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, timeout=100, check=True, env=environment)
+    lease = newest_lease(LocalStore(str(tmp_path)))
+    assert lease is not None and lease.released
 
 
 def test_a_save_that_nobody_could_begin_takes_no_run(tmp_path: Path) -> None:

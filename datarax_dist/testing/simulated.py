@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from datarax_dist import format as fmt
+from datarax_dist.boards import LocalBoard
 from datarax_dist.errors import StorageError
-from datarax_dist.hosts import HostGroup, LocalBoard
+from datarax_dist.hosts import HostGroup
 from datarax_dist.storage import Entry
 
 __all__ = [

@@ -1,0 +1,233 @@
+"""The board: write-once registers that all hosts of a job share, on which `hosts` builds agreement.
+
+On JAX it is the coordination service's key-value store: no device collectives, so it may be used on
+any thread. Most calls of its client hang for as long as the service does not answer; here they end.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from typing import Any, Protocol
+
+from datarax_dist.beacons import Beacons, Silence
+
+__all__ = ["Board", "JaxBoard", "LocalBoard", "PatientClient", "UnreachableError"]
+
+logger = logging.getLogger("datarax_dist")
+
+SILENCE_SECONDS = 10.0
+_SLICE_SECONDS = 1.0
+
+
+class UnreachableError(Exception):
+    """The board does not answer."""
+
+    def __init__(self, message: str, silence: Silence | None = None) -> None:
+        super().__init__(message)
+        self.silence = silence or Silence(0.0, cut_off=True)
+
+
+class Board(Protocol):
+    """Write-once registers that all hosts of a group share. What cannot be done because the board
+    does not answer raises `UnreachableError`, soon.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def set(self, key: str, value: str) -> bool:
+        """Writes a register; returns False when it was written before (it keeps its value)."""
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        """Returns a register's value as soon as it has one, or None after `seconds`."""
+
+    def read(self, prefix: str) -> dict[str, str]:
+        """Returns the registers whose key begins with `prefix`, which ends with `/`."""
+
+    def clear(self, prefix: str) -> None: ...
+
+    def silent(self) -> Mapping[int, Silence]:
+        """Returns the hosts that have shown no sign of life for too long."""
+
+
+class LocalBoard:
+    """The board of a group that lives in one process: the single host, and simulated ones."""
+
+    def __init__(self, index: int = 0, count: int = 1, *, shared: LocalBoard | None = None) -> None:
+        self.index = index
+        self.count = count
+        self._values: dict[str, str] = {} if shared is None else shared._values
+        self._changed: threading.Condition = (
+            threading.Condition() if shared is None else shared._changed
+        )
+
+    def set(self, key: str, value: str) -> bool:
+        with self._changed:
+            if key in self._values:
+                return False
+            self._values[key] = value
+            self._changed.notify_all()
+            return True
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._values, seconds)
+            return self._values.get(key)
+
+    def read(self, prefix: str) -> dict[str, str]:
+        with self._changed:
+            return {key: value for key, value in self._values.items() if key.startswith(prefix)}
+
+    def clear(self, prefix: str) -> None:
+        with self._changed:
+            for key in [key for key in self._values if key.startswith(prefix)]:
+                del self._values[key]
+
+    def silent(self) -> Mapping[int, Silence]:
+        return {}
+
+
+class PatientClient:
+    """The client of JAX's coordination service, most of whose calls hang for as long as the service
+    does not answer: until JAX ends the process. Here they end when that was so for a while.
+    """
+
+    def __init__(self, client: Any, silence_seconds: float = SILENCE_SECONDS) -> None:
+        self._client = client
+        self._beacons = _beacons()
+        self._calls = _Calls()
+        self._silence_seconds = silence_seconds
+
+    def silent(self) -> Mapping[int, Silence]:
+        return self._beacons.silent(self._silence_seconds)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """Raises `UnreachableError` when the service does not answer."""
+        call: Future[Any] | None = None
+        while True:
+            silence = self.silent().get(0)
+            if silence is not None and silence.cut_off:
+                self._calls = _Calls()  # the thread of the old ones hangs
+                raise UnreachableError("it does not answer", silence)
+            call = call or self._calls.begin(functools.partial(function, *arguments, **more))
+            if wait([call], _SLICE_SECONDS).done:
+                return call.result()
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._client, name)
+        if not callable(function) or name.startswith(("blocking_", "wait_")):
+            return function  # what has a deadline
+        return functools.partial(self._call, function)
+
+
+class JaxBoard:
+    """The key-value store of JAX's coordination service. Safe on any thread; uses no device."""
+
+    def __init__(self, namespace: str, silence_seconds: float = SILENCE_SECONDS) -> None:
+        from jax._src import distributed
+
+        self._client = PatientClient(distributed.global_state.client, silence_seconds)
+        self.index, self.count = _place()
+        self._prefix = f"datarax_dist/{namespace}/"
+
+    def set(self, key: str, value: str) -> bool:
+        try:
+            self._client.key_value_set(self._prefix + key, value)
+        except UnreachableError:
+            raise
+        except Exception as error:
+            if "ALREADY_EXISTS" in str(error):
+                return False
+            raise UnreachableError(str(error)) from error
+        return True
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        try:
+            return str(
+                self._client.blocking_key_value_get(self._prefix + key, max(1, int(seconds * 1000)))
+            )
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise UnreachableError(str(error)) from error
+
+    def read(self, prefix: str) -> dict[str, str]:
+        try:
+            rows = self._client.key_value_dir_get(self._prefix + prefix)
+        except UnreachableError:
+            raise
+        except Exception as error:
+            raise UnreachableError(str(error)) from error
+        return {key[len(self._prefix) :]: value for key, value in rows}
+
+    def clear(self, prefix: str) -> None:
+        try:
+            self._client.key_value_delete(self._prefix + prefix)
+        except Exception as error:  # tidying up; the registers are never used again
+            logger.debug("could not clear %s: %s", prefix, error)
+
+    def silent(self) -> Mapping[int, Silence]:
+        return self._client.silent()
+
+
+class _Calls:
+    """A thread that makes calls which may hang for ever. It is a daemon, so that a process whose
+    calls hang can end.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._begun = False
+        self._lock = threading.Lock()
+
+    def begin(self, work: Callable[[], Any]) -> Future[Any]:
+        with self._lock:
+            if not self._begun:
+                threading.Thread(target=self._run, name="datarax_dist-board", daemon=True).start()
+                self._begun = True
+        call: Future[Any] = Future()
+        self._queue.put((call, work))
+        return call
+
+    def _run(self) -> None:
+        while True:
+            call, work = self._queue.get()
+            try:
+                call.set_result(work())
+            except BaseException as error:
+                call.set_exception(error)
+
+
+def _place() -> tuple[int, int]:
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+@functools.cache
+def _beacons() -> Beacons:
+    """The beacons of this process, for all its groups."""
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    index, count = _place()
+    prefix = "datarax_dist/beacons/"
+
+    def send(text: str) -> None:
+        client.key_value_set(f"{prefix}{index}/at", text, allow_overwrite=True)
+
+    def receive() -> dict[int, str]:
+        rows = client.key_value_dir_get(prefix if index == 0 else f"{prefix}0/")
+        return {int(key.removeprefix(prefix).split("/")[0]): text for key, text in rows}
+
+    beacons = Beacons(send, receive, index, count)
+    beacons.start()
+    return beacons
