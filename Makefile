@@ -23,8 +23,9 @@ demo: $(STAMP)
 
 test: test-main test-datarax test-loaders
 
+# A test that crashes its process fails the run: restarted workers may wait for ever.
 test-main: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --max-worker-restart 0
 
 # Today's datarax needs a newer Python and a newer jax: an environment of its own, in .venv-datarax.
 test-datarax:
@@ -36,7 +37,7 @@ test-loaders:
 
 # What make test does in a few phases, in all; and what it does on two hosts, on four.
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m long
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --max-worker-restart 0 -m long
 
 # Tries hard to break the promises, and prints what was tried; under ten minutes on two cores.
 # Exit code 3 of a part: it cannot run here (no root, no loop devices, no atheris), and says so.
