@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-main test-datarax test-loaders test-long trust lint types layers clean
+.PHONY: demo test test-main test-datarax test-loaders test-long trust bench lint types layers clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -48,6 +48,10 @@ trust: $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	$(BIN)/python tests/fuzz_records.py --seconds 30 || [ $$? -eq 3 ]
 	$(BIN)/python tests/guards.py
+
+# How fast a step is saved and restored, beside the raw medium and Orbax, as JSON lines.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.speed
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

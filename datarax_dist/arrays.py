@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -36,13 +36,14 @@ from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint._src.serialization import types as serialization_types
 
-from datarax_dist import codec
+from datarax_dist import codec, direct
 from datarax_dist import format as fmt
 from datarax_dist.boards import PatientClient
 from datarax_dist.buckets import advice, bucket_and_prefix
 from datarax_dist.config import Options, is_bucket
 from datarax_dist.errors import (
     CheckpointError,
+    CorruptStepError,
     InvalidArgumentError,
     StorageError,
     StructureMismatchError,
@@ -50,6 +51,8 @@ from datarax_dist.errors import (
     describe,
     storage_hint,
 )
+from datarax_dist.ocdbt import read_index
+from datarax_dist.storage import LocalStore
 from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
 
 __all__ = ["ORBAX_VERSION", "OrbaxArrays", "describe_foreign"]
@@ -261,41 +264,88 @@ class OrbaxArrays:
         return _OrbaxWrite(self, self._checkpointer, path, gate)
 
     def restore(
-        self, step: str, spec: TreeSpec, wanted: Sequence[tuple[LeafSpec, Any]]
+        self,
+        step: str,
+        spec: TreeSpec,
+        wanted: Sequence[tuple[LeafSpec, Any]],
+        verified: Sequence[fmt.FileEntry] = (),
     ) -> dict[tuple[str, ...], Any]:
         """Returns the arrays of `wanted` leaves by path. A target of None means today's default
         placement.
 
+        Args:
+            verified: files of this state whose digests this host verifies while it reads.
+
         Raises:
             StructureMismatchError: an array cannot be placed as the target says.
+            CorruptStepError: a file that is to be verified, or what was read, is damaged.
             StorageError: Orbax or TensorStore could not read it.
         """
+        path = os.path.join(self._root, step)
+        chosen = {
+            leaf.path: (leaf, _restore_args(leaf, target))
+            for leaf, target in wanted
+            if not leaf.inline
+        }
+        found: dict[tuple[str, ...], Any] = {}
+        if not is_bucket(path):
+            found = self._read_direct(path, chosen, verified)
+        rest = {key: value for key, value in chosen.items() if key not in found}
+        return found | self._read_by_orbax(path, spec, rest)
+
+    def _read_direct(
+        self,
+        path: str,
+        chosen: Mapping[tuple[str, ...], tuple[LeafSpec, Any]],
+        verified: Sequence[fmt.FileEntry],
+    ) -> dict[tuple[str, ...], Any]:
+        """Returns those arrays that need no Orbax to be read, and verifies files meanwhile."""
+        store = LocalStore(self._root)
+        where = os.path.relpath(path, self._root)
+        files = {entry.path.removeprefix("state/"): entry for entry in verified}
+        reading = direct.Reading(lambda file: store.open(f"{where}/{file}"), files)
+        makers: dict[tuple[str, ...], Callable[[], Any]] = {}
+        with _wrapped("read", path):
+            index = read_index(path) if chosen else {}
+            for key, (leaf, arguments) in chosen.items():
+                stored = direct.parse_array(".".join(key), index)  # as Orbax names it
+                if stored is not None and _fits(stored, leaf):
+                    makers[key] = _want(reading, stored, arguments)
+            if wrong := reading.run():
+                told = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:5])
+                raise CorruptStepError(told, step=-1, files=[f"state/{name}" for name in wrong])
+            return {key: jax.block_until_ready(make()) for key, make in makers.items()}
+
+    def _read_by_orbax(
+        self,
+        path: str,
+        spec: TreeSpec,
+        chosen: Mapping[tuple[str, ...], tuple[LeafSpec, Any]],
+    ) -> dict[tuple[str, ...], Any]:
+        if not chosen:
+            return {}
         values: list[Any] = [ocp.PLACEHOLDER] * len(spec.leaves)
         arguments: list[Any] = [ocp.RestoreArgs()] * len(spec.leaves)
         numbers = {leaf.path: number for number, leaf in enumerate(spec.leaves)}
-        for leaf, target in wanted:
-            if not leaf.inline:
-                values[numbers[leaf.path]] = 0
-                arguments[numbers[leaf.path]] = _restore_args(leaf, target)
-        chosen = [leaf for leaf, _ in wanted if not leaf.inline]
-        if not chosen:
-            return {}
+        for key, (_, wish) in chosen.items():
+            values[numbers[key]] = 0
+            arguments[numbers[key]] = wish
+        leaves = [leaf for leaf, _ in chosen.values()]
         handler = _handler(
             ocp.options.MultiprocessingOptions(primary_host=0, active_processes={self._host}),
             self._options,
-            restore_bytes=_at_least(self._options.restore_concurrent_bytes, chosen),
+            restore_bytes=_at_least(self._options.restore_concurrent_bytes, leaves),
         )
-        path = os.path.join(self._root, step)
 
         def read() -> dict[tuple[str, ...], Any]:
             wish = ocp.args.PyTreeRestore(
                 item=spec.build(values), restore_args=spec.build(arguments)
             )
             restored = spec_leaves(spec, handler.restore(epath.Path(path), args=wish))
-            for leaf in chosen:
+            for leaf in leaves:
                 _check_kind(leaf, restored[numbers[leaf.path]])
             return {
-                leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in chosen
+                leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in leaves
             }
 
         with _wrapped("read", path):
@@ -534,6 +584,34 @@ def _restore_args(leaf: LeafSpec, target: Any) -> Any:
         sharding=sharding,
         global_shape=leaf.shape,
         dtype=np.dtype(leaf.dtype),
+    )
+
+
+def _fits(stored: direct.StoredArray, leaf: LeafSpec) -> bool:
+    """Whether what is stored is what the leaf was, with nothing to convert."""
+    if leaf.kind == "key_data":
+        return True
+    if leaf.kind not in ("jax", "numpy", "scalar"):
+        return False
+    return stored.shape == tuple(leaf.shape) and str(stored.dtype) == leaf.dtype
+
+
+def _want(reading: direct.Reading, stored: direct.StoredArray, wish: Any) -> Callable[[], Any]:
+    """Has this host's part of an array read; returns what makes the array afterwards."""
+    if wish.restore_type is np.ndarray:
+        whole = direct.Buffer(tuple((0, size) for size in stored.shape), stored.dtype)
+        reading.want(stored, [whole])
+        return lambda: whole.array
+    sharding: jax.sharding.Sharding = wish.sharding
+    parts = sharding.addressable_devices_indices_map(stored.shape).values()
+    regions = {direct.region(part, stored.shape) for part in parts if part is not None}
+    buffers = {region: direct.Buffer(region, stored.dtype) for region in regions}
+    reading.want(stored, list(buffers.values()))
+    return lambda: jax.make_array_from_callback(
+        stored.shape,
+        sharding,
+        lambda part: buffers[direct.region(part or (), stored.shape)].array,
+        dtype=stored.dtype,
     )
 
 

@@ -36,7 +36,7 @@ from datarax_dist.errors import (
 )
 from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, read_marker
-from datarax_dist.restore import Restorer, RestoreReport
+from datarax_dist.restore import Restorer, RestoreReport, Unverified
 from datarax_dist.retention import delete_step
 from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
 from datarax_dist.storage import open_store
@@ -433,7 +433,9 @@ class Checkpointer:
         phases = Phases("restore", self._group.index)
         found = self._restorer.restore(
             None if step is None else number,
-            lambda candidate: self._load(candidate, state, data, allow=allow_data_changes),
+            lambda candidate, unverified: self._load(
+                candidate, state, data, unverified=unverified, allow=allow_data_changes
+            ),
             phases,
         )
         if found is None:
@@ -452,10 +454,15 @@ class Checkpointer:
         target: Any,
         data: Any,
         *,
+        unverified: Unverified | None = None,
         metadata_only: bool = False,
         allow: Sequence[str] = (),
     ) -> Callable[[], Any]:
-        """Reads this host's part of a step; changes nothing. Returns what applies it."""
+        """Reads this host's part of a step; changes nothing. Returns what applies it.
+
+        Args:
+            unverified: files of the state that are still to be verified.
+        """
         name = candidate.name
         read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
         items = list(candidate.marker.items) if candidate.marker else []
@@ -489,7 +496,7 @@ class Checkpointer:
                 and not trees.fits_exactly(spec, goal)
             ):
                 goal = None  # a fresh object may have less in its state than the saved one had
-            tree = self._load_state(where, spec, goal)
+            tree = self._load_state(where, spec, goal, unverified)
 
         def apply() -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
             data_io.apply_positions(plan, positions, candidate.step, self._pace)
@@ -497,12 +504,15 @@ class Checkpointer:
 
         return apply
 
-    def _load_state(self, where: str, spec: trees.TreeSpec, target: Any) -> Any:
+    def _load_state(
+        self, where: str, spec: trees.TreeSpec, target: Any, unverified: Unverified | None
+    ) -> Any:
         if target is None:
             wanted: list[tuple[trees.LeafSpec, Any]] = [(leaf, None) for leaf in spec.leaves]
         else:
             wanted = trees.match(spec, target)
-        values = self._arrays.restore(where, spec, wanted)
+        files = unverified.take() if unverified is not None else []
+        values = self._arrays.restore(where, spec, wanted, files)
         leaves = [trees.finish_leaf(leaf, values.get(leaf.path), goal) for leaf, goal in wanted]
         if target is None:
             return spec.build(leaves)

@@ -40,8 +40,9 @@ class Options:
         save_timeout_seconds: how long the background part of one save may take (default 1800).
         restore_timeout_seconds: how long hosts wait for each other's verifying and loading, and how
             long reading the arrays of a bucket may take (default 1800).
-        restore_concurrent_bytes: bytes of arrays read at the same time on one host; None leaves it
-            to Orbax.
+        restore_concurrent_bytes: bytes of arrays that Orbax reads at the same time on one host, of
+            a bucket or of a compressed step; None leaves it to Orbax. What is not compressed is
+            read from files into the memory where it stays.
         save_concurrent_bytes: bytes of arrays written at the same time on one host; None does not
             limit.
         lease_ttl_seconds: how long the lease of this job lasts without a sign of life (default 60,

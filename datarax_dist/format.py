@@ -297,8 +297,8 @@ def check_item_name(name: str) -> str:
     return name
 
 
-def crc32c(data: bytes, crc: int = 0) -> int:
-    """Returns the crc32c of `data`, going on from `crc`."""
+def crc32c(data: Any, crc: int = 0) -> int:
+    """Returns the crc32c of `data`, bytes or a numpy array, going on from `crc`."""
     return int(google_crc32c.extend(crc, data))
 
 
@@ -315,7 +315,8 @@ class Digester:
         md5 = kind == "md5" or len(kind) == _MD5_DIGEST_LENGTH
         self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: Any) -> None:
+        """Goes on with bytes, or with a numpy array of bytes."""
         self._crc = crc32c(data, self._crc)
         if self._md5 is not None:
             self._md5.update(data)

@@ -5,9 +5,10 @@
              the root, and strikes it out when the process that tried has survived (`attempts`): a
              step whose restore crashed the job twice is not proposed any more.
 2. verify   Each host verifies its share of the candidate's files at the chosen level; all take the
-             newest that all accept.
-3. load     Each host loads; what fails is exchanged, never raised on one host alone. Damage moves
-             on to the next candidate.
+             newest that all accept. On a file system the content of the array files waits for the
+             next phase, so that it is read once.
+3. load     Each host loads, and verifies what it reads; then what of its share is left. What fails
+             is exchanged, never raised on one host alone. Damage moves on to the next candidate.
 4. positions Applied only when every host has loaded and decoded; an error on one host is an error
              on all.
 """
@@ -50,12 +51,28 @@ from datarax_dist.inspection import (
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
 
-__all__ = ["RestoreReport", "Restorer"]
+__all__ = ["RestoreReport", "Restorer", "Unverified"]
 
 logger = logging.getLogger("datarax_dist")
 
 _TRIES = 20
 _MOST_TOLD = 100  # damaged files that one host tells the others of
+
+
+class Unverified:
+    """The array files of a step whose content this host has still to verify."""
+
+    def __init__(self, entries: Sequence[fmt.FileEntry] = ()) -> None:
+        self._entries = {entry.path: entry for entry in entries}
+
+    def take(self) -> list[fmt.FileEntry]:
+        """Returns them; who takes them verifies them, or raises."""
+        taken, self._entries = list(self._entries.values()), {}
+        return taken
+
+
+# Reads and decodes this host's part of a candidate, changes nothing, and returns what applies it.
+Loader = Callable[[Candidate, Unverified], Callable[[], Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +193,14 @@ class Restorer:
         return inspection_to_json(inspection)
 
     def restore(
-        self, step: int | None, load: Callable[[Candidate], Callable[[], Any]], phases: Phases
+        self, step: int | None, load: Loader, phases: Phases
     ) -> tuple[Any, RestoreReport] | None:
         """Restores the newest good step, or `step`.
 
         Args:
             load: reads and decodes this host's part of a candidate, and returns what applies it. It
-                must change nothing itself.
+                must change nothing itself. What it does not take of the files that are still to be
+                verified is verified when it has returned.
                 An error of the tree other than damage (a target that does not fit, say) ends the
                 restore on every host.
 
@@ -216,7 +234,7 @@ class Restorer:
         self,
         inspection: Inspection,
         step: int | None,
-        load: Callable[[Candidate], Callable[[], Any]],
+        load: Loader,
         phases: Phases,
     ) -> tuple[Any, RestoreReport] | None:
         candidates, refused = self._choose(inspection, step)
@@ -226,10 +244,10 @@ class Restorer:
         suspects = [c for c in reversed(inspection.candidates) if c.suspect]
         for place, told in enumerate(candidates):
             level = self._options.verify_on_restore
-            candidate, bad = self._verify(told, phases, level)
+            candidate, bad, unverified = self._verify(told, phases, level)
             applied: Any = None
             if not bad:
-                bad, applied = self._load(candidate, load, phases)
+                bad, applied = self._load(candidate, load, unverified, phases)
             if bad and candidate.state == "committed":
                 self._go_on(inspection, candidates[place:])
             if not bad:
@@ -352,21 +370,24 @@ class Restorer:
 
     def _verify(
         self, candidate: Candidate, phases: Phases, level: str, *, read_all: bool = False
-    ) -> tuple[Candidate, dict[str, str]]:
-        """Returns the candidate with its marker, and what is wrong with it on any host.
+    ) -> tuple[Candidate, dict[str, str], list[fmt.FileEntry]]:
+        """Returns the candidate with its marker, what is wrong with it on any host, and the files
+        whose content this host has still to verify.
 
         Args:
-            read_all: read what a bucket's listing tells a digest of, too.
+            read_all: leave nothing for later, and read what a bucket's listing tells a digest of,
+                too.
         """
         with phases.span("verify"):
             wrong: dict[str, str] = {}
             failure: BaseException | None = None
             found: dict[str, str] = {}
+            later: list[fmt.FileEntry] = []
             try:
                 if candidate.state == "committed":
                     marker = read_marker(self._store, candidate)
                     candidate = dataclasses.replace(candidate, marker=marker)
-                    found = self._verify_share(candidate, level, read_all)
+                    found, later = self._verify_share(candidate, level, read_all)
                 elif isinstance(self._store, SupportsRename):
                     found = find_irregular(self._store.list(candidate.name), candidate.name)
                 wrong = dict(list(found.items())[:_MOST_TOLD])
@@ -380,25 +401,35 @@ class Restorer:
                 error=failure,
                 timeout_seconds=self._options.restore_timeout_seconds,
             )
-        return candidate, {path: reason for vote in votes for path, reason in vote.items()}
+        wrong = {path: reason for vote in votes for path, reason in vote.items()}
+        return candidate, wrong, later
 
-    def _verify_share(self, candidate: Candidate, level: str, read_all: bool) -> dict[str, str]:
+    def _verify_share(
+        self, candidate: Candidate, level: str, read_all: bool
+    ) -> tuple[dict[str, str], list[fmt.FileEntry]]:
         assert candidate.marker is not None
         marker = candidate.marker
         group = self._group
         try:
             mine = files_to_verify(self._store, candidate.name, marker, group.index, group.count)
         except CorruptStepError as error:
-            return dict.fromkeys(error.files, "missing, or not what was committed")
-        wrong = verify_files(self._store, candidate.name, mine, level, read_all=read_all)
-        if level != "full":
+            return dict.fromkeys(error.files, "missing, or not what was committed"), []
+        arrays = [entry for entry in mine if entry.path.startswith("state/")]
+        waits = level == "full" and not read_all and isinstance(self._store, SupportsRename)
+        now = "sizes" if waits else level
+        wrong = verify_files(self._store, candidate.name, mine, now, read_all=read_all)
+        if now != "full":
             # Positions, structure and metadata are small, and nothing else would notice.
-            small = [entry for entry in mine if not entry.path.startswith("state/")]
+            small = [entry for entry in mine if entry not in arrays]
             wrong |= verify_files(self._store, candidate.name, small, "full", read_all=read_all)
-        return wrong
+        return wrong, arrays if waits else []
 
     def _load(
-        self, candidate: Candidate, load: Callable[[Candidate], Callable[[], Any]], phases: Phases
+        self,
+        candidate: Candidate,
+        load: Loader,
+        unverified: Sequence[fmt.FileEntry],
+        phases: Phases,
     ) -> tuple[dict[str, str], Any]:
         attempt = _Attempt()
         votes: list[dict[str, str]] = []
@@ -414,7 +445,7 @@ class Restorer:
         with phases.span("load"):
             for _ in range(tries):
                 if attempt.apply is None:
-                    attempt = self._try_load(candidate, load)
+                    attempt = self._try_load(candidate, load, unverified)
                 told = self._group.exchange(
                     "load",
                     attempt.wrong,
@@ -430,7 +461,7 @@ class Restorer:
         wrong = {path: reason for vote in votes for path, reason in vote.items()}
         if wrong and candidate.state == "committed":
             # What cannot be loaded may be damaged, or too large for a limit, say. The files tell.
-            _, found = self._verify(candidate, phases, "full", read_all=True)
+            _, found, _ = self._verify(candidate, phases, "full", read_all=True)
             if not found and not _is_checksum(wrong):
                 self._stop_if_moved(candidate)
                 self._group.exchange(
@@ -459,10 +490,13 @@ class Restorer:
         return {}, result
 
     def _try_load(
-        self, candidate: Candidate, load: Callable[[Candidate], Callable[[], Any]]
+        self, candidate: Candidate, load: Loader, unverified: Sequence[fmt.FileEntry]
     ) -> _Attempt:
+        left = Unverified(unverified)
         try:
-            return _Attempt(apply=load(candidate))
+            apply = load(candidate, left)
+            wrong = verify_files(self._store, candidate.name, left.take(), "full")
+            return _Attempt(dict(list(wrong.items())[:_MOST_TOLD]), apply=None if wrong else apply)
         except CorruptStepError as error:
             return _Attempt({path: str(error) for path in error.files})
         except fmt.InvalidRecordError as error:

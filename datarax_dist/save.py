@@ -70,7 +70,7 @@ from datarax_dist.inspection import (
 )
 from datarax_dist.lease import Right, Unguarded, writer_identity
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
-from datarax_dist.storage import Store, SupportsRename, for_each
+from datarax_dist.storage import Entry, Store, SupportsRename, for_each
 from datarax_dist.telemetry import Phases
 
 __all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "StartedSave"]
@@ -680,6 +680,7 @@ class StartedSave:
             key: fmt.FileEntry(key, len(content), fmt.digest(content, kind))
             for key, content in own.items()
         }
+        unread: list[Entry] = []
         for part in writer.parts(host):  # not the whole step: n hosts that list n hosts' files
             for entry in store.list(f"{prefix}{part}".rstrip("/")):
                 key = entry.key.removeprefix(prefix)
@@ -693,7 +694,13 @@ class StartedSave:
                 if entry.digest:  # the bucket's own, of what it has
                     entries[key] = fmt.FileEntry(key, entry.size, entry.digest)
                 else:
-                    entries[key] = fmt.FileEntry(key, *store.digest(entry.key))
+                    unread.append(entry)
+        unread.sort(key=lambda entry: -entry.size)
+        for entry, found in zip(
+            unread, for_each(store, lambda entry: store.digest(entry.key), unread), strict=True
+        ):
+            key = entry.key.removeprefix(prefix)
+            entries[key] = fmt.FileEntry(key, *found)
         written = [key for key in entries if key not in self._request.last]
         store.sync(self._staging, sorted(f"{prefix}{key}" for key in written))
         return [entries[key] for key in sorted(entries)]

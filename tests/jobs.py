@@ -76,7 +76,7 @@ class Job:
     def restore(self) -> tuple[int, set[str]] | None:
         """Returns the step, and whose the parts of it are."""
 
-        def load(candidate: Candidate) -> Callable[[], tuple[int, set[str]]]:
+        def load(candidate: Candidate, _: Any) -> Callable[[], tuple[int, set[str]]]:
             try:
                 parts = {
                     self.store.get(f"{candidate.name}/state/ocdbt.process_0/a").decode(),

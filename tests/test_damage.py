@@ -280,6 +280,19 @@ def test_array_data_is_checked_while_it_is_read_whatever_the_level(
     assert noticed > flips * 0.8
 
 
+def test_a_restore_of_the_metadata_alone_verifies_the_arrays_too(copy: Path) -> None:
+    from datarax_dist.checkpoint import OrbaxCheckpointHandler, Target
+
+    [file] = [p for p in (copy / "2" / "state").rglob("d/*") if p.stat().st_size > 1 << 16]
+    damage(file, "flip", random.Random(0))
+    with dd.Checkpointer(copy) as ckpt:
+        assert ckpt.restore(state=make_state(0)).report.damaged == (2,)
+    with OrbaxCheckpointHandler() as handler:
+        run = handler._run(str(copy))
+        restored = run.restore(state=Target(None, metadata_only=True))
+        assert (restored.step, restored.report.damaged) == (1, (2,))
+
+
 def test_a_lost_run_file_is_taken_from_the_steps(copy: Path) -> None:
     (copy / "RUN.json").unlink()
     assert restore_and_check(copy)[0] == 2

@@ -19,8 +19,8 @@ FSYNCS = {
     "LocalStore.create, directory": r"never committed, or the marker is lost",
     "LocalStore.put, directory": "host records are missing",
     "LocalStore.rename, directory": "step 1: saving 0",
-    "LocalStore.sync, directory": r"torn: state/.*: missing",
-    "LocalStore.sync, file": r"torn: state/.*: 0 bytes instead",
+    "LocalStore._sync_names, directory": r"torn: state/.*: missing",
+    "LocalStore._sync_file, file": r"torn: state/.*: 0 bytes instead",
 }
 
 

@@ -206,23 +206,48 @@ def restore(store: Any, group: HostGroup, load: Any = None, level: str = "full")
         exchange_timeout_seconds=20, save_timeout_seconds=20, verify_on_restore=level
     )
     restorer = Restorer(store, group, options)
-    default = lambda candidate: lambda: candidate.step  # noqa: E731 - a name for what it does
+    default = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
     found = restorer.restore(None, load or default, Phases("restore", group.index))
     return None if found is None else (found[0], dict(found[1].refused))
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_damage_that_one_host_sees_makes_all_take_the_older_step(victim: int) -> None:
-    store = MemoryStore()
+@pytest.mark.parametrize("shorter", [False, True], ids=["other content", "shorter"])
+@pytest.mark.parametrize("make", [MemoryStore, MemoryBucket], ids=["file system", "bucket"])
+def test_damage_that_one_host_sees_makes_all_take_the_older_step(
+    victim: int, shorter: bool, make: Any
+) -> None:
+    store = make()
     hosts = SimulatedHosts(3)
     for step in (1, 2):
         hosts.run(lambda group, step=step: save(store, group, step))
     key = f"2/state/ocdbt.process_{victim}/a"
-    store.files[key] = b"y" * len(store.files[key])
+    store.files[key] = b"y" * (len(store.files[key]) - shorter)
     results = hosts.run(lambda group: restore(store, group))
     assert [step for step, _ in results] == [1, 1, 1]
     for _, refused in results:
         assert key[2:] in refused["step 2"]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_host_verifies_what_its_loader_has_taken_for_itself_only_once(victim: int) -> None:
+    """Who takes the files that are still to be verified answers for them; the others' are not."""
+    store = MemoryStore()
+    hosts = SimulatedHosts(3)
+    hosts.run(lambda group: save(store, group, 1))
+    key = f"1/state/ocdbt.process_{victim}/a"
+    store.files[key] = b"y" * len(store.files[key])
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, unverified: Any) -> Any:
+            if group.index == victim:
+                assert key in [f"1/{entry.path}" for entry in unverified.take()]
+                assert unverified.take() == []
+            return lambda: candidate.step
+
+        return restore(store, group, load)
+
+    assert [step for step, _ in hosts.run(on)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -238,7 +263,7 @@ def test_what_one_host_cannot_load_is_judged_by_all(victim: int, damaged: bool) 
         hosts.run(lambda group, step=step: save(store, group, step))
 
     def on(group: HostGroup) -> Any:
-        def load(candidate: Any) -> Any:
+        def load(candidate: Any, _: Any) -> Any:
             if candidate.step == 2 and group.index == victim:
                 text = "DATA_LOSS: Digest mismatch" if damaged else "more than the limit"
                 raise StorageError(text, errno=None)
@@ -264,7 +289,7 @@ def test_a_target_that_does_not_fit_on_one_host_changes_nothing_on_any(victim: i
     applied = []
 
     def on(group: HostGroup) -> Any:
-        def load(candidate: Any) -> Any:
+        def load(candidate: Any, _: Any) -> Any:
             if group.index == victim:
                 raise StructureMismatchError("no", missing=["a"], unexpected=[], changed={})
             return lambda: applied.append(group.index)
@@ -413,7 +438,7 @@ def test_hosts_that_ask_for_different_steps_are_refused() -> None:
     def on(group: HostGroup) -> Any:
         restorer = Restorer(store, group, OPTIONS)
         phases = Phases("restore", group.index)
-        return restorer.restore(1 + group.index, lambda candidate: lambda: None, phases)
+        return restorer.restore(1 + group.index, lambda candidate, _: lambda: None, phases)
 
     for result in hosts.run(on):
         assert "every host must restore the same one" in str(result)

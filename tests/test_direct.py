@@ -1,0 +1,310 @@
+"""Arrays read straight from their files, and the files verified meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import datarax_dist as dd
+from datarax_dist import arrays, direct, ocdbt
+from datarax_dist import format as fmt
+from datarax_dist.errors import CorruptStepError, StorageError
+
+DEVICES = jax.device_count()
+DTYPES = [np.bool_, np.int8, np.uint16, np.float16, ml_dtypes.bfloat16, np.float32, np.complex64]
+
+
+def on_mesh(*sizes: int) -> Callable[..., NamedSharding]:
+    names = tuple("abc"[: len(sizes)])
+    mesh = Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), names)
+    return lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def values(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return (random.standard_normal(shape) * 50).astype(dtype)
+
+
+def a_state(place: Callable[..., NamedSharding]) -> dict[str, Any]:
+    put = lambda x, *spec: jax.device_put(x, place(*spec))  # noqa: E731 - a name for what it does
+    return {
+        **{
+            np.dtype(dtype).name: put(values((8, 12), dtype, seed), "a")
+            for seed, dtype in enumerate(DTYPES)
+        },
+        "columns": put(values((4, 2048), np.float32), None, "a"),
+        "both": put(values((8, 64, 3), np.float32), "b", "a"),
+        "everywhere": put(values((5, 7), np.float32)),
+        "number": put(np.float32(3.5)),
+        "numpy": values((3, 1000), np.int16),
+        "of one device": jax.device_put(values((700,), np.float32), jax.devices()[-1]),
+    }
+
+
+def record_orbax(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns the leaves that Orbax reads."""
+    read: list[str] = []
+    by_orbax = arrays.OrbaxArrays._read_by_orbax
+
+    def note(self: Any, path: str, spec: Any, chosen: Any) -> Any:
+        read.extend("/".join(key) for key in chosen)
+        return by_orbax(self, path, spec, chosen)
+
+    monkeypatch.setattr(arrays.OrbaxArrays, "_read_by_orbax", note)
+    return read
+
+
+def same(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert type(left) is type(right)
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@pytest.mark.parametrize("level", ["marker", "full"])
+@pytest.mark.parametrize("sizes", [(DEVICES, 1), (2, DEVICES // 2), (1, 1)], ids=str)
+def test_every_mesh_reads_what_another_one_wrote_without_orbax(
+    sizes: tuple[int, int], level: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = a_state(on_mesh(DEVICES // 2, 2))
+    target = a_state(on_mesh(*sizes))
+    with dd.Checkpointer(tmp_path, options=dd.Options(verify_on_restore=level)) as ckpt:
+        ckpt.save(1, state=state).result()
+        read = record_orbax(monkeypatch)
+        restored = ckpt.restore(state=target).state
+        assert read == []
+        same(restored, state)
+        for name, value in target.items():
+            if isinstance(value, jax.Array):
+                assert restored[name].sharding == value.sharding
+        same(ckpt.restore().state, state)
+
+
+def test_what_is_stored_in_another_way_is_left_to_orbax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = a_state(on_mesh(DEVICES // 2, 2)) | {"key": jax.random.key(3)}
+    with dd.Checkpointer(tmp_path, options=dd.Options(compression="zstd")) as ckpt:
+        ckpt.save(1, state=state).result()
+        read = record_orbax(monkeypatch)
+        restored = ckpt.restore(state=state).state
+    assert sorted(read) == sorted(state)
+    assert jax.random.key_data(restored.pop("key")).tolist() == [0, 3]
+    state.pop("key")
+    same(restored, state)
+
+
+def test_a_part_of_a_state_is_read_and_all_files_are_verified(tmp_path: Path) -> None:
+    state = {f"p{i}": values((256, 256), np.float32, i) for i in range(3)}
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=state).result()
+        assert np.array_equal(ckpt.restore(state={"p1": state["p1"]}).state["p1"], state["p1"])
+        begin = state["p2"].tobytes()[:64]
+        [file] = [p for p in (tmp_path / "1").rglob("d/*") if begin in p.read_bytes()]
+        data = bytearray(file.read_bytes())
+        at = data.index(begin)
+        data[at] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(CorruptStepError, match="checksum"):
+            ckpt.restore(state={"p1": state["p1"]})
+
+
+def chunk(array: np.ndarray) -> bytes:
+    data = array.tobytes()
+    index = struct.pack("<QQ", 0, len(data) + 4)
+    sums = [struct.pack("<I", fmt.crc32c(part)) for part in (data, index)]
+    return data + sums[0] + index + sums[1]
+
+
+class Files:
+    """Chunks in files, and readings of them."""
+
+    def __init__(self, root: Path, contents: dict[str, bytes]) -> None:
+        self.root = root
+        self.entries = {}
+        for name, content in contents.items():
+            (root / name).write_bytes(content)
+            self.entries[name] = fmt.FileEntry(name, len(content), fmt.digest(content))
+
+    def reading(self, *verified: str) -> direct.Reading:
+        return direct.Reading(
+            lambda name: os.open(self.root / name, os.O_RDONLY),
+            {name: self.entries[name] for name in verified},
+        )
+
+
+def stored(shape: tuple[int, ...], chunks: tuple[int, ...], *where: Any) -> direct.StoredArray:
+    return direct.StoredArray("x", shape, np.dtype(np.float32), chunks, where)
+
+
+def whole(shape: tuple[int, ...]) -> direct.Buffer:
+    return direct.Buffer(tuple((0, n) for n in shape), np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("verified", [True, False], ids=["verified", "not verified"])
+def test_chunks_may_lie_anywhere_in_a_file_and_in_any_order(verified: bool, tmp_path: Path) -> None:
+    parts = [values((2, 300_000), np.float32, seed) for seed in range(3)]
+    encoded = [chunk(part) for part in parts]
+    content = b"gap" + encoded[2] + encoded[0] + b"g" * 3_000_000 + encoded[1] + b"the end"
+    files = Files(tmp_path, {"a": content, "b": chunk(parts[1])})
+    length = len(encoded[0])
+    at = [ocdbt.Extent("a", content.index(data), length) for data in encoded]
+    array = stored((6, 300_000), (2, 300_000), *at)
+    twice = stored((4, 300_000), (2, 300_000), at[0], ocdbt.Extent("b", 0, length))
+    again = stored((2, 300_000), (2, 300_000), at[0])
+    reading = files.reading(*(["a", "b"] if verified else []))
+    wanted = [
+        (array, whole(array.shape)),
+        (twice, whole(twice.shape)),
+        (again, whole((2, 300_000))),
+    ]
+    for each, buffer in wanted:
+        reading.want(each, [buffer])
+    middle = direct.Buffer(((1, 5), (7, 299_999)), np.dtype(np.float32))
+    reading.want(array, [middle])
+    assert reading.run() == {}
+    everything = np.concatenate(parts)
+    assert np.array_equal(wanted[0][1].array, everything)
+    assert np.array_equal(wanted[1][1].array, np.concatenate([parts[0], parts[1]]))
+    assert np.array_equal(wanted[2][1].array, parts[0])
+    assert np.array_equal(middle.array, everything[1:5, 7:299_999])
+
+
+def test_a_chunk_that_no_digest_covers_is_checked_by_its_own(tmp_path: Path) -> None:
+    part = values((2, 1000), np.float32)
+    damaged = bytearray(chunk(part))
+    damaged[4000] ^= 8
+    files = Files(tmp_path, {"a": bytes(damaged)})
+    for where in (ocdbt.Extent("a", 0, len(damaged)), bytes(damaged)):
+        reading = files.reading()
+        reading.want(stored((2, 1000), (2, 1000), where), [whole((2, 1000))])
+        assert "checksum" in str(reading.run())
+
+
+@pytest.mark.parametrize("at", [0, 2, 5_000, 9_000])
+def test_a_digest_covers_what_no_chunk_does_too(at: int, tmp_path: Path) -> None:
+    part = chunk(values((2, 1000), np.float32))
+    content = b"gap" + part + b"\0" * 1000
+    files = Files(tmp_path, {"a": content})
+    damaged = bytearray(content)
+    damaged[min(at, len(content) - 1)] ^= 1
+    (tmp_path / "a").write_bytes(damaged)
+    reading = files.reading("a")
+    reading.want(stored((2, 1000), (2, 1000), ocdbt.Extent("a", 3, len(part))), [whole((2, 1000))])
+    assert "checksum" in reading.run()["a"]
+
+
+def test_files_that_are_shorter_or_gone_are_told_and_hide_no_other(tmp_path: Path) -> None:
+    part = chunk(values((2, 1000), np.float32))
+    names = ["short", "gone", "shorter than its index", "good"]
+    files = Files(tmp_path, dict.fromkeys(names, part))
+    for name in ("short", "shorter than its index"):
+        (tmp_path / name).write_bytes(part[:-1])
+    (tmp_path / "gone").unlink()
+    reading = files.reading("short", "gone", "good")
+    for name in names:
+        where = ocdbt.Extent(name, 0, len(part))
+        reading.want(stored((2, 1000), (2, 1000), where), [whole((2, 1000))])
+    wrong = reading.run()
+    assert sorted(wrong) == ["gone", "short", "shorter than its index"]
+    assert wrong["gone"] == "missing"
+
+
+def test_what_cannot_be_read_now_is_no_damage(tmp_path: Path) -> None:
+    files = Files(tmp_path, {"a": b"x", "b": b"y"})
+
+    def fail(name: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(StorageError, match="Input/output error"):
+        direct.Reading(fail, files.entries).run()
+
+
+def test_the_index_names_no_file_outside_of_the_state() -> None:
+    extent = ocdbt._extent("value:ocdbt.process_0/:d/ab:5:7")
+    assert extent == ocdbt.Extent("ocdbt.process_0/d/ab", 5, 7)
+    for location in (
+        "value::../../secret:0:5",
+        "value:..%2F..%2F:secret:0:5",
+        "value::/etc/passwd:0:5",
+        "value::d//x:0:5",
+        "btreenode::d/x:0:5",
+        "value::d/x:0",
+        "value::d/x:0:five",
+    ):
+        with pytest.raises(ValueError):
+            ocdbt._extent(location)
+
+
+def test_an_index_of_several_levels_is_read_whole(tmp_path: Path) -> None:
+    import tensorstore as ts
+
+    config = {"max_decoded_node_bytes": 1000, "max_inline_value_bytes": 20}
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/"}, "config": config}
+    store = ts.KvStore.open(spec).result()
+    want = {f"layer_{i // 7}.p_{i}/c/0": bytes([i % 256]) * (5 + i % 40) for i in range(700)}
+    transaction = ts.Transaction(atomic=True)
+    for key, value in want.items():
+        store.with_transaction(transaction).write(key, value)
+    transaction.commit_async().result()
+    found = ocdbt.read_index(str(tmp_path))
+    assert found.keys() == want.keys()
+    for key, value in found.items():
+        if isinstance(value, ocdbt.Extent):
+            data = (tmp_path / value.file).read_bytes()
+            value = data[value.offset : value.offset + value.length]
+        assert value == want[key]
+    assert {type(value) for value in found.values()} == {bytes, ocdbt.Extent}
+
+
+def changes(meta: dict[str, Any]) -> list[Any]:
+    """Returns metadata of arrays that are stored in another way, or damaged."""
+    [sharding] = meta["codecs"]
+    inner = sharding["configuration"]
+    zstd = {"name": "zstd", "configuration": {"level": 1}}
+    return [
+        None,
+        [],
+        {},
+        meta | {"codecs": [*meta["codecs"], zstd]},
+        meta | {"codecs": [sharding | {"configuration": inner | {"codecs": [zstd]}}]},
+        meta | {"codecs": [sharding | {"configuration": inner | {"chunk_shape": [1, 5]}}]},
+        meta | {"data_type": "int4"},
+        meta | {"data_type": ["float32"]},
+        meta | {"shape": [4, 10, 1]},
+        meta | {"shape": [4, -10]},
+        meta | {"shape": [4, 10**12]},
+        meta | {"shape": "x"},
+        meta | {"shape": [4.0, 10.0]},
+        meta | {"chunk_grid": {"name": "irregular", **meta["chunk_grid"]} | {"name": "irregular"}},
+        meta | {"chunk_key_encoding": {"name": "v2"}},
+        meta | {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}},
+    ]
+
+
+def test_only_arrays_as_we_write_them_are_read_here(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path) as ckpt:
+        array = jax.device_put(values((4, 10), np.float32), on_mesh(2)("a"))
+        ckpt.save(1, state={"w": array}).result()
+    index = ocdbt.read_index(str(tmp_path / "1" / "state"))
+    found = direct.parse_array("w", index)
+    assert found is not None and (found.shape, found.chunk_shape) == ((4, 10), (2, 10))
+    meta = json.loads(index["w/zarr.json"])  # type: ignore[arg-type]
+    for other in changes(meta):
+        assert direct.parse_array("w", index | {"w/zarr.json": json.dumps(other).encode()}) is None
+    for key, value in itertools.product(["w/c/1/0"], [None, b"short", ocdbt.Extent("a", 0, 3)]):
+        rest = {k: v for k, v in index.items() if k != key}
+        assert direct.parse_array("w", rest if value is None else rest | {key: value}) is None
+    assert direct.parse_array("v", index) is None
