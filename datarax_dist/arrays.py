@@ -8,6 +8,8 @@ merges) is our exchange. Directories are made beforehand, by the save protocol.
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import errno
@@ -19,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -32,8 +35,10 @@ from orbax.checkpoint._src.futures import signaling_client
 from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
     BasePyTreeCheckpointHandler,
 )
+from orbax.checkpoint._src.metadata import sharding as sharding_metadata
+from orbax.checkpoint._src.multihost import multihost
 from orbax.checkpoint._src.path import atomicity
-from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import jax_array_handlers, tensorstore_utils
 from orbax.checkpoint._src.serialization import types as serialization_types
 
 from datarax_dist import codec, direct
@@ -66,7 +71,9 @@ _TENSORSTORE_SETTINGS = {
 _BUCKET_HINT = "`datarax-dist doctor --write` on this root tells whether the bucket is at fault."
 _Result = TypeVar("_Result")
 _OS_ERROR = re.compile(r"os_error_code='([0-9]+)'")  # as TensorStore writes it
-_HOST_PART = re.compile(r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:/.*)?")
+_HOST_PART = re.compile(
+    r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:_direct)?(?:/.*)?"
+)
 
 # Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this dict,
 # and nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
@@ -81,9 +88,11 @@ class _Gate:
     (benchmarks/blocking.py). In a bucket they wait for the claim, too.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, direct: bool = False) -> None:
         self._seconds = seconds
         self._opened = threading.Event()
+        self.direct = direct  # whether arrays may be written without TensorStore
+        self.digests: dict[str, tuple[int, str]] = {}  # of what was, by its path below the item
         self._cancelled = False
 
     def open(self) -> None:
@@ -120,6 +129,108 @@ async def _await_gate(info: serialization_types.ParamInfo) -> None:
         gate.pass_through()
 
 
+_serialize_by_orbax = jax_array_handlers._async_serialize_replica_slices
+_shardings_by_orbax = jax_array_handlers._async_serialize_shardings
+
+
+async def _serialize(
+    values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any], **options: Any
+) -> Sequence[Any]:
+    """What Orbax calls to write this host's parts of `jax.Array`s that are in memory: writes them
+    straight into files, where that can be.
+
+    Args:
+        values: Orbax's `ReplicaSlices` of each array.
+        infos, args: Orbax's `ParamInfo` and `SaveArgs`.
+        options: see Orbax's own.
+    """
+    gate = _gates.get(str(infos[0].parent_dir))
+    if gate is None or not gate.direct:
+        return await _serialize_by_orbax(values, infos, args, **options)
+    await infos[0].await_path_creation()
+    directory = f"ocdbt.process_{jax.process_index()}_direct"
+    writing = direct.Writing(os.path.join(str(infos[0].parent_dir), directory))
+    written: dict[int, Any] = {}
+    for number, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
+        dtype = np.dtype(value.dtype)
+        described = direct.describe_array(value.global_shape, dtype, value.local_shape)
+        if described is None or not _is_plain(arg, dtype):
+            continue
+        if options["primary_host"] in (None, jax.process_index()):
+            writing.add(f"{info.name}/zarr.json", described)
+        writing.add_chunks(
+            info.name,
+            [(_place(part.index, value), part.data()) for part in value.replica_slices],
+        )
+        written[number] = tensorstore_utils.ArrayMetadata(
+            param_name=info.name,
+            shape=value.global_shape,
+            dtype=dtype,
+            write_shape=value.local_shape,
+            chunk_shape=value.local_shape,
+            use_ocdbt=True,
+            use_zarr3=True,
+            ext_metadata=options["ext_metadata"].get(info.name),
+        )
+    rest = [number for number in range(len(values)) if number not in written]
+    if written:
+        found = await asyncio.to_thread(writing.run)
+        gate.digests |= {f"{directory}/{file}": digest for file, digest in found.items()}
+    if rest:
+        chosen = [[row[number] for number in rest] for row in (values, infos, args)]
+        told = await _serialize_by_orbax(*chosen, **options | {"array_metadata_store": None})
+        written |= dict(zip(rest, told, strict=True))
+    metadata = [written[number] for number in range(len(values))]
+    if (store := options["array_metadata_store"]) is not None:
+        await store.write(
+            checkpoint_dir=infos[0].parent_dir,
+            array_metadatas=metadata,
+            process_index=jax.process_index(),
+        )
+    return metadata
+
+
+async def _serialize_shardings(
+    shardings: Sequence[Any], infos: Sequence[Any], *, primary_host: int | None
+) -> None:
+    """What Orbax calls to note how arrays were sharded: the same file, at once rather than through
+    a TensorStore for each array.
+    """
+    gate = _gates.get(str(infos[0].parent_dir)) if infos else None
+    if gate is None or not gate.direct:
+        return await _shardings_by_orbax(shardings, infos, primary_host=primary_host)
+    await infos[0].await_path_creation()
+    if not multihost.is_primary_host(primary_host):
+        return None
+    noted: dict[Any, str | None] = {}
+    rows: dict[str, str] = {}
+    for sharding, info in zip(shardings, infos, strict=True):
+        if sharding is None:
+            continue
+        if sharding not in noted:
+            described = sharding_metadata.from_jax_sharding(sharding)
+            noted[sharding] = None if described is None else described.to_serialized_string()
+        if (text := noted[sharding]) is not None:
+            rows[base64.urlsafe_b64encode(info.name.encode()).decode()] = text
+    path = os.path.join(str(infos[0].parent_dir), "_sharding")
+    await asyncio.to_thread(Path(path).write_text, json.dumps(rows))
+    return None
+
+
+def _is_plain(arg: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether Orbax would store an array as it is, a chunk for each shard."""
+    other_dtype = arg.dtype is not None and np.dtype(arg.dtype) != dtype
+    return not other_dtype and arg.chunk_byte_size is None and not arg.shard_axes
+
+
+def _place(index: Sequence[slice], value: Any) -> list[int]:
+    """Where a part of an array is in the grid of its parts, which are all of one shape."""
+    begins = [part.start or 0 for part in index]
+    return [begin // size for begin, size in zip(begins, value.local_shape, strict=True)]
+
+
+jax_array_handlers._async_serialize_replica_slices = _serialize
+jax_array_handlers._async_serialize_shardings = _serialize_shardings
 tensorstore_utils.ArrayWriteSpec = _WriteSpec
 serialization_types.ParamInfo.await_path_creation = _await_gate
 
@@ -253,7 +364,8 @@ class OrbaxArrays:
         if self._host == 0 and not is_bucket(path):
             with _wrapped("write", path):
                 os.makedirs(path, exist_ok=True)
-        _gates[path] = gate = _Gate(self._options.save_timeout_seconds)
+        straight = self._options.compression != "zstd" and not is_bucket(path)
+        _gates[path] = gate = _Gate(self._options.save_timeout_seconds, direct=straight)
         try:
             with _wrapped("write", path):
                 self._checkpointer.save(path, arrays, all_written)
@@ -395,7 +507,11 @@ class OrbaxWriter:
     def parts(self, host: int) -> list[str]:
         if host == 0:
             return [""]
-        return [f"state/ocdbt.process_{host}", f"state/array_metadatas/process_{host}"]
+        return [
+            f"state/ocdbt.process_{host}",
+            f"state/ocdbt.process_{host}_direct",
+            f"state/array_metadatas/process_{host}",
+        ]
 
     def owns(self, key: str, host: int) -> bool:
         found = _HOST_PART.fullmatch(key)
@@ -425,6 +541,10 @@ class _OrbaxWrite:
 
     def release(self) -> None:
         self._gate.open()
+
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """See `save.ArrayWrite`."""
+        return {f"state/{file}": digest for file, digest in self._gate.digests.items()}
 
     def cancel(self) -> None:
         self._gate.cancel()

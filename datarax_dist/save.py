@@ -95,6 +95,11 @@ class ArrayWrite(Protocol):
             StorageError: it failed, or has not ended after `timeout_seconds`.
         """
 
+    def digests(self) -> Mapping[str, tuple[int, str]]:
+        """Returns size and digest of files that it has digested while it wrote them, by their keys
+        below the step. After `wait`.
+        """
+
 
 class ArrayWriter(Protocol):
     """What writes the arrays of one step."""
@@ -609,6 +614,7 @@ class StartedSave:
                 lambda item: self._store.put(f"{prefix}/{item[0]}", item[1]),
                 contents.items(),
             )
+        known: Mapping[str, tuple[int, str]] = {}
         with self.phases.span("wait_arrays"):
             if self._write is None:  # no arrays
                 self._all_written()
@@ -616,12 +622,13 @@ class StartedSave:
                 # The primary may wait in it for others, and says at the deadline for whom.
                 waits = self._group.is_primary and self._group.count > 1
                 self._write.wait(self._seconds_left() + (2.0 if waits else 0.0))
+                known = self._write.digests()
             self._write = None
         self.operation.check("hash")
         with self.phases.span("hash"):
             if self._group.is_primary:
                 contents |= {fmt.STEP_NAME: self._saver.claim, **self._request.last}
-            files = self._hash(contents)
+            files = self._hash(contents, known)
         self.operation.check("record")
         with self.phases.span("record"):
             name = fmt.host_record_name(self._group.index, self._group.count)
@@ -670,9 +677,15 @@ class StartedSave:
         removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
         known.tidy = len(removed) == len(leftovers)
 
-    def _hash(self, own: Mapping[str, bytes]) -> list[fmt.FileEntry]:
+    def _hash(
+        self, own: Mapping[str, bytes], known: Mapping[str, tuple[int, str]]
+    ) -> list[fmt.FileEntry]:
         """Step 6: everything that this host wrote. What no host's name is on, the primary answers
         for.
+
+        Args:
+            own: what this module has written: key -> content.
+            known: sizes and digests that were computed while files were written.
         """
         prefix, host, writer = f"{self._staging}/", self._group.index, self._request.writer
         store, kind = self._store, self._store.digest_kind
@@ -680,6 +693,8 @@ class StartedSave:
             key: fmt.FileEntry(key, len(content), fmt.digest(content, kind))
             for key, content in own.items()
         }
+        # What is recorded is what was written, be it there or not: the listing will tell.
+        entries |= {key: fmt.FileEntry(key, *found) for key, found in known.items()}
         unread: list[Entry] = []
         for part in writer.parts(host):  # not the whole step: n hosts that list n hosts' files
             for entry in store.list(f"{prefix}{part}".rstrip("/")):
@@ -690,6 +705,8 @@ class StartedSave:
                     or key.startswith(("data/", "hosts/"))
                     or not writer.owns(key, host)
                 ):
+                    continue
+                if key in known:
                     continue
                 if entry.digest:  # the bucket's own, of what it has
                     entries[key] = fmt.FileEntry(key, entry.size, entry.digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import datarax_dist as dd
 from datarax_dist import arrays, direct, ocdbt
 from datarax_dist import format as fmt
+from datarax_dist.direct import writing
 from datarax_dist.errors import CorruptStepError, StorageError
 
 DEVICES = jax.device_count()
@@ -308,3 +310,197 @@ def test_only_arrays_as_we_write_them_are_read_here(tmp_path: Path) -> None:
         rest = {k: v for k, v in index.items() if k != key}
         assert direct.parse_array("w", rest if value is None else rest | {key: value}) is None
     assert direct.parse_array("v", index) is None
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_orbax_would_describe_the_state_in_the_same_words(tmp_path: Path) -> None:
+    """All that plain Orbax reads beside the arrays is as if it had written them itself."""
+    place = on_mesh(DEVICES // 2, 2)
+    state = a_state(place) | {
+        "key": jax.random.key(3),
+        "deep": {"er?/ü": [jax.device_put(values((4, 2), np.float32), place("a", "b")), 1, "t"]},
+    }
+    for name, compression in (("ours", "none"), ("orbax", "zstd")):
+        with dd.Checkpointer(
+            tmp_path / name,
+            options=dd.Options(compression=compression),  # type: ignore[arg-type]
+        ) as ckpt:
+            ckpt.save(1, state=state).result()
+    ours, orbaxs = (tmp_path / name / "1" / "state" for name in ("ours", "orbax"))
+    for file in ("_METADATA", "_sharding", "_strings.json"):
+        assert read_json(ours / file) == read_json(orbaxs / file)
+    rows = []
+    for state_directory in (ours, orbaxs):
+        found = read_json(state_directory / "array_metadatas" / "process_0")["array_metadatas"]
+        rows.append({row["array_metadata"]["param_name"]: row for row in found})
+    assert rows[0] == rows[1]
+    mine, theirs = ocdbt.read_index(str(ours)), ocdbt.read_index(str(orbaxs))
+    assert mine.keys() == theirs.keys()
+    for key in mine:
+        if key.endswith("/zarr.json"):
+            pair = [json.loads(index[key]) for index in (mine, theirs)]  # type: ignore[arg-type]
+            codecs = [meta.pop("codecs")[0]["configuration"]["codecs"] for meta in pair]
+            assert pair[0] == pair[1]
+            assert [codec["name"] for codec in codecs[0]] == ["bytes", "crc32c"]
+            assert codecs[0][0] == codecs[1][0]
+
+
+@pytest.mark.parametrize(
+    ("count", "node_bytes", "entries"),
+    [(1, 10**8, 10**6), (300, 10**8, 10**6), (3000, 20_000, 10**6), (300, 10**8, 7)],
+    ids=["one", "one node", "many nodes", "few in each node"],
+)
+def test_tensorstore_reads_our_index_and_merges_it(
+    count: int, node_bytes: int, entries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorstore as ts
+
+    monkeypatch.setattr(ocdbt, "_MOST_NODE_BYTES", node_bytes)
+    monkeypatch.setattr(ocdbt, "_MOST_ENTRIES", entries)
+    random = np.random.default_rng(0)
+    child = tmp_path / "child"
+    (child / "d").mkdir(parents=True)
+    data = random.bytes(100_000)
+    files = sorted(ocdbt.new_file() for _ in range(3))
+    for file in files:
+        (child / file).write_bytes(data)
+    want: dict[str, bytes | ocdbt.Extent] = {
+        f"layer_{i}.{'ä' * (i % 150)}/c/{i % 7}": random.bytes(int(random.integers(1024)))
+        if i % 3
+        else ocdbt.Extent(files[i % 2 * 2], int(random.integers(50_000)), 1 + i)
+        for i in range(count)
+    }
+    file = ocdbt.new_file()
+    index, manifest = ocdbt.make_index(want, file)
+    (child / file).write_bytes(index)
+    (child / "manifest.ocdbt").write_bytes(manifest)
+    assert ocdbt.read_index(str(child)) == want
+    context = ts.Context()
+    config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
+
+    def open_store(directory: Path) -> Any:
+        base = {"driver": "file", "path": f"{directory}/"}
+        spec = {"driver": "ocdbt", "base": base, "config": config}
+        return ts.KvStore.open(spec, context=context).result()
+
+    def content(value: bytes | ocdbt.Extent) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        return data[value.offset : value.offset + value.length]
+
+    store, parent = open_store(child), open_store(tmp_path)
+    assert sorted(key.decode() for key in store.list().result()) == sorted(want)
+    transaction = ts.Transaction(atomic=True)
+    store.experimental_copy_range_to(parent.with_transaction(transaction)).result()
+    transaction.commit_async().result()
+    for key, value in want.items():
+        assert store.read(key).result().value == content(value)
+        assert parent.read(key).result().value == content(value)
+    assert store.read("not there").result().state == "missing"
+    assert ocdbt.read_index(str(tmp_path)).keys() == want.keys()
+
+
+def test_a_number_of_any_size_is_written_as_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    want: dict[str, bytes | ocdbt.Extent] = {
+        f"{n:020}": ocdbt.Extent("d/x", n, n + 1) for n in (0, 127, 128, 16383, 16384, 2**40, 2**61)
+    }
+    index, manifest = ocdbt.make_index(want, "d/i")
+    (tmp_path / "d" / "i").write_bytes(index)
+    (tmp_path / "manifest.ocdbt").write_bytes(manifest)
+    assert ocdbt.read_index(str(tmp_path)) == want
+
+
+class Disk:
+    """What `os` is to a writer, on a disk that fails or damages large writes."""
+
+    def __init__(self, act: Callable[[bytearray], None]) -> None:
+        self._act = act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def write(self, descriptor: int, data: Any) -> int:
+        copy = bytearray(data)
+        if len(copy) > 100_000:
+            self._act(copy)
+        return os.write(descriptor, copy)
+
+
+def large_state() -> dict[str, Any]:
+    return {"w": jax.device_put(values((64, 4000), np.float32), on_mesh(DEVICES)("a"))}
+
+
+def test_what_was_written_is_recorded_and_not_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte that is damaged between the memory and the disk is noticed by the restore."""
+
+    def damage(data: bytearray) -> None:
+        data[len(data) // 2] ^= 4
+
+    with dd.Checkpointer(tmp_path) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "os", Disk(damage))
+            ckpt.save(1, state=large_state()).result()
+        with pytest.raises(CorruptStepError, match="checksum"):
+            ckpt.restore()
+        ckpt.save(2, state=large_state()).result()
+        same(ckpt.restore(state=large_state()).state, large_state())
+
+
+def test_a_disk_that_is_full_ends_the_save_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(data: bytearray) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=large_state()).result()
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "os", Disk(full))
+            with pytest.raises(StorageError, match="No space left") as caught:
+                ckpt.save(2, state=large_state()).result()
+        assert caught.value.errno == errno.ENOSPC
+        ckpt.wait_until_finished()
+        assert ckpt.all_steps() == [1]
+        assert not [name for name in os.listdir(tmp_path) if name.startswith("2")]
+        ckpt.save(2, state=large_state()).result()
+        same(ckpt.restore(state=large_state()).state, large_state())
+
+
+def test_chunks_are_divided_over_files_and_each_is_digested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_FILE_BYTES", 3_000_000)
+    monkeypatch.setattr(writing, "_PIECE_BYTES", 70_001)
+    parts = {
+        f"p{i}": values((1, size), np.float32, i)
+        for i, size in enumerate([900_000, 5, 70_000, 400_000, 1, 249, 250, 300_000])
+    }
+    writer = direct.Writing(str(tmp_path))
+    for name, part in parts.items():
+        writer.add(
+            f"{name}/zarr.json", direct.describe_array(part.shape, part.dtype, part.shape) or b""
+        )
+        writer.add_chunks(name, [((0, 0), part)])
+    digests = writer.run()
+    there = {str(p.relative_to(tmp_path)): p for p in tmp_path.rglob("*") if p.is_file()}
+    assert digests == {
+        name: (path.stat().st_size, fmt.digest(path.read_bytes())) for name, path in there.items()
+    }
+    assert len(digests) == 5, "three of data, and two of the index"
+    index = ocdbt.read_index(str(tmp_path))
+    reading = direct.Reading(lambda name: os.open(tmp_path / name, os.O_RDONLY), {})
+    buffers = {}
+    for name, part in parts.items():
+        found = direct.parse_array(name, index)
+        assert found is not None
+        buffers[name] = whole(part.shape)
+        reading.want(found, [buffers[name]])
+    assert reading.run() == {}
+    for name, part in parts.items():
+        assert np.array_equal(buffers[name].array, part)

@@ -427,6 +427,9 @@ class MemoryArrays:
         work, self._work = self._work, lambda: None
         work()
 
+    def digests(self) -> dict[str, tuple[int, str]]:
+        return {}
+
     def parts(self, host: int) -> list[str]:
         return [f"state/ocdbt.process_{host}"] if host else [""]
 

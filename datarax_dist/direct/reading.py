@@ -1,20 +1,14 @@
-"""Arrays straight from their files: each byte is read once, into the memory where it stays, and
-checked on its way.
+"""Reads chunks into the memory where they stay, each byte once, and verifies files meanwhile.
 
-Orbax stores an array as zarr3 chunks, one for each shard, and what we write is not compressed by
-default: then a chunk is the shard's own bytes, with a crc32c behind them. Such chunks are read
-here, file by file, on a few threads. A file whose digest this host has to verify is read from its
-first byte to its last, the others only where a chunk is wanted. What is stored in any other way is
-left to Orbax.
+File by file, on a few threads. A file whose digest this host has to verify is read from its first
+byte to its last, the others only where a chunk is wanted.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,100 +18,16 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import format as fmt
+from datarax_dist.direct.layout import TAIL_BYTES, StoredArray, is_tail
 from datarax_dist.errors import StorageError, describe, is_passing, storage_hint
-from datarax_dist.ocdbt import Extent
 
-__all__ = ["Buffer", "Reading", "Region", "StoredArray", "parse_array", "region"]
+__all__ = ["Buffer", "Reading", "Region", "region"]
 
 Region = tuple[tuple[int, int], ...]  # of an array: for each dimension, from and to
 
 _PIECE_BYTES = 1 << 20  # read and then checked while the processor has it at hand
 _ALIGNMENT = 64  # JAX on CPU takes memory as it is, if it begins at a multiple of this
 _THREADS = 8
-_CHECKSUM = struct.Struct("<I")
-_SHARD_INDEX = struct.Struct("<QQ")  # offset and length of the only inner chunk
-_TAIL_BYTES = 4 + _SHARD_INDEX.size + 4
-_DTYPES = {
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-}
-_BYTES: Mapping[str, Any] = {"name": "bytes"}
-_LITTLE_ENDIAN: Mapping[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-_CRC: Mapping[str, Any] = {"name": "crc32c"}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredArray:
-    """An array as it is stored, its chunks uncompressed.
-
-    Attributes:
-        chunks: where each one is, in the order of the grid, the last dimension the fastest.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    chunk_shape: tuple[int, ...]
-    chunks: Sequence[bytes | Extent]
-
-    @property
-    def chunk_bytes(self) -> int:
-        return math.prod(self.chunk_shape) * self.dtype.itemsize
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return tuple(
-            -(-size // chunk) for size, chunk in zip(self.shape, self.chunk_shape, strict=True)
-        )
-
-
-def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray | None:
-    """Returns how an array is stored, or None when Orbax must read it.
-
-    Args:
-        name: as Orbax names it.
-        index: of the database (`ocdbt.read_index`).
-    """
-    text = index.get(f"{name}/zarr.json")
-    if not isinstance(text, bytes):
-        return None
-    try:
-        meta = json.loads(text)
-        shape, kind = tuple(meta["shape"]), meta["data_type"]
-        chunk = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
-        encoding, [sharding] = meta["chunk_key_encoding"], meta["codecs"]
-        ours = kind in _DTYPES and sharding == _sharding(chunk, np.dtype(kind).itemsize)
-        ours = ours and meta["chunk_grid"]["name"] == "regular" and encoding["name"] == "default"
-        ours = ours and not encoding.get("configuration") and len(chunk) == len(shape)
-        if not ours or not all(type(n) is int and n > 0 for n in (*shape, *chunk)):
-            return None
-    except (KeyError, TypeError, ValueError):
-        return None
-    grid = [range(-(-size // part)) for size, part in zip(shape, chunk, strict=True)]
-    if math.prod(map(len, grid)) > len(index):
-        return None  # chunks are missing
-    keys = ("/".join([f"{name}/c", *map(str, at)]) for at in itertools.product(*grid))
-    chunks = [index.get(key) for key in keys]
-    array = StoredArray(name, shape, np.dtype(kind), chunk, [c for c in chunks if c is not None])
-    length = array.chunk_bytes + _TAIL_BYTES
-    if None in chunks or any(_length(c) != length for c in array.chunks):
-        return None
-    return array
-
-
-def _sharding(chunk: Sequence[int], itemsize: int) -> dict[str, Any]:
-    """The codec that `arrays` has Orbax write, with one inner chunk in each shard."""
-    values = _LITTLE_ENDIAN if itemsize > 1 else _BYTES
-    configuration = {
-        "chunk_shape": [*chunk],
-        "codecs": [values, _CRC],
-        "index_codecs": [_LITTLE_ENDIAN, _CRC],
-    }
-    return {"name": "sharding_indexed", "configuration": configuration}
-
-
-def _length(value: bytes | Extent) -> int:
-    return len(value) if isinstance(value, bytes) else value.length
 
 
 class Buffer:
@@ -253,14 +163,14 @@ class Reading:
             if values is None:
                 values = np.empty(chunk.array.chunk_shape, chunk.array.dtype)
             memory = values.reshape(-1).view(np.uint8)
-            tail = np.empty(_TAIL_BYTES, np.uint8)
+            tail = np.empty(TAIL_BYTES, np.uint8)
             sums = digester if in_order else _Crc()
             self._fill(descriptor, memory, chunk.offset, sums)
             self._fill(descriptor, tail, chunk.offset + len(memory), digester if in_order else None)
             if in_order:
                 at = chunk.offset + len(memory) + len(tail)
             crc = sums.value if isinstance(sums, _Crc) else None  # else the digest will tell
-            if not _is_tail(tail.tobytes(), chunk.array, crc):
+            if not is_tail(tail.tobytes(), chunk.array, crc):
                 return "the checksum of a chunk is wrong"
             _spread(chunk, values)
         if entry is None or digester is None:
@@ -332,20 +242,13 @@ def _spread(chunk: _Chunk, values: np.ndarray[Any, Any]) -> None:
 def _take(chunk: _Chunk, data: bytes) -> bool:
     """Takes a chunk that lies in the index; False when its checksum is wrong."""
     size = chunk.array.chunk_bytes
-    if not _is_tail(data[size:], chunk.array, fmt.crc32c(data[:size])):
+    if not is_tail(data[size:], chunk.array, fmt.crc32c(data[:size])):
         return False
     values = np.frombuffer(data[:size], chunk.array.dtype).reshape(chunk.array.chunk_shape)
     if chunk.inside is not None:
         chunk.inside[...] = values
     _spread(chunk, values)
     return True
-
-
-def _is_tail(tail: bytes, array: StoredArray, crc: int | None) -> bool:
-    """Whether a chunk ends as it must: its crc32c, and the index of its shard."""
-    index = _SHARD_INDEX.pack(0, array.chunk_bytes + 4)
-    right = crc is None or tail[:4] == _CHECKSUM.pack(crc)
-    return right and tail[4:] == index + _CHECKSUM.pack(fmt.crc32c(index))
 
 
 def region(index: Sequence[slice], shape: Sequence[int]) -> Region:

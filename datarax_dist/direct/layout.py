@@ -1,0 +1,141 @@
+"""How an array is stored without compression: zarr3, one chunk for each shard, its values as they
+are in memory, and a tail with their crc32c. What is stored in any other way is left to Orbax.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datarax_dist import format as fmt
+from datarax_dist.ocdbt import Extent
+
+__all__ = ["TAIL_BYTES", "StoredArray", "describe_array", "is_tail", "make_tail", "parse_array"]
+
+_CHECKSUM = struct.Struct("<I")
+_SHARD_INDEX = struct.Struct("<QQ")  # offset and length of the only inner chunk
+TAIL_BYTES = 4 + _SHARD_INDEX.size + 4
+_DTYPES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+}
+_BYTES: Mapping[str, Any] = {"name": "bytes"}
+_LITTLE_ENDIAN: Mapping[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC: Mapping[str, Any] = {"name": "crc32c"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """An array as it is stored, its chunks uncompressed.
+
+    Attributes:
+        chunks: where each one is, in the order of the grid, the last dimension the fastest.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...]
+    chunks: Sequence[bytes | Extent]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(
+            -(-size // chunk) for size, chunk in zip(self.shape, self.chunk_shape, strict=True)
+        )
+
+
+def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray | None:
+    """Returns how an array is stored, or None when Orbax must read it.
+
+    Args:
+        name: as Orbax names it.
+        index: of the database (`ocdbt.read_index`).
+    """
+    text = index.get(f"{name}/zarr.json")
+    if not isinstance(text, bytes):
+        return None
+    try:
+        meta = json.loads(text)
+        shape, kind = tuple(meta["shape"]), meta["data_type"]
+        chunk = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+        encoding, [sharding] = meta["chunk_key_encoding"], meta["codecs"]
+        ours = kind in _DTYPES and sharding == _sharding(chunk, np.dtype(kind).itemsize)
+        ours = ours and meta["chunk_grid"]["name"] == "regular" and encoding["name"] == "default"
+        ours = ours and not encoding.get("configuration") and len(chunk) == len(shape)
+        if not ours or not all(type(n) is int and n > 0 for n in (*shape, *chunk)):
+            return None
+    except (KeyError, TypeError, ValueError):
+        return None
+    grid = [range(-(-size // part)) for size, part in zip(shape, chunk, strict=True)]
+    if math.prod(map(len, grid)) > len(index):
+        return None  # chunks are missing
+    keys = ("/".join([f"{name}/c", *map(str, at)]) for at in itertools.product(*grid))
+    chunks = [index.get(key) for key in keys]
+    array = StoredArray(name, shape, np.dtype(kind), chunk, [c for c in chunks if c is not None])
+    length = array.chunk_bytes + TAIL_BYTES
+    if None in chunks or any(_length(c) != length for c in array.chunks):
+        return None
+    return array
+
+
+def _sharding(chunk: Sequence[int], itemsize: int) -> dict[str, Any]:
+    """The codec that `arrays` has Orbax write, with one inner chunk in each shard."""
+    values = _LITTLE_ENDIAN if itemsize > 1 else _BYTES
+    configuration = {
+        "chunk_shape": [*chunk],
+        "codecs": [values, _CRC],
+        "index_codecs": [_LITTLE_ENDIAN, _CRC],
+    }
+    return {"name": "sharding_indexed", "configuration": configuration}
+
+
+def _length(value: bytes | Extent) -> int:
+    return len(value) if isinstance(value, bytes) else value.length
+
+
+def describe_array(
+    shape: Sequence[int], dtype: np.dtype[Any], chunk_shape: Sequence[int]
+) -> bytes | None:
+    """Returns the `zarr.json` of an array, or None where Orbax must write it."""
+    kind = str(dtype)
+    if kind not in _DTYPES or not all(n > 0 for n in (*shape, *chunk_shape)):
+        return None
+    fill: Any = False if kind == "bool" else 0.0 if dtype.kind not in "iu" else 0
+    return fmt.dumps(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [*shape],
+            "data_type": kind,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [*chunk_shape]}},
+            "chunk_key_encoding": {"name": "default"},
+            "fill_value": [fill, fill] if dtype.kind == "c" else fill,
+            "codecs": [_sharding(chunk_shape, dtype.itemsize)],
+        }
+    )
+
+
+def make_tail(chunk_bytes: int, crc: int) -> bytes:
+    """Returns what stands behind the values of a chunk: their crc32c, and the index of the shard
+    with its own.
+    """
+    index = _SHARD_INDEX.pack(0, chunk_bytes + 4)
+    return _CHECKSUM.pack(crc) + index + _CHECKSUM.pack(fmt.crc32c(index))
+
+
+def is_tail(tail: bytes, array: StoredArray, crc: int | None) -> bool:
+    """Whether a chunk ends as it must; whatever its crc32c is, where none was computed."""
+    right = make_tail(array.chunk_bytes, crc or 0)
+    return tail[4:] == right[4:] and (crc is None or tail[:4] == right[:4])
