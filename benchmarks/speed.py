@@ -27,15 +27,9 @@ def measure(
     place: str, kind: str, mib: float, leaves: int, rounds: int, peers: list[str]
 ) -> list[dict[str, Any]]:
     """Runs all contenders in this process."""
-    import jax
     import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mesh = Mesh(np.array(jax.devices()), ("x",))
-
-    def put(array: np.ndarray) -> Any:
-        spec = PartitionSpec("x") if array.shape[0] % mesh.size == 0 else PartitionSpec()
-        return jax.device_put(array, NamedSharding(mesh, spec))
+    put = states.over_all_devices()
 
     state = states.make(kind, mib, leaves, put)
     root = tempfile.mkdtemp(dir=place)

@@ -10,6 +10,20 @@ import numpy as np
 KINDS = ("noise", "weights", "bf16", "zeros", "int8", "optimizer", "adapters")
 
 
+def over_all_devices() -> Callable[[np.ndarray], Any]:
+    """Returns what places an array over all devices, or on each where it cannot be divided."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+
+    def place(array: np.ndarray) -> Any:
+        spec = PartitionSpec("x") if array.shape[0] % mesh.size == 0 else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return place
+
+
 def make(kind: str, mib: float, leaves: int, place: Callable[[np.ndarray], Any]) -> dict[str, Any]:
     """Returns a state of about `mib` MiB in `leaves` arrays.
 

@@ -153,8 +153,10 @@ async def _serialize(
     written: dict[int, Any] = {}
     for number, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
         dtype = np.dtype(value.dtype)
-        described = direct.describe_array(value.global_shape, dtype, value.local_shape)
-        if described is None or not _is_plain(arg, dtype):
+        described = direct.describe_array(
+            tuple(value.global_shape), dtype, tuple(value.local_shape)
+        )
+        if described is None or not value.is_on_host or not _is_plain(arg, dtype):
             continue
         if options["primary_host"] in (None, jax.process_index()):
             writing.add(f"{info.name}/zarr.json", described)

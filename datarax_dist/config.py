@@ -43,8 +43,9 @@ class Options:
         restore_concurrent_bytes: bytes of arrays that Orbax reads at the same time on one host, of
             a bucket or of a compressed step; None leaves it to Orbax. What is not compressed is
             read from files into the memory where it stays.
-        save_concurrent_bytes: bytes of arrays written at the same time on one host; None does not
-            limit.
+        save_concurrent_bytes: bytes of arrays that Orbax writes at the same time on one host, to a
+            bucket or compressed; None does not limit. What is written to files as it is needs no
+            memory beside its own.
         lease_ttl_seconds: how long the lease of this job lasts without a sign of life (default 60,
             at most a day): a job that crashed on another machine is followed by the next one after
             that time, and a job that stood still for longer may have lost the run.

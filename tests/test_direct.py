@@ -288,6 +288,7 @@ def changes(meta: dict[str, Any]) -> list[Any]:
         meta | {"shape": [4, 10, 1]},
         meta | {"shape": [4, -10]},
         meta | {"shape": [4, 10**12]},
+        meta | {"shape": [10**30, 10]},
         meta | {"shape": "x"},
         meta | {"shape": [4.0, 10.0]},
         meta | {"chunk_grid": {"name": "irregular", **meta["chunk_grid"]} | {"name": "irregular"}},
@@ -306,6 +307,8 @@ def test_only_arrays_as_we_write_them_are_read_here(tmp_path: Path) -> None:
     meta = json.loads(index["w/zarr.json"])  # type: ignore[arg-type]
     for other in changes(meta):
         assert direct.parse_array("w", index | {"w/zarr.json": json.dumps(other).encode()}) is None
+    deep = b"[" * 100_000
+    assert direct.parse_array("w", index | {"w/zarr.json": deep}) is None
     for key, value in itertools.product(["w/c/1/0"], [None, b"short", ocdbt.Extent("a", 0, 3)]):
         rest = {k: v for k, v in index.items() if k != key}
         assert direct.parse_array("w", rest if value is None else rest | {key: value}) is None

@@ -4,10 +4,12 @@ are in memory, and a tail with their crc32c. What is stored in any other way is 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from datarax_dist.ocdbt import Extent
 
 __all__ = ["TAIL_BYTES", "StoredArray", "describe_array", "is_tail", "make_tail", "parse_array"]
 
+_CACHED = 4096  # many arrays of a model are of one shape
 _CHECKSUM = struct.Struct("<I")
 _SHARD_INDEX = struct.Struct("<QQ")  # offset and length of the only inner chunk
 TAIL_BYTES = 4 + _SHARD_INDEX.size + 4
@@ -26,6 +29,7 @@ _DTYPES = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
 }
+_IS_STORED_AS_IN_MEMORY = sys.byteorder == "little"
 _BYTES: Mapping[str, Any] = {"name": "bytes"}
 _LITTLE_ENDIAN: Mapping[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC: Mapping[str, Any] = {"name": "crc32c"}
@@ -64,8 +68,31 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
         index: of the database (`ocdbt.read_index`).
     """
     text = index.get(f"{name}/zarr.json")
-    if not isinstance(text, bytes):
+    described = _parse_description(text) if isinstance(text, bytes) else None
+    if described is None:
         return None
+    shape, dtype, chunk = described
+    grid = [-(-size // part) for size, part in zip(shape, chunk, strict=True)]
+    if math.prod(grid) > len(index):
+        return None  # chunks are missing
+    places = itertools.product(*map(range, grid))
+    keys = ("/".join([f"{name}/c", *map(str, at)]) for at in places)
+    chunks = [index.get(key) for key in keys]
+    array = StoredArray(name, shape, dtype, chunk, [c for c in chunks if c is not None])
+    length = array.chunk_bytes + TAIL_BYTES
+    if None in chunks or any(_length(c) != length for c in array.chunks):
+        return None
+    return array
+
+
+_Description = tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]
+
+
+@functools.lru_cache(_CACHED)
+def _parse_description(text: bytes) -> _Description | None:
+    """Returns shape, type and shape of the chunks from a `zarr.json`; None for any other way to
+    store an array.
+    """
     try:
         meta = json.loads(text)
         shape, kind = tuple(meta["shape"]), meta["data_type"]
@@ -74,20 +101,10 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
         ours = kind in _DTYPES and sharding == _sharding(chunk, np.dtype(kind).itemsize)
         ours = ours and meta["chunk_grid"]["name"] == "regular" and encoding["name"] == "default"
         ours = ours and not encoding.get("configuration") and len(chunk) == len(shape)
-        if not ours or not all(type(n) is int and n > 0 for n in (*shape, *chunk)):
-            return None
-    except (KeyError, TypeError, ValueError):
+        ours = ours and all(type(n) is int and n > 0 for n in (*shape, *chunk))
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    grid = [range(-(-size // part)) for size, part in zip(shape, chunk, strict=True)]
-    if math.prod(map(len, grid)) > len(index):
-        return None  # chunks are missing
-    keys = ("/".join([f"{name}/c", *map(str, at)]) for at in itertools.product(*grid))
-    chunks = [index.get(key) for key in keys]
-    array = StoredArray(name, shape, np.dtype(kind), chunk, [c for c in chunks if c is not None])
-    length = array.chunk_bytes + TAIL_BYTES
-    if None in chunks or any(_length(c) != length for c in array.chunks):
-        return None
-    return array
+    return (shape, np.dtype(kind), chunk) if ours and _IS_STORED_AS_IN_MEMORY else None
 
 
 def _sharding(chunk: Sequence[int], itemsize: int) -> dict[str, Any]:
@@ -105,12 +122,15 @@ def _length(value: bytes | Extent) -> int:
     return len(value) if isinstance(value, bytes) else value.length
 
 
+@functools.lru_cache(_CACHED)
 def describe_array(
-    shape: Sequence[int], dtype: np.dtype[Any], chunk_shape: Sequence[int]
+    shape: tuple[int, ...], dtype: np.dtype[Any], chunk_shape: tuple[int, ...]
 ) -> bytes | None:
     """Returns the `zarr.json` of an array, or None where Orbax must write it."""
     kind = str(dtype)
     if kind not in _DTYPES or not all(n > 0 for n in (*shape, *chunk_shape)):
+        return None
+    if not _IS_STORED_AS_IN_MEMORY:
         return None
     fill: Any = False if kind == "bool" else 0.0 if dtype.kind not in "iu" else 0
     return fmt.dumps(

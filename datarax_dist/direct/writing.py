@@ -94,9 +94,11 @@ class Writing:
                 },
             }
             try:
-                wait(futures.values(), return_when=FIRST_EXCEPTION)
+                ended, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
             finally:
                 self._stopped.set()
+        for future in ended:
+            future.result()  # what was stopped for it has no error of its own
         return {file: future.result() for file, future in futures.items()}
 
     def _write_small(self, file: str, data: bytes) -> tuple[int, str]:
