@@ -178,11 +178,13 @@ def test_a_killed_job_is_followed_at_once(tmp_path: Path, others: list[Other]) -
     assert whose(tmp_path) == {1: 1, 2: 2}
 
 
-PHASES = ["save:stage", "save:started", "save:positions", "save:hash", "save:record"]
-PHASES += ["save:verify", "save:commit", "save:publish"]
+PHASES = ["save:stage", "save:started", "save:record", "save:commit", "save:publish"]
+MORE_PHASES = ["save:positions", "save:hash", "save:verify"]
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [*PHASES, *(pytest.param(phase, marks=pytest.mark.long) for phase in MORE_PHASES)]
+)
 def test_a_job_that_was_stopped_and_goes_on_commits_nothing_and_says_who_has_the_run(
     tmp_path: Path, others: list[Other], phase: str
 ) -> None:
