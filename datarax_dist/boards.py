@@ -16,7 +16,14 @@ from typing import Any, Protocol
 
 from datarax_dist.beacons import Beacons, Silence
 
-__all__ = ["Board", "JaxBoard", "LocalBoard", "PatientClient", "UnreachableError"]
+__all__ = [
+    "SILENCE_SECONDS",
+    "Board",
+    "JaxBoard",
+    "LocalBoard",
+    "PatientClient",
+    "UnreachableError",
+]
 
 logger = logging.getLogger("datarax_dist")
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,8 @@ def test_a_number_of_any_size_is_written_as_it_is_read(tmp_path: Path) -> None:
 class Disk:
     """What `os` is to a writer, on a disk that fails or damages large writes."""
 
+    sched_getaffinity = staticmethod(os.sched_getaffinity)
+
     def __init__(self, act: Callable[[bytearray], None]) -> None:
         self._act = act
 
@@ -507,3 +510,28 @@ def test_chunks_are_divided_over_files_and_each_is_digested(
     assert reading.run() == {}
     for name, part in parts.items():
         assert np.array_equal(buffers[name].array, part)
+
+
+def test_of_several_files_the_one_that_failed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that another one was stopped for it."""
+    monkeypatch.setattr(writing, "_FILE_BYTES", 2_000_000)
+    writer = direct.Writing(str(tmp_path))
+    first: list[int] = []
+
+    def act(data: bytearray) -> None:
+        if not first or first[0] == threading.get_ident():  # the first file waits for its end
+            first.append(threading.get_ident())
+            assert writer._stopped.wait(20)
+        else:
+            raise OSError(errno.EIO, "Input/output error")
+
+    disk = Disk(act)
+    disk.sched_getaffinity = lambda process: {0, 1}  # two threads, on any machine
+    monkeypatch.setattr(writing, "os", disk)
+    for number in range(2):
+        array = values((1, 200_000), np.float32)
+        writer.add_chunks(f"p{number}", [((0, 0), array), ((1, 0), array)])
+    with pytest.raises(OSError, match="Input/output error"):
+        writer.run()
