@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo "$$p"; break; }; done)
 
+# What nobody imports need not be compiled.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,7 +17,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; set PYTHON=..." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,demo,lint]'
+	$(BIN)/python $(INSTALL) -e '.[test,demo,lint]'
 	@touch $@
 
 demo: $(STAMP)
@@ -45,13 +47,13 @@ trust: $(STAMP)
 	$(BIN)/python -m datarax_dist.testing.explorer --seeds 20000
 	$(BIN)/python -m datarax_dist.testing.explorer --exhaust
 	$(BIN)/python -m benchmarks.power_cut || [ $$? -eq 3 ]
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	-$(BIN)/python $(INSTALL) -e '.[fuzz]'
 	$(BIN)/python tests/fuzz_records.py --seconds 30 || [ $$? -eq 3 ]
 	$(BIN)/python tests/guards.py
 
-# How fast a step is saved and restored, beside the raw medium and Orbax, as JSON lines.
+# How fast, how large, how disturbing a save is, beside the raw medium and the peers: bench_out/.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,6 +66,6 @@ layers: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .venv-datarax .venv-loaders .venv-mosaic build dist demo_out *.egg-info .ci/out
+	rm -rf $(VENV) .venv-datarax .venv-loaders .venv-mosaic build dist demo_out bench_out *.egg-info .ci/out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find datarax_dist tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -80,13 +80,13 @@ def _read(path: Path, size: int) -> list[np.ndarray]:
 class Ours:
     """datarax_dist, with its defaults unless said otherwise."""
 
-    def __init__(self, root: str, state: Any, options: Any = None) -> None:
+    def __init__(self, root: str, state: Any, target: Any = None, options: Any = None) -> None:
         import datarax_dist as dd
 
         self._root = root
         self._checkpointer = dd.Checkpointer(root, options=options)
         self._state = state
-        self._target = targets(state)
+        self._target = targets(state) if target is None else target
         self.report: Any = None
 
     def save(self, step: int) -> None:
@@ -114,13 +114,13 @@ class Ours:
 class OrbaxManager:
     """Orbax v0: `CheckpointManager` with its defaults."""
 
-    def __init__(self, root: str, state: Any) -> None:
+    def __init__(self, root: str, state: Any, target: Any = None) -> None:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(root)
         self._state = state
-        self._target = targets(state)
+        self._target = targets(state) if target is None else target
 
     def save(self, step: int) -> None:
         self._manager.save(step, args=self._ocp.args.StandardSave(self._state))
@@ -139,13 +139,13 @@ class OrbaxManager:
 class OrbaxV1:
     """Orbax v1: `Checkpointer` with its defaults."""
 
-    def __init__(self, root: str, state: Any) -> None:
+    def __init__(self, root: str, state: Any, target: Any = None) -> None:
         from orbax.checkpoint import v1
 
         self._root = root
         self._checkpointer = v1.training.Checkpointer(root)
         self._state = state
-        self._target = targets(state)
+        self._target = targets(state) if target is None else target
 
     def save(self, step: int) -> None:
         self._checkpointer.save_pytree(step, self._state)
@@ -163,7 +163,7 @@ class OrbaxV1:
 class TorchDcp:
     """torch's distributed checkpoint, of the same bytes as tensors; one process."""
 
-    def __init__(self, root: str, state: Any) -> None:
+    def __init__(self, root: str, state: Any, target: Any = None) -> None:
         import torch
         import torch.distributed.checkpoint as dcp
 
@@ -190,7 +190,7 @@ class TorchDcp:
 class Safetensors:
     """One file of safetensors, neither synced nor checked."""
 
-    def __init__(self, root: str, state: Any) -> None:
+    def __init__(self, root: str, state: Any, target: Any = None) -> None:
         import safetensors.numpy
 
         self._safetensors = safetensors.numpy
@@ -210,12 +210,27 @@ class Safetensors:
     def close(self) -> None: ...
 
 
-def targets(state: Any) -> Any:
-    """What to restore into: shapes, types and shardings."""
+def targets(state: Any, sharding: Callable[[Any], Any] | None = None) -> Any:
+    """What to restore into: shapes, types and shardings, those of the state by default."""
     import jax
 
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding if sharding is None else sharding(x)
+        ),
+        state,
+    )
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two arrays hold the same, as far as this host sees both."""
+    if one.is_fully_addressable:
+        return np.array_equal(plain(one), plain(other))
+    theirs = {str(shard.index): shard.data for shard in other.addressable_shards}
+    return all(
+        np.array_equal(plain(shard.data), plain(theirs[str(shard.index)]))
+        for shard in one.addressable_shards
+        if str(shard.index) in theirs
     )
 
 
@@ -226,7 +241,7 @@ def plain(x: Any) -> np.ndarray:
     return array.view(kinds[array.dtype.itemsize])
 
 
-PEERS: dict[str, Callable[[str, Any], Contender]] = {
+PEERS: dict[str, Callable[..., Contender]] = {
     "orbax_v0": OrbaxManager,
     "orbax_v1": OrbaxV1,
     "torch_dcp": TorchDcp,

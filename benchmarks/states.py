@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-KINDS = ("noise", "weights", "bf16", "zeros", "int8", "optimizer", "adapters")
+KINDS = ("noise", "weights", "bf16", "zeros", "int8", "optimizer", "adapters", "demo")
 
 
 def over_all_devices() -> Callable[[np.ndarray], Any]:
@@ -18,10 +20,21 @@ def over_all_devices() -> Callable[[np.ndarray], Any]:
     mesh = Mesh(np.array(jax.devices()), ("x",))
 
     def place(array: np.ndarray) -> Any:
-        spec = PartitionSpec("x") if array.shape[0] % mesh.size == 0 else PartitionSpec()
-        return jax.device_put(array, NamedSharding(mesh, spec))
+        divides = array.ndim and array.shape[0] % mesh.size == 0
+        sharding = NamedSharding(mesh, PartitionSpec("x") if divides else PartitionSpec())
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return place
+
+
+def other_sharding(array: Any) -> Any:
+    """Returns how to place an array in another way: along its last dimension, if that divides."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = array.sharding.mesh
+    last = array.ndim - 1
+    divides = last > 0 and array.shape[last] % mesh.size == 0
+    return NamedSharding(mesh, PartitionSpec(*[None] * last, "x") if divides else PartitionSpec())
 
 
 def make(kind: str, mib: float, leaves: int, place: Callable[[np.ndarray], Any]) -> dict[str, Any]:
@@ -31,9 +44,12 @@ def make(kind: str, mib: float, leaves: int, place: Callable[[np.ndarray], Any])
         kind: "noise" (fp32, normal), "weights" (fp32 that training has moved: the values of each
             leaf are of one scale, with short mantissas where gradients were small), "bf16",
             "zeros", "int8", "optimizer" (weights and two moments, of which the second is small and
-            positive), "adapters" (nine tenths frozen bf16, the rest fp32).
+            positive), "adapters" (nine tenths frozen bf16, the rest fp32), "demo" (what the demo's
+            job has trained, with its optimizer: real weights, and as few as there are of them).
         place: makes a `jax.Array` of a numpy array.
     """
+    if kind == "demo":
+        return {name: place(value) for name, value in _trained_by_the_demo().items()}
     random = np.random.default_rng(0)
     shares = _shares(kind, leaves)
     state: dict[str, Any] = {}
@@ -41,6 +57,30 @@ def make(kind: str, mib: float, leaves: int, place: Callable[[np.ndarray], Any])
         size = max(1, int(mib * 2**20 * share / np.dtype(dtype).itemsize))
         state[name] = place(_values(kind, dtype, _shape(size), random, number))
     return state
+
+
+def _trained_by_the_demo() -> dict[str, np.ndarray]:
+    """Trains the demo's job to its end, in processes of its own, and returns its state."""
+    import jax
+
+    import datarax_dist as dd
+    from datarax_dist.demo.train import STEPS, HostRun, train
+    from datarax_dist.testing import run_hosts
+
+    with tempfile.TemporaryDirectory() as root:
+        run = HostRun(root=f"{root}/run", logs=f"{root}/logs", stop=STEPS, save_every=STEPS)
+        os.mkdir(run.logs)
+        [result] = run_hosts(train, 1, args=(run,), timeout_seconds=300)
+        assert result.error is None, result.output
+        with dd.Checkpointer(run.root) as checkpointer:
+            state = checkpointer.restore().state
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, jax.Array)
+        and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    }
 
 
 def _shares(kind: str, leaves: int) -> list[tuple[str, Any, float]]:

@@ -71,32 +71,38 @@ class LocalBoard:
     def __init__(self, index: int = 0, count: int = 1, *, shared: LocalBoard | None = None) -> None:
         self.index = index
         self.count = count
-        self._values: dict[str, str] = {} if shared is None else shared._values
+        # Of keys like `operation/phase/host` all are wanted that have one operation and phase.
+        self._values: dict[str, dict[str, str]] = {} if shared is None else shared._values
         self._changed: threading.Condition = (
             threading.Condition() if shared is None else shared._changed
         )
 
     def set(self, key: str, value: str) -> bool:
         with self._changed:
-            if key in self._values:
+            rows = self._values.setdefault(key.rpartition("/")[0] + "/", {})
+            if key in rows:
                 return False
-            self._values[key] = value
+            rows[key] = value
             self._changed.notify_all()
             return True
 
     def wait(self, key: str, seconds: float) -> str | None:
         with self._changed:
-            self._changed.wait_for(lambda: key in self._values, seconds)
-            return self._values.get(key)
+            self._changed.wait_for(lambda: self._get(key) is not None, seconds)
+            return self._get(key)
+
+    def _get(self, key: str) -> str | None:
+        return self._values.get(key.rpartition("/")[0] + "/", {}).get(key)
 
     def read(self, prefix: str) -> dict[str, str]:
         with self._changed:
-            return {key: value for key, value in self._values.items() if key.startswith(prefix)}
+            found = [rows for start, rows in self._values.items() if start.startswith(prefix)]
+            return {key: value for rows in found for key, value in rows.items()}
 
     def clear(self, prefix: str) -> None:
         with self._changed:
-            for key in [key for key in self._values if key.startswith(prefix)]:
-                del self._values[key]
+            for start in [start for start in self._values if start.startswith(prefix)]:
+                del self._values[start]
 
     def silent(self) -> Mapping[int, Silence]:
         return {}

@@ -26,7 +26,10 @@ class Options:
 
     Attributes:
         compression: "none" stores arrays as they are, "zstd" compresses them. "auto", the default,
-            is "none" today.
+            compresses those of 1 MiB or more of which samples have shown that this makes a save
+            faster by a fifth or more, on a storage as fast as it was in the saves before. So the
+            first save compresses nothing. What was done, and why, is in the host records;
+            `datarax-dist show` tells it.
         verify_on_restore: what is checked before a step is taken. "marker": the marker, the host
             records, and every byte of positions, structure and metadata, which are small. "sizes":
             also that every array file is there with its size. "full", the default: also every byte
@@ -41,11 +44,13 @@ class Options:
         restore_timeout_seconds: how long hosts wait for each other's verifying and loading, and how
             long reading the arrays of a bucket may take (default 1800).
         restore_concurrent_bytes: bytes of arrays that Orbax reads at the same time on one host, of
-            a bucket or of a compressed step; None leaves it to Orbax. What is not compressed is
-            read from files into the memory where it stays.
+            a bucket or of a compressed array; None leaves it to Orbax. What is not compressed is
+            read from files into the memory where it stays, or, on another mesh, through 4 MiB for
+            each thread.
         save_concurrent_bytes: bytes of arrays that Orbax writes at the same time on one host, to a
             bucket or compressed; None does not limit. What is written to files as it is needs no
-            memory beside its own.
+            memory beside its own. An array that alone takes more than one of these limits is an
+            error, before anything is written.
         lease_ttl_seconds: how long the lease of this job lasts without a sign of life (default 60,
             at most a day): a job that crashed on another machine is followed by the next one after
             that time, and a job that stood still for longer may have lost the run.

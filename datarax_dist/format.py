@@ -8,12 +8,13 @@ checks types, ranges and paths.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import google_crc32c
@@ -50,6 +51,7 @@ MAX_POSITION_BYTES = 64 << 20  # of the JSON of one position
 MAX_BLOB_BYTES = 2 << 30  # of one position
 MAX_SHARDS = 1 << 20
 MAX_LEASE_SECONDS = 24 * 3600.0
+TALLY_MODULUS = 1 << 128
 _ATTEMPT = re.compile(r"(0|[1-9][0-9]{0,17})\.restoring-([0-9a-f]{16})")
 _MAX_ATTEMPT_BYTES = 1 << 16
 _LATEST_SECONDS = 2.0**36  # in the year 4147
@@ -116,7 +118,9 @@ class RestoreAttempt:
 
 @dataclass(frozen=True, slots=True)
 class HostRecord:
-    """`hosts/host_<h>-of-<n>.json`: what one host wrote, and the seconds that each phase took."""
+    """`hosts/host_<h>-of-<n>.json`: what one host wrote, the seconds that each phase took, and
+    notes on how it was written and why: "compression".
+    """
 
     run: str
     step: int
@@ -125,6 +129,7 @@ class HostRecord:
     hosts: int
     files: Sequence[FileEntry]
     seconds: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +323,18 @@ class Digester:
     def update(self, data: Any) -> None:
         """Goes on with bytes, or with a numpy array of bytes."""
         self._crc = crc32c(data, self._crc)
+        self._update_other(data)
+
+    def part(self) -> Part:
+        """Returns what digests the bytes that come next, if their own crc32c is wanted, too."""
+        return Part(self)
+
+    def join(self, part: Part) -> int:
+        """Goes on behind a part, which has ended, and returns the crc32c of the part."""
+        self._crc = crc32c_of_both(self._crc, part.crc, part.size)
+        return part.crc
+
+    def _update_other(self, data: Any) -> None:
         if self._md5 is not None:
             self._md5.update(data)
         else:
@@ -326,6 +343,55 @@ class Digester:
     def text(self) -> str:
         other = f"{self._other:08x}" if self._md5 is None else self._md5.hexdigest()
         return f"{self._crc:08x}-{other}"
+
+
+class Part:
+    """Bytes in the midst of what a `Digester` digests, each of them summed once."""
+
+    def __init__(self, digester: Digester) -> None:
+        self._digester = digester
+        self.crc = self.size = 0
+
+    def update(self, data: Any) -> None:
+        self.crc = crc32c(data, self.crc)
+        self.size += len(data)
+        self._digester._update_other(data)
+
+
+def crc32c_of_both(first: int, second: int, size: int) -> int:
+    """Returns the crc32c of two blocks together, from theirs and the bytes in the second one.
+
+    A crc is a polynomial over GF(2): that of the first block is multiplied by x for each bit of the
+    second, modulo the polynomial of the crc, and the second's is added. Bits are in reversed order,
+    that of the highest power last.
+    """
+    return _times(_power_of_x(8 * size), first) ^ second
+
+
+_CRC32C_POLYNOMIAL = 0x82F63B78
+_ONE = 1 << 31
+
+
+def _times(one: int, other: int) -> int:
+    product, bit = 0, _ONE
+    while one:
+        if one & bit:
+            product ^= other
+            one ^= bit
+        bit >>= 1
+        other = (other >> 1) ^ (_CRC32C_POLYNOMIAL if other & 1 else 0)
+    return product
+
+
+@functools.lru_cache(1024)  # the parts of a state have few sizes
+def _power_of_x(exponent: int) -> int:
+    product, factor = _ONE, _ONE >> 1
+    while exponent:
+        if exponent & 1:
+            product = _times(factor, product)
+        factor = _times(factor, factor)
+        exponent >>= 1
+    return product
 
 
 _MD5_DIGEST_LENGTH = 8 + 1 + 32
@@ -341,6 +407,23 @@ def digest(data: bytes, kind: str = "crc32") -> str:
 def same_kind(one: str, other: str) -> bool:
     """Whether two digests can be compared."""
     return len(one) == len(other)
+
+
+def tally(entries: Iterable[FileEntry], *, digests: bool) -> int:
+    """Returns a number that stands for a set of files, their paths and sizes: that of two sets
+    together is the sum of theirs, modulo 2**128.
+
+    So what many hosts have written is compared with a listing without anybody reading what each of
+    them says.
+
+    Args:
+        digests: whether it stands for their digests, too.
+    """
+    total = 0
+    for entry in entries:
+        told = f"{entry.path}\0{entry.size}\0{entry.digest if digests else ''}"
+        total += int.from_bytes(hashlib.blake2b(told.encode(), digest_size=16).digest(), "little")
+    return total % TALLY_MODULUS
 
 
 def crc_text(crc: int) -> str:
@@ -479,15 +562,34 @@ def _digest(row: Mapping[str, Any], name: str) -> str:
 
 
 def _entries(body: Mapping[str, Any], key: str, name: str) -> tuple[FileEntry, ...]:
-    entries = []
-    for row in _get(body, key, list, name):
-        if not isinstance(row, dict):
-            raise InvalidRecordError(f"{name}: an entry of {key!r} is not an object")
-        path = safe_key(row.get("path"), name)
-        entries.append(FileEntry(path, _get(row, "size", int, name), _digest(row, name)))
+    entries = [_entry(row, name) for row in _get(body, key, list, name)]
     if len({entry.path for entry in entries}) != len(entries):
         raise InvalidRecordError(f"{name} names a file twice")
     return tuple(entries)
+
+
+def _entry(row: Any, name: str) -> FileEntry:
+    if not isinstance(row, dict):
+        raise InvalidRecordError(f"{name}: a file is not told of by an object")
+    path = safe_key(row.get("path"), name)
+    return FileEntry(path, _get(row, "size", int, name), _digest(row, name))
+
+
+class _Records(Sequence[FileEntry]):
+    """Those of the records a marker names that are used here, each checked when it is asked for."""
+
+    def __init__(self, rows: Sequence[Any], used: Iterable[int]) -> None:
+        self._count = len(rows)
+        self._rows = {number: rows[number] for number in used}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        entry = _entry(self._rows[number], COMMIT_NAME)
+        if entry.path != host_record_name(number, self._count):
+            raise InvalidRecordError(f"{COMMIT_NAME} does not list the record of host {number}")
+        return entry
 
 
 def _rows(entries: Sequence[FileEntry]) -> list[dict[str, Any]]:
@@ -569,6 +671,7 @@ def dump_record(record: HostRecord) -> bytes:
             "hosts": record.hosts,
             "files": _rows(record.files),
             "seconds": {key: round(value, 6) for key, value in record.seconds.items()},
+            **({"notes": dict(record.notes)} if record.notes else {}),
         }
     )
 
@@ -584,6 +687,7 @@ def parse_record(data: bytes, name: str) -> HostRecord:
         hosts=_get(body, "hosts", int, name),
         files=_entries(body, "files", name),
         seconds={k: _get(found, k, (int, float), name) for k in found},
+        notes=_texts(body, "notes", name) if "notes" in body else {},
     )
 
 
@@ -604,15 +708,25 @@ def dump_marker(marker: CommitMarker) -> bytes:
     )
 
 
-def parse_marker(data: bytes) -> CommitMarker:
-    body = unseal(data, COMMIT_NAME)
+def parse_marker(data: bytes, used: Callable[[int], Iterable[int]] | None = None) -> CommitMarker:
+    """Returns a commit marker.
+
+    Args:
+        used: of how many records which ones are; the others cannot be had from the marker then. For
+            bytes that another host has parsed in full: a marker names the record of each host, and
+            thousands of hosts need not check, or keep, what each of the others does.
+    """
+    body = unseal(data, COMMIT_NAME) if used is None else _parse_object(data, COMMIT_NAME)
+    rows: list[Any] = _get(body, "records", list, COMMIT_NAME)
     marker = CommitMarker(
         run=_get(body, "run", str, COMMIT_NAME),
         step=_get(body, "step", int, COMMIT_NAME),
         epoch=_get(body, "epoch", int, COMMIT_NAME),
         nonce=_get(body, "nonce", str, COMMIT_NAME),
         hosts=_get(body, "hosts", int, COMMIT_NAME),
-        records=_entries(body, "records", COMMIT_NAME),
+        records=_entries(body, "records", COMMIT_NAME)
+        if used is None
+        else _Records(rows, used(len(rows))),
         bytes=_get(body, "bytes", int, COMMIT_NAME),
         items=tuple(
             str(_get({"items": item}, "items", str, COMMIT_NAME))
@@ -621,16 +735,20 @@ def parse_marker(data: bytes) -> CommitMarker:
         committed_at=_get(body, "committed_at", (int, float), COMMIT_NAME),
         versions=_texts(body, "versions", COMMIT_NAME),
     )
-    paths = [entry.path for entry in marker.records]
     if (
         marker.hosts < 1
-        or len(paths) != marker.hosts
-        or paths != [host_record_name(host, marker.hosts) for host in range(marker.hosts)]
+        or len(marker.records) != marker.hosts
+        or (used is None and not _are_named_by_host(marker.records))
     ):
         raise InvalidRecordError(
             f"{COMMIT_NAME} does not list one record for each of {marker.hosts} hosts"
         )
     return marker
+
+
+def _are_named_by_host(records: Sequence[FileEntry]) -> bool:
+    names = [host_record_name(host, len(records)) for host in range(len(records))]
+    return [entry.path for entry in records] == names
 
 
 def dump_void(run: str, step: int, nonce: str, at: float) -> bytes:

@@ -53,7 +53,6 @@ Leader = Callable[[list[Any]], Any]
 Consequence = Callable[[str], str]
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
-_FEW = 16
 _PATIENCE_SECONDS = 3.0
 _GRACE_SECONDS = 10.0  # how long after a deadline the others wait for the primary to say so
 _LATE_SECONDS = 0.5  # and it for itself, where it hangs
@@ -216,29 +215,31 @@ class Operation:
             PeerLostError: hosts did not arrive, or show no sign of life; this decides the
                 operation.
         """
-        hosts = range(self._group.count)
         begin = self._clock.monotonic()
-        pause = 0.0005
-        while True:
-            rows = self._read(phase)
-            missing = [host for host in hosts if f"{self._prefix}{phase}/{host}" not in rows]
-            if not missing:
-                found = [json.loads(rows[f"{self._prefix}{phase}/{host}"]) for host in hosts]
-                self._group._clear_before(min(oldest for oldest, _ in found))
-                return [payload for _, payload in found]
+        rows, missing = self._arrived(phase)
+        while missing:
             self.check(phase)
             left = deadline - self._clock.monotonic()
-            if left <= 0 or not self._board.silent().keys().isdisjoint(missing):
-                lost = self._lost(phase, missing, self._clock.monotonic() - begin, known=phase)
-                self.fail(phase, lost)
-                raise lost
-            if len(missing) <= _FEW:  # woken when it comes; a failure is looked for in between
-                with self._reaching(phase):
-                    key = f"{self._prefix}{phase}/{missing[0]}"
-                    self._board.wait(key, min(left, _CHECK_SECONDS))
-            else:  # one read answers for all
-                self._clock.sleep(pause)
-                pause = min(pause * 1.5, 0.05)
+            silent = self._board.silent().keys()
+            if left <= 0 or not silent.isdisjoint(missing):
+                rows, missing = self._arrived(phase)  # some may have come since
+                if missing and (left <= 0 or not silent.isdisjoint(missing)):
+                    lost = self._lost(phase, missing, self._clock.monotonic() - begin, known=phase)
+                    self.fail(phase, lost)
+                    raise lost
+                continue
+            # When the one in the middle has come, so have about half of them, whatever the order:
+            # few reads of all rows are enough.
+            if self._has_arrived(phase, missing[len(missing) // 2], min(left, _CHECK_SECONDS)):
+                rows, missing = self._arrived(phase)
+        found = [json.loads(rows[host]) for host in range(self._group.count)]
+        self._group._clear_before(min(oldest for oldest, _ in found))
+        return [payload for _, payload in found]
+
+    def _arrived(self, phase: str) -> tuple[dict[int, str], list[int]]:
+        """Returns what hosts have contributed to a phase, and which have not yet."""
+        rows = {int(key.rpartition("/")[2]): row for key, row in self._read(phase).items()}
+        return rows, [host for host in range(self._group.count) if host not in rows]
 
     def await_primary(self, phase: str, deadline: float) -> None:
         """Waits until the primary has contributed to a phase.
@@ -248,15 +249,15 @@ class Operation:
             PeerLostError: the primary did not arrive, or shows no sign of life.
         """
         begin = self._clock.monotonic()
-        while not self._has_arrived(phase, 0):
+        while not self._has_arrived(phase, 0, _CHECK_SECONDS):
             self.check(phase)
             if self._clock.monotonic() > deadline or 0 in self._board.silent():
                 raise self._lost(phase, [0], self._clock.monotonic() - begin, known="")
 
-    def _has_arrived(self, phase: str, host: int) -> bool:
+    def _has_arrived(self, phase: str, host: int, seconds: float) -> bool:
         """Waits a moment for a host's payload."""
         with self._reaching(phase):
-            return self._board.wait(f"{self._prefix}{phase}/{host}", _CHECK_SECONDS) is not None
+            return self._board.wait(f"{self._prefix}{phase}/{host}", seconds) is not None
 
     def lead(self, phase: str, leader: Leader, deadline: float) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
@@ -313,9 +314,7 @@ class Operation:
             if 0 in silent and silent[0].cut_off:
                 # Nobody hears what is decided here.
                 raise self._out_of_reach(phase, UnreachableError("no answer", silent[0])) from own
-            rows = self._read(phase)
-            arrived = {int(key.rsplit("/", 1)[1]) for key in rows}
-            missing = [host for host in range(self._group.count) if host not in arrived]
+            _, missing = self._arrived(phase)
             if 0 in silent or not silent.keys().isdisjoint(missing):
                 # Where the primary waits for that host itself, in `gather`, it can say more.
                 patience -= _SLICE_SECONDS

@@ -30,6 +30,7 @@ __all__ = [
     "is_committed",
     "read_marker",
     "read_records",
+    "records_verified_by",
     "verify_files",
 ]
 
@@ -293,6 +294,7 @@ def verify_files(
     level: str,
     *,
     read_all: bool = True,
+    whole: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, str]:
     """Returns what is wrong with `files`: path -> reason.
@@ -300,17 +302,28 @@ def verify_files(
     Level "marker" looks for what is no file: a link may lead out of the step, a FIFO would be
     waited for. Level "sizes" compares sizes, and digests where the listing has them. Level "full"
     reads every byte; with `read_all=False` not of files whose digest the listing has.
+
+    Args:
+        whole: list the whole directory. Otherwise only `files` are looked at: of n hosts one is to
+            see everything, lest the storage be asked for n times what n hosts have written.
     """
     if not isinstance(store, SupportsRename) and (level == "marker" or not files):
         return {}
-    listing = store.list(directory)
+
+    def look() -> list[Entry]:
+        if whole:
+            return store.list(directory)
+        found = for_each(store, lambda e: store.list(f"{directory}/{e.path}"), files)
+        return [entry for entries in found for entry in entries]
+
+    listing = look() if whole or level != "marker" else []
     wrong = find_irregular(listing, directory)
     if level == "marker":
         return wrong
     wrong |= compare(listing, directory, files)
     if wrong and not isinstance(store, SupportsRename):
         # The listing itself may have been damaged on its way: what is wrong is so twice.
-        again = compare(store.list(directory), directory, files)
+        again = compare(look(), directory, files)
         wrong = {path: reason for path, reason in again.items() if path in wrong}
     if level != "full":
         return wrong
@@ -385,8 +398,9 @@ def read_records(
     files: dict[str, fmt.FileEntry] = {}
     bad: list[str] = []
     for host in range(len(records)) if hosts is None else hosts:
-        row = records[host]
+        name = fmt.host_record_name(host, len(records))
         try:
+            row = records[host]
             data = _read(store, f"{directory}/{row.path}")
             if len(data) != row.size or fmt.digest(data, row.digest) != row.digest:
                 raise fmt.InvalidRecordError(f"{row.path} is not the record that was committed")
@@ -395,7 +409,7 @@ def read_records(
             if found != (run, step, host, len(records)):
                 raise fmt.InvalidRecordError(f"{row.path} is the record of another step or host")
         except (KeyError, fmt.InvalidRecordError):
-            bad.append(row.path)
+            bad.append(name)
             continue
         for entry in record.files:
             if entry.path in files:
@@ -446,8 +460,18 @@ def has_moved(store: Store, candidate: Candidate) -> bool:
         return True
 
 
-def read_marker(store: Store, candidate: Candidate) -> fmt.CommitMarker:
+def records_verified_by(host: int, hosts: int, count: int) -> Sequence[int]:
+    """Returns which of `count` host records `host` of `hosts` reads; see `files_to_verify`."""
+    return range(host, count, hosts) if hosts <= count else [host % count]
+
+
+def read_marker(
+    store: Store, candidate: Candidate, used: Callable[[int], Iterable[int]] = lambda count: ()
+) -> fmt.CommitMarker:
     """Returns the marker of a committed candidate, the very one that the primary has read.
+
+    Args:
+        used: of how many host records which ones are to be in it.
 
     Raises:
         CorruptStepError: it is another one here, or gone.
@@ -455,7 +479,7 @@ def read_marker(store: Store, candidate: Candidate) -> fmt.CommitMarker:
     try:
         data = _read(store, f"{candidate.name}/{fmt.COMMIT_NAME}")
         if fmt.digest(data) == candidate.digest:
-            return fmt.parse_marker(data)
+            return fmt.parse_marker(data, used)
         reason = "not the one that the primary has read"
     except fmt.InvalidRecordError as error:
         reason = str(error)
@@ -481,10 +505,9 @@ def files_to_verify(
         CorruptStepError: a record is missing, damaged or not the committed one.
     """
     count = len(marker.records)
-    numbers = range(host, count, hosts) if hosts <= count else [host % count]
     part, parts = (0, 1) if hosts <= count else (host // count, -(-(hosts - host % count) // count))
     mine: list[fmt.FileEntry] = []
-    for number in numbers:
+    for number in records_verified_by(host, hosts, count):
         files = read_records(store, directory, marker.records, marker.run, marker.step, [number])
         loads = [0] * parts
         for entry in sorted(files, key=lambda e: (-e.size, e.path)):

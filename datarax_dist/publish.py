@@ -32,9 +32,9 @@ class Staged:
 
     Attributes:
         directory: the staging directory.
+        files: everything in it, by its path; without the marker. Digests as far as they are known.
         claim: the content of its `STEP.json`.
         marker: the content that `COMMIT.json` gets.
-        files: everything in it, by its path; without the marker.
         last: path -> content, of those `files` that are written just before the marker, and not
             there yet.
         replace: whether the step may be committed already.
@@ -44,9 +44,9 @@ class Staged:
     step: int
     nonce: str
     directory: str
+    files: Mapping[str, fmt.FileEntry] = field(default_factory=dict)
     claim: bytes = b""
     marker: bytes = b""
-    files: Mapping[str, fmt.FileEntry] = field(default_factory=dict)
     last: Mapping[str, bytes] = field(default_factory=dict)
     replace: bool = False
 

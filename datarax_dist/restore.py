@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from datarax_dist.inspection import (
     inspection_from_json,
     inspection_to_json,
     read_marker,
+    records_verified_by,
     verify_files,
 )
 from datarax_dist.storage import Store, SupportsRename
@@ -56,6 +58,7 @@ __all__ = ["RestoreReport", "Restorer", "Unverified"]
 logger = logging.getLogger("datarax_dist")
 
 _TRIES = 20
+_FEW_HOSTS = 64  # that have written a step: what they wrote is listed in a request or two
 _MOST_TOLD = 100  # damaged files that one host tells the others of
 
 
@@ -385,7 +388,10 @@ class Restorer:
             later: list[fmt.FileEntry] = []
             try:
                 if candidate.state == "committed":
-                    marker = read_marker(self._store, candidate)
+                    used = functools.partial(
+                        records_verified_by, self._group.index, self._group.count
+                    )
+                    marker = read_marker(self._store, candidate, used)
                     candidate = dataclasses.replace(candidate, marker=marker)
                     found, later = self._verify_share(candidate, level, read_all)
                 elif isinstance(self._store, SupportsRename):
@@ -395,13 +401,13 @@ class Restorer:
                 wrong = dict.fromkeys(error.files, str(error))
             except BaseException as error:
                 failure = error
-            votes = self._group.exchange(
+            wrong = self._group.exchange(
                 "verify",
                 wrong,
                 error=failure,
+                leader=_all_of_them,
                 timeout_seconds=self._options.restore_timeout_seconds,
             )
-        wrong = {path: reason for vote in votes for path, reason in vote.items()}
         return candidate, wrong, later
 
     def _verify_share(
@@ -415,13 +421,23 @@ class Restorer:
         except CorruptStepError as error:
             return dict.fromkeys(error.files, "missing, or not what was committed"), []
         arrays = [entry for entry in mine if entry.path.startswith("state/")]
-        waits = level == "full" and not read_all and isinstance(self._store, SupportsRename)
+        renames = isinstance(self._store, SupportsRename)
+        waits = level == "full" and not read_all and renames
         now = "sizes" if waits else level
-        wrong = verify_files(self._store, candidate.name, mine, now, read_all=read_all)
+        # Of a few hosts in a bucket each sees everything, in one request or two.
+        whole = group.is_primary or not (renames or marker.hosts > _FEW_HOSTS)
+        wrong = verify_files(self._store, candidate.name, mine, now, read_all=read_all, whole=whole)
         if now != "full":
             # Positions, structure and metadata are small, and nothing else would notice.
             small = [entry for entry in mine if entry not in arrays]
-            wrong |= verify_files(self._store, candidate.name, small, "full", read_all=read_all)
+            wrong |= verify_files(
+                self._store,
+                candidate.name,
+                small,
+                "full",
+                read_all=read_all,
+                whole=whole and not renames,
+            )
         return wrong, arrays if waits else []
 
     def _load(
@@ -432,13 +448,14 @@ class Restorer:
         phases: Phases,
     ) -> tuple[dict[str, str], Any]:
         attempt = _Attempt()
-        votes: list[dict[str, str]] = []
+        wrong: dict[str, str] = {}
 
-        def look(votes: list[dict[str, str]]) -> dict[str, Any]:
+        def look(votes: Sequence[dict[str, str]]) -> dict[str, Any]:
             # Another job may have saved the step again while it was loaded: then some of what was
             # loaded is of the old one, some of the new one.
             loaded = candidate.state == "committed" and not any(votes)
-            return {"votes": votes, "moved": loaded and has_moved(self._store, candidate)}
+            moved = loaded and has_moved(self._store, candidate)
+            return {"wrong": _all_of_them(votes), "moved": moved}
 
         # What comes from a bucket may be damaged on its way: it is damaged there if it is so twice.
         tries = 1 if isinstance(self._store, SupportsRename) else 2
@@ -455,10 +472,8 @@ class Restorer:
                 )
                 if told["moved"]:
                     raise _MovedError
-                votes = told["votes"]
-                if not any(votes):
+                if not (wrong := told["wrong"]):
                     break
-        wrong = {path: reason for vote in votes for path, reason in vote.items()}
         if wrong and candidate.state == "committed":
             # What cannot be loaded may be damaged, or too large for a limit, say. The files tell.
             _, found, _ = self._verify(candidate, phases, "full", read_all=True)
@@ -468,6 +483,7 @@ class Restorer:
                     "load",
                     None,
                     error=attempt.unread,
+                    leader=_nothing,
                     timeout_seconds=self._options.exchange_timeout_seconds,
                 )
             wrong = found or wrong
@@ -485,6 +501,7 @@ class Restorer:
                 "positions",
                 None,
                 error=failure,
+                leader=_nothing,
                 timeout_seconds=self._options.restore_timeout_seconds,  # replay() may read for long
             )
         return {}, result
@@ -495,7 +512,7 @@ class Restorer:
         left = Unverified(unverified)
         try:
             apply = load(candidate, left)
-            wrong = verify_files(self._store, candidate.name, left.take(), "full")
+            wrong = verify_files(self._store, candidate.name, left.take(), "full", whole=False)
             return _Attempt(dict(list(wrong.items())[:_MOST_TOLD]), apply=None if wrong else apply)
         except CorruptStepError as error:
             return _Attempt({path: str(error) for path in error.files})
@@ -551,6 +568,15 @@ class _Attempt:
 
 class _MovedError(Exception):
     """The run has changed while it was read."""
+
+
+def _all_of_them(votes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What is wrong with a step on any host. Every host is told this, rather than all votes."""
+    return {path: reason for vote in votes for path, reason in vote.items()}
+
+
+def _nothing(_: Sequence[Any]) -> None:
+    """What hosts are told that only need to know that nobody has failed."""
 
 
 def _is_checksum(wrong: Mapping[str, str]) -> bool:

@@ -20,7 +20,8 @@ Worker thread (`StartedSave.finish`):
   6. hash      Sizes and digests of what this host wrote; files and directories are fsynced.
   7. record    The host record, `hosts/host_<h>-of-<n>.json`.
   8. written   All hosts contribute the digest of their record. Primary:
-     verify    the listing is the union of the records, nothing missing, nothing more;
+     verify    the listing is the union of the records, nothing missing, nothing more: by a tally
+               that each host has contributed; the records are read when it differs;
      commit    `COMMIT.json`, the last file, is created, durable;
      publish   the lease is still ours; the staging directory gets its final name. Now, and not
                before, the step counts.
@@ -39,7 +40,7 @@ import contextlib
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,21 +101,33 @@ class ArrayWrite(Protocol):
         below the step. After `wait`.
         """
 
+    def notes(self) -> Mapping[str, str]:
+        """Returns what the host record is to tell of it, and why."""
+
 
 class ArrayWriter(Protocol):
     """What writes the arrays of one step."""
 
-    def start(self, prefix: str, all_written: Callable[[], None]) -> ArrayWrite | None:
+    def choose(self) -> Any:
+        """Returns what all hosts are to do alike, as JSON. On the primary, while hosts agree."""
+
+    def start(self, prefix: str, all_written: Callable[[], None], choice: Any) -> ArrayWrite | None:
         """Copies what it needs and goes on in the background; None when there are no arrays.
 
         Args:
             prefix: the staging directory, below the store's root.
+            choice: what `choose` has returned on the primary.
             all_written: must be called on every host when its own arrays are written; on the
                 primary it returns when all hosts have called it.
         """
 
-    def parts(self, host: int) -> Sequence[str]:
-        """Returns the prefixes (below the step) that hold everything that `host` writes."""
+    def parts(self, host: int, children: Callable[[str], Sequence[str]]) -> Sequence[str]:
+        """Returns prefixes (below the step) that hold everything that `host` writes, and not much
+        of what the others do: the primary of n hosts must not list what n hosts have written.
+
+        Args:
+            children: returns the names directly below a prefix, those of directories with `/`.
+        """
 
     def owns(self, key: str, host: int) -> bool:
         """Whether `key` (below the step) is written by `host`, for keys of the writer's items."""
@@ -269,7 +282,7 @@ class Saver:
                 "step": request.step,
                 "hosts": self._group.count,
                 "agreement": dict(request.agreement),
-                "digests": digests_told(request.local_digests),
+                "digests": digests_told(request.local_digests, self._group.count),
                 "positions": positions_told(request.counts, request.written, request.held),
                 "unseen": previous_error is not None,
             }
@@ -280,7 +293,10 @@ class Saver:
             "prepare",
             payload,
             error=failure,
-            leader=lambda payloads: self._stage(payloads, phases, replace),
+            leader=lambda payloads: {
+                **self._stage(payloads, phases, replace),
+                "arrays": request and request.writer.choose(),
+            },
             timeout_seconds=self._agreement_seconds(),
         )
         self._is_taken = True
@@ -447,6 +463,7 @@ class StartedSave:
         self._staging: str = decided["staging"]
         self._nonce: str = decided["nonce"]
         self._claimed: bool = decided["claimed"]
+        self._choice = decided["arrays"]
         self._write: ArrayWrite | None = None
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
@@ -468,7 +485,9 @@ class StartedSave:
         """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
         try:
             with self.phases.span("start"):
-                self._write = self._request.writer.start(self._staging, self._all_written)
+                self._write = self._request.writer.start(
+                    self._staging, self._all_written, self._choice
+                )
             self.phases.reach("started")
         except BaseException as error:
             self._failure = error
@@ -615,6 +634,7 @@ class StartedSave:
                 contents.items(),
             )
         known: Mapping[str, tuple[int, str]] = {}
+        notes: Mapping[str, str] = {}
         with self.phases.span("wait_arrays"):
             if self._write is None:  # no arrays
                 self._all_written()
@@ -622,7 +642,7 @@ class StartedSave:
                 # The primary may wait in it for others, and says at the deadline for whom.
                 waits = self._group.is_primary and self._group.count > 1
                 self._write.wait(self._seconds_left() + (2.0 if waits else 0.0))
-                known = self._write.digests()
+                known, notes = self._write.digests(), self._write.notes()
             self._write = None
         self.operation.check("hash")
         with self.phases.span("hash"):
@@ -641,16 +661,26 @@ class StartedSave:
                     self._group.count,
                     files,
                     dict(self.phases.seconds),
+                    notes,
                 )
             )
             self._store.put(f"{self._staging}/{name}", record)
         self.phases.reach("written")
         row = [name, len(record), fmt.digest(record, self._store.digest_kind)]
-        self.operation.contribute("written", row)
+        self.operation.contribute("written", [*row, f"{self._tally(files):x}"])
         if self._group.is_primary:
             rows = self.operation.gather("written", self._deadline)
-            marker = self._commit([fmt.FileEntry(*row) for row in rows])
+            records = [fmt.FileEntry(*row[:3]) for row in rows]
+            expected = sum(int(row[3], 16) for row in rows) + self._tally(records)
+            marker = self._commit(records, expected % fmt.TALLY_MODULUS)
             self.operation.succeed({"bytes": marker.bytes})
+
+    def _tally(self, files: Iterable[fmt.FileEntry]) -> int:
+        """What stands for files that are staged before the commit; with digests where a listing has
+        these.
+        """
+        staged = (entry for entry in files if entry.path not in self._request.last)
+        return fmt.tally(staged, digests=not isinstance(self._store, SupportsRename))
 
     def _claim(self) -> None:
         """In a bucket: the primary claims the step, and no host writes before."""
@@ -696,7 +726,11 @@ class StartedSave:
         # What is recorded is what was written, be it there or not: the listing will tell.
         entries |= {key: fmt.FileEntry(key, *found) for key, found in known.items()}
         unread: list[Entry] = []
-        for part in writer.parts(host):  # not the whole step: n hosts that list n hosts' files
+
+        def children(part: str) -> Sequence[str]:
+            return store.children(f"{prefix}{part}".rstrip("/"))
+
+        for part in writer.parts(host, children):
             for entry in store.list(f"{prefix}{part}".rstrip("/")):
                 key = entry.key.removeprefix(prefix)
                 if (
@@ -722,19 +756,20 @@ class StartedSave:
         store.sync(self._staging, sorted(f"{prefix}{key}" for key in written))
         return [entries[key] for key in sorted(entries)]
 
-    def _commit(self, records: Sequence[fmt.FileEntry]) -> fmt.CommitMarker:
-        """Step 8, on the primary."""
+    def _commit(self, records: Sequence[fmt.FileEntry], expected: int) -> fmt.CommitMarker:
+        """Step 8, on the primary.
+
+        Args:
+            expected: the tally of everything that the hosts have staged.
+        """
         store, staging = self._store, self._staging
         with self.phases.span("verify"):
-            try:
-                files = read_records(store, staging, records, self.run, self.step)
-            except CorruptStepError as error:
-                raise StorageError(
-                    f"Step {self.step} is not committed: of what the hosts say they have written to"
-                    f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
-                    " Is this one file system, shared by all hosts? Has another job removed it?"
-                ) from error
-            written = {entry.path: entry for entry in (*files, *records)}
+            written = self._listed(expected) or self._recorded(records)
+            kind = store.digest_kind
+            written |= {
+                path: fmt.FileEntry(path, len(content), fmt.digest(content, kind))
+                for path, content in self._request.last.items()
+            }
             marker = fmt.CommitMarker(
                 run=self.run,
                 step=self.step,
@@ -758,7 +793,6 @@ class StartedSave:
                 last=self._request.last,
                 replace=self._replace,
             )
-            check_listing(store, staging, staged)
         self._publish(staged)
         self.phases.reach("committed")
         logger.info(
@@ -769,6 +803,39 @@ class StartedSave:
             marker.hosts,
         )
         return marker
+
+    def _listed(self, expected: int) -> dict[str, fmt.FileEntry]:
+        """Returns what is staged, by path, if it is what the hosts have written; else nothing."""
+        prefix = f"{self._staging}/"
+        listing = self._store.list(self._staging)
+        files = {
+            (path := entry.key.removeprefix(prefix)): fmt.FileEntry(path, entry.size, entry.digest)
+            for entry in listing
+            if not entry.irregular
+        }
+        whole = len(files) == len(listing) and self._tally(files.values()) == expected
+        return files if whole else {}
+
+    def _recorded(self, records: Sequence[fmt.FileEntry]) -> dict[str, fmt.FileEntry]:
+        """Returns what the records name, and the records. Many reads, where a listing does not say
+        the same.
+
+        Raises:
+            StorageError: it is not what is staged; the files are named.
+        """
+        store, staging = self._store, self._staging
+        try:
+            files = read_records(store, staging, records, self.run, self.step)
+        except CorruptStepError as error:
+            raise StorageError(
+                f"Step {self.step} is not committed: of what the hosts say they have written to"
+                f" {store.root}/{staging}, host 0 does not find {', '.join(error.files[:10])}."
+                " Is this one file system, shared by all hosts? Has another job removed it?"
+            ) from error
+        last = self._request.last
+        written = {entry.path: entry for entry in (*files, *records) if entry.path not in last}
+        check_listing(store, staging, Staged(self.run, self.step, self._nonce, staging, written))
+        return written
 
     def _publish(self, staged: Staged) -> None:
         def check() -> None:

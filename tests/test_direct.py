@@ -16,12 +16,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import datarax_dist as dd
 from datarax_dist import arrays, direct, ocdbt
 from datarax_dist import format as fmt
-from datarax_dist.direct import writing
+from datarax_dist.direct import layout, reading, writing
 from datarax_dist.errors import CorruptStepError, StorageError
 
 DEVICES = jax.device_count()
@@ -76,11 +78,17 @@ def same(one: Any, other: Any) -> None:
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
 
 
+@pytest.mark.parametrize("slab_bytes", [4 << 20, 100], ids=["whole chunks", "slab by slab"])
 @pytest.mark.parametrize("level", ["marker", "full"])
 @pytest.mark.parametrize("sizes", [(DEVICES, 1), (2, DEVICES // 2), (1, 1)], ids=str)
 def test_every_mesh_reads_what_another_one_wrote_without_orbax(
-    sizes: tuple[int, int], level: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, int],
+    level: Any,
+    slab_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(layout, "_SLAB_BYTES", slab_bytes)
     state = a_state(on_mesh(DEVICES // 2, 2))
     target = a_state(on_mesh(*sizes))
     with dd.Checkpointer(tmp_path, options=dd.Options(verify_on_restore=level)) as ckpt:
@@ -535,3 +543,64 @@ def test_of_several_files_the_one_that_failed_is_told(
         writer.add_chunks(f"p{number}", [((0, 0), array), ((1, 0), array)])
     with pytest.raises(OSError, match="Input/output error"):
         writer.run()
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), max_size=4).map(tuple),
+    itemsize=st.sampled_from([1, 2, 8]),
+    most=st.integers(1, 64),
+)
+def test_slabs_are_all_of_an_array_in_the_order_in_which_it_is_stored(
+    shape: tuple[int, ...], itemsize: int, most: int
+) -> None:
+    array = np.arange(int(np.prod(shape))).reshape(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "_SLAB_BYTES", most)
+        parts = [array[slab].ravel() for slab in layout.slabs(shape, itemsize)]
+    assert np.array_equal(np.concatenate(parts), array.ravel())
+    assert all(part.size * itemsize <= most or part.size == 1 for part in parts)
+
+
+@pytest.mark.parametrize("slab_bytes", [4 << 20, 1000])
+def test_what_does_not_lie_in_memory_as_it_is_stored_is_stored_like_its_copy(
+    slab_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(writing, "_SMALL_BYTES", 100)
+    turned = values((60, 50), np.float32).T
+    digests = []
+    for number, array in enumerate((turned, np.ascontiguousarray(turned))):
+        names = iter(["d/data", "d/index"])
+        monkeypatch.setattr(writing, "new_file", names.__next__)
+        out = writing.Writing(str(tmp_path / str(number)))
+        out.add_chunks("w", [((0, 0), array)])
+        digests.append(out.run()["d/data"])
+    assert digests[0] == digests[1]
+    data = (tmp_path / "0" / "d" / "data").read_bytes()
+    assert data[: turned.nbytes] == turned.tobytes()
+    assert digests[0] == (len(data), fmt.digest(data))
+
+
+def test_reading_another_mesh_takes_little_memory_beside_the_arrays(tmp_path: Path) -> None:
+    """Chunks that no shard wants as a whole go through slabs of a few MiB."""
+    if DEVICES < 2:
+        pytest.skip("one device has one mesh only")
+    put = on_mesh(DEVICES)
+    state = {"w": jax.device_put(np.ones((DEVICES, 4 << 20), np.float32), put("a", None))}
+    target = {"w": jax.ShapeDtypeStruct((DEVICES, 4 << 20), np.float32, sharding=put(None, "a"))}
+    with dd.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state=state).result()
+        held: list[int] = []
+        empty = np.empty
+
+        def count(shape: Any, *more: Any, **options: Any) -> Any:
+            made = empty(shape, *more, **options)
+            held.append(made.nbytes)
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading.np, "empty", count)
+            restored = ckpt.restore(state=target).state
+    assert np.array_equal(restored["w"], state["w"])
+    shard = 16 << 20
+    assert sorted({size for size in held if size > 8 << 20}) == [shard + 64], "only the shards"

@@ -46,8 +46,8 @@ def test_a_world_is_the_same_each_time_on_greenlets_and_on_threads(
             world.run(explorer._Plan(3, [(1, False), (2, False)], 1, {1: 9, 2: 30}))
             world.finish()
         traces.append(world.scheduler.trace)
-        monkeypatch.setattr(turns, "_coroutine", turns._Thread)
-        monkeypatch.setattr(turns, "_here", turns._thread_here)
+        monkeypatch.setattr(turns, "coroutine", turns._Thread)
+        monkeypatch.setattr(turns, "current", turns._thread_here)
     assert traces[0] == traces[1]
     assert any("DIES" in line for _, line in traces[0])
 
@@ -62,8 +62,8 @@ def test_hosts_that_wait_for_ever_are_a_breach(
 
     monkeypatch.setattr(explorer.Restorer, "restore", for_ever)
     if with_threads:
-        monkeypatch.setattr(turns, "_coroutine", turns._Thread)
-        monkeypatch.setattr(turns, "_here", turns._thread_here)
+        monkeypatch.setattr(turns, "coroutine", turns._Thread)
+        monkeypatch.setattr(turns, "current", turns._thread_here)
     with pytest.raises(explorer.BreachError, match="does not come to an end"):
         explorer.explore([3])
 

@@ -184,6 +184,9 @@ def show(arguments: argparse.Namespace) -> int:
         try:
             files = read_records(store, candidate.name, marker.records, marker.run, marker.step)
             body["files"] = [{"path": f.path, "size": f.size, "digest": f.digest} for f in files]
+            first = marker.records[0].path
+            record = fmt.parse_record(store.get(f"{candidate.name}/{first}"), first)
+            body["notes"] = dict(record.notes)
         except (CorruptStepError, FormatVersionError) as error:
             if isinstance(error, FormatVersionError):
                 raise
@@ -253,8 +256,9 @@ def _print_step(body: Mapping[str, Any]) -> None:
         ]
     if "files" in body:
         lines.append(("files", str(len(body["files"]))))
+    lines += sorted(body.get("notes", {}).items())
     for name, text in lines:
-        print_clean(f"{name:<10} {text}")
+        print_clean(f"{name:<11} {text}")
     if "leaves" not in body:
         return
     print_clean()

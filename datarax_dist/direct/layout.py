@@ -10,7 +10,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,17 @@ import numpy as np
 from datarax_dist import format as fmt
 from datarax_dist.ocdbt import Extent
 
-__all__ = ["TAIL_BYTES", "StoredArray", "describe_array", "is_tail", "make_tail", "parse_array"]
+__all__ = [
+    "TAIL_BYTES",
+    "StoredArray",
+    "describe_array",
+    "is_tail",
+    "make_tail",
+    "parse_array",
+    "slabs",
+]
 
+_SLAB_BYTES = 4 << 20
 _CACHED = 4096  # many arrays of a model are of one shape
 _CHECKSUM = struct.Struct("<I")
 _SHARD_INDEX = struct.Struct("<QQ")  # offset and length of the only inner chunk
@@ -159,3 +168,21 @@ def is_tail(tail: bytes, array: StoredArray, crc: int | None) -> bool:
     """Whether a chunk ends as it must; whatever its crc32c is, where none was computed."""
     right = make_tail(array.chunk_bytes, crc or 0)
     return tail[4:] == right[4:] and (crc is None or tail[:4] == right[:4])
+
+
+def slabs(shape: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Yields the parts of an array that lie behind each other when it is stored, of a few MiB each:
+    slices of its first dimensions; the others are whole.
+    """
+    size, axis = itemsize, len(shape)
+    while axis and size * shape[axis - 1] <= _SLAB_BYTES:
+        axis -= 1
+        size *= shape[axis]
+    if not axis:
+        yield ()
+        return
+    count = max(1, _SLAB_BYTES // size)
+    for at in itertools.product(*map(range, shape[: axis - 1])):
+        first = tuple(slice(number, number + 1) for number in at)
+        for begin in range(0, shape[axis - 1], count):
+            yield (*first, slice(begin, min(begin + count, shape[axis - 1])))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import format as fmt
-from datarax_dist.direct.layout import TAIL_BYTES, StoredArray, is_tail
+from datarax_dist.direct.layout import TAIL_BYTES, StoredArray, is_tail, slabs
 from datarax_dist.errors import StorageError, describe, is_passing, storage_hint
 
 __all__ = ["Buffer", "Reading", "Region", "region"]
@@ -159,24 +159,36 @@ class Reading:
             in_order = digester is not None and chunk.offset >= at
             if in_order:
                 self._skim(descriptor, at, chunk.offset, digester)
-            values = chunk.inside
-            if values is None:
-                values = np.empty(chunk.array.chunk_shape, chunk.array.dtype)
-            memory = values.reshape(-1).view(np.uint8)
-            tail = np.empty(TAIL_BYTES, np.uint8)
             sums = digester if in_order else _Crc()
-            self._fill(descriptor, memory, chunk.offset, sums)
-            self._fill(descriptor, tail, chunk.offset + len(memory), digester if in_order else None)
+            end = self._read_values(descriptor, chunk, sums)
+            tail = np.empty(TAIL_BYTES, np.uint8)
+            self._fill(descriptor, tail, end, digester if in_order else None)
             if in_order:
-                at = chunk.offset + len(memory) + len(tail)
+                at = end + len(tail)
             crc = sums.value if isinstance(sums, _Crc) else None  # else the digest will tell
             if not is_tail(tail.tobytes(), chunk.array, crc):
                 return "the checksum of a chunk is wrong"
-            _spread(chunk, values)
         if entry is None or digester is None:
             return None
         self._skim(descriptor, at, entry.size, digester)
         return None if digester.text() == entry.digest else "its content has changed (checksum)"
+
+    def _read_values(self, descriptor: int, chunk: _Chunk, sums: Any) -> int:
+        """Reads the values of a chunk into the memory that takes the whole of it, or through a
+        little memory into what takes parts. Returns where they end in the file.
+        """
+        at, shape = chunk.offset, chunk.array.chunk_shape
+        whole = chunk.inside is not None
+        for part in [()] if whole else slabs(shape, chunk.array.dtype.itemsize):
+            values = chunk.inside
+            if values is None:
+                sizes = [place.stop - place.start for place in part]
+                values = np.empty((*sizes, *shape[len(part) :]), chunk.array.dtype)
+            memory = values.reshape(-1).view(np.uint8)
+            self._fill(descriptor, memory, at, sums)
+            at += len(memory)
+            _spread(chunk, values, part)
+        return at
 
     def _skim(self, descriptor: int, begin: int, end: int, sums: Any) -> None:
         """Reads what nobody wants, for its digest."""
@@ -233,10 +245,22 @@ def _add(chunk: _Chunk, place: Sequence[int], buffer: Buffer) -> None:
         chunk.copies.append(_Copy(buffer, tuple(into), tuple(part)))
 
 
-def _spread(chunk: _Chunk, values: np.ndarray[Any, Any]) -> None:
-    values = values.reshape(chunk.array.chunk_shape)
+def _spread(chunk: _Chunk, values: np.ndarray[Any, Any], slab: Sequence[slice] = ()) -> None:
+    """Copies values to where they are wanted.
+
+    Args:
+        values: of the whole chunk, or of a slab of it.
+        slab: where they are in the chunk, as far as it is not whole dimensions.
+    """
+    values = values.reshape((*values.shape[: len(slab)], *chunk.array.chunk_shape[len(slab) :]))
     for copy in chunk.copies:
-        copy.buffer.array[copy.into] = values[copy.part]
+        into, part = list(copy.into), list(copy.part)
+        for axis, place in enumerate(slab):
+            low, high = max(place.start, part[axis].start), min(place.stop, part[axis].stop)
+            moved = into[axis].start - part[axis].start
+            into[axis] = slice(low + moved, max(low, high) + moved)
+            part[axis] = slice(low - place.start, max(low, high) - place.start)
+        copy.buffer.array[tuple(into)] = values[tuple(part)]
 
 
 def _take(chunk: _Chunk, data: bytes) -> bool:

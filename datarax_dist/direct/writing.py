@@ -1,15 +1,15 @@
 """Writes chunks into files of one OCDBT database, with an index, and digests of all that it writes.
 
 The files are written on a few threads, each of them once: what is written is at that moment in the
-processor's caches, where its checksums cost the least, and is synced while others are written. No
-copy is made of what is larger than a piece.
+processor's caches, where its checksums cost the least, and is synced while others are written. Of
+what is larger than a few MiB no copy is made.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import format as fmt
-from datarax_dist.direct.layout import TAIL_BYTES, make_tail
+from datarax_dist.direct.layout import TAIL_BYTES, make_tail, slabs
 from datarax_dist.ocdbt import MOST_INLINE_BYTES, Extent, make_index, new_file
 
 __all__ = ["Writing"]
@@ -31,7 +31,18 @@ _THREADS = 8
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     key: str
-    memory: np.ndarray[Any, Any]  # its bytes
+    values: np.ndarray[Any, Any]
+
+    def pieces(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yields its bytes: as they are in memory, or copied a little at a time where they do not
+        lie there as they are stored.
+        """
+        values = self.values
+        if values.flags.c_contiguous:
+            yield values.reshape(-1).view(np.uint8)
+            return
+        for slab in slabs(values.shape, values.itemsize):
+            yield np.ascontiguousarray(values[slab]).reshape(-1).view(np.uint8)
 
 
 class Writing:
@@ -58,16 +69,14 @@ class Writing:
         """Adds chunks of an array, each with its place in the grid of chunks."""
         for at, values in chunks:
             key = "/".join([f"{name}/c", *map(str, at)])
-            memory = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-            length = len(memory) + TAIL_BYTES
+            length = values.nbytes + TAIL_BYTES
             if length <= MOST_INLINE_BYTES:
-                tail = make_tail(len(memory), fmt.crc32c(memory))
-                self._values[key] = memory.tobytes() + tail
+                self._values[key] = _with_tail(values)
                 continue
             if self._at and self._at + length > _FILE_BYTES:
                 self._file, self._at = new_file(), 0
                 self._files[self._file] = []
-            self._files[self._file].append(_Chunk(key, memory))
+            self._files[self._file].append(_Chunk(key, values))
             self._values[key] = Extent(self._file, self._at, length)
             self._at += length
 
@@ -111,15 +120,20 @@ class Writing:
             for chunk in chunks:
                 if self._stopped.is_set():
                     raise InterruptedError(f"{file}: the writing was given up")
-                if len(chunk.memory) < _SMALL_BYTES:
-                    tail = make_tail(len(chunk.memory), fmt.crc32c(chunk.memory))
-                    output.add(chunk.memory.tobytes() + tail)
+                size = chunk.values.nbytes
+                if size < _SMALL_BYTES:
+                    output.add(_with_tail(chunk.values))
                 else:
-                    output.add(make_tail(len(chunk.memory), output.write(chunk.memory)))
+                    output.add(make_tail(size, output.write(chunk.pieces())))
         return output.size, output.digester.text()
 
     def _create(self, file: str) -> _Output:
         return _Output(os.path.join(self._directory, file))
+
+
+def _with_tail(values: np.ndarray[Any, Any]) -> bytes:
+    data = values.tobytes()
+    return data + make_tail(len(data), fmt.crc32c(data))
 
 
 class _Output:
@@ -148,23 +162,24 @@ class _Output:
         if len(self._small) >= _PIECE_BYTES:
             self._flush()
 
-    def write(self, memory: np.ndarray[Any, Any]) -> int:
-        """Writes memory as it is, and returns its crc32c."""
+    def write(self, pieces: Iterable[np.ndarray[Any, Any]]) -> int:
+        """Writes bytes that follow each other, as they are, and returns their crc32c."""
         self._flush()
-        crc = 0
-        for begin in range(0, len(memory), _PIECE_BYTES):
-            piece = memory[begin : begin + _PIECE_BYTES]
-            crc = fmt.crc32c(piece, crc)
-            self._put(piece)
-        return crc
+        part = self.digester.part()
+        for memory in pieces:
+            for begin in range(0, len(memory), _PIECE_BYTES):
+                piece = memory[begin : begin + _PIECE_BYTES]
+                part.update(piece)
+                self._put(piece)
+        return self.digester.join(part)
 
     def _flush(self) -> None:
         if self._small:
-            data, self._small = self._small, bytearray()
-            self._put(np.frombuffer(data, np.uint8))
+            data, self._small = np.frombuffer(self._small, np.uint8), bytearray()
+            self.digester.update(data)
+            self._put(data)
 
     def _put(self, piece: np.ndarray[Any, Any]) -> None:
-        self.digester.update(piece)
         written = 0
         while written < len(piece):
             written += os.write(self._descriptor, piece[written:].data)

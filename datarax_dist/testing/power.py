@@ -150,7 +150,7 @@ class _Files(MemoryArrays):
         super().__init__(MemoryStore(), host, {})
         self._root, self._bytes = root, content
 
-    def start(self, prefix: str, all_written: Callable[[], None]) -> _Files:
+    def start(self, prefix: str, all_written: Callable[[], None], choice: Any) -> _Files:
         state = self._root / prefix / "state"
 
         def work() -> None:

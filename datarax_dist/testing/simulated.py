@@ -7,6 +7,7 @@ results = hosts.run(lambda group: group.exchange("vote", group.index, timeout_se
 
 from __future__ import annotations
 
+import bisect
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,6 +72,39 @@ class SimulatedHosts:
             return list(pool.map(one, self.groups))
 
 
+class _Files(dict[str, bytes]):
+    """Files by their keys, of which those below a prefix are found without looking at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sorted: list[str] = []
+
+    def __setitem__(self, key: str, data: bytes) -> None:
+        if key not in self:
+            bisect.insort(self._sorted, key)
+        super().__setitem__(key, data)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        del self._sorted[bisect.bisect_left(self._sorted, key)]
+
+    def pop(self, key: str) -> bytes:  # type: ignore[override]
+        data = self[key]
+        del self[key]
+        return data
+
+    def update(self, files: Mapping[str, bytes]) -> None:  # type: ignore[override]
+        for key, data in files.items():
+            self[key] = data
+
+    def below(self, prefix: str) -> list[str]:
+        """Returns the keys below a prefix, sorted."""
+        start = f"{prefix}/" if prefix else ""
+        begin = bisect.bisect_left(self._sorted, start)
+        end = bisect.bisect_left(self._sorted, f"{prefix}0") if prefix else None  # "0" follows "/"
+        return self._sorted[begin:end]
+
+
 _digest = functools.lru_cache(1 << 12)(fmt.digest)  # of contents that are listed again and again
 
 
@@ -92,7 +126,7 @@ class _MemoryFiles:
     one_at_a_time = True
 
     def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
+        self.files: _Files = _Files()
         self.log: list[tuple[str, str]] = []
         self._volatile: set[str] = set()
         self._left: int | None = None
@@ -152,18 +186,16 @@ class _MemoryFiles:
         return self.files.get(key) == data
 
     def children(self, prefix: str) -> list[str]:
-        start = f"{prefix}/" if prefix else ""
+        start = len(prefix) + 1 if prefix else 0
         with self._lock:
-            parts = [
-                key[len(start) :].partition("/") for key in self.files if key.startswith(start)
-            ]
+            parts = [key[start:].partition("/") for key in self.files.below(prefix)]
         return sorted({name + slash for name, slash, _ in parts})
 
     def list(self, prefix: str) -> list[Entry]:
-        start = f"{prefix}/" if prefix else ""
         with self._lock:
-            keys = [key for key in self.files if key.startswith(start) or key == prefix]
-            return [self._entry(key, self.files[key]) for key in sorted(keys)]
+            keys = [prefix] if prefix in self.files else []
+            keys += self.files.below(prefix)
+            return [self._entry(key, self.files[key]) for key in keys]
 
     def _entry(self, key: str, data: bytes) -> Entry:
         return Entry(key, len(data))
@@ -176,7 +208,8 @@ class _MemoryFiles:
 
     def delete(self, prefix: str, *, last: str | None = None) -> None:
         with self._lock:
-            keys = [k for k in self.files if k == prefix or k.startswith(f"{prefix}/")]
+            keys = [prefix] if prefix in self.files else []
+            keys += self.files.below(prefix)
             for key in sorted(keys, key=lambda key: key == f"{prefix}/{last}"):
                 self._change()  # file by file: it can be cut in the middle
                 del self.files[key]
@@ -200,7 +233,7 @@ class MemoryStore(_MemoryFiles):
         with self._lock:
             if self.children(destination):
                 raise StorageError(f"{destination} is there already", errno=17)
-            keys = [key for key in self.files if key.startswith(f"{source}/")]
+            keys = self.files.below(source)
             parent = destination.rpartition("/")[0]
             if not keys or (parent and not self.children(parent)):
                 raise KeyError(source)
@@ -214,7 +247,7 @@ class MemoryStore(_MemoryFiles):
             self.log.append(("rename", destination))
 
 
-class _Written(dict[str, bytes]):
+class _Written(_Files):
     """Files, and for each which writing it is."""
 
     def __init__(self) -> None:
@@ -403,7 +436,10 @@ class MemoryArrays:
         self._work: Callable[[], None] = lambda: None
         self._released = False
 
-    def start(self, prefix: str, all_written: Callable[[], None]) -> MemoryArrays:
+    def choose(self) -> None:
+        return None
+
+    def start(self, prefix: str, all_written: Callable[[], None], choice: Any) -> MemoryArrays:
         def work() -> None:
             assert self._released, "nobody may write before the step is claimed"
             for name, data in self._content.items():
@@ -430,8 +466,15 @@ class MemoryArrays:
     def digests(self) -> dict[str, tuple[int, str]]:
         return {}
 
-    def parts(self, host: int) -> list[str]:
-        return [f"state/ocdbt.process_{host}"] if host else [""]
+    def notes(self) -> dict[str, str]:
+        return {}
+
+    def parts(self, host: int, children: Callable[[str], Sequence[str]]) -> list[str]:
+        if host:
+            return [f"state/ocdbt.process_{host}"]
+        found = [name for name in children("") if name not in ("state/", "data/", "hosts/")]
+        found += [f"state/{name}" for name in children("state")]
+        return [name for name in found if self.owns(name, host)]
 
     def owns(self, key: str, host: int) -> bool:
         part = key.partition("ocdbt.process_")[2]

@@ -22,7 +22,7 @@ try:
 except ImportError:
     greenlet = None  # type: ignore[assignment,unused-ignore]
 
-__all__ = ["Crash", "Scheduler", "SteppedBoard", "StuckError"]
+__all__ = ["Crash", "Scheduler", "SteppedBoard", "StuckError", "coroutine", "current"]
 
 _BEGIN = 1_700_000_000.0
 _LONGEST_SECONDS = 3600.0  # of one run; every wait in it ends long before
@@ -76,8 +76,8 @@ def _thread_here() -> Any:
 
 
 # With greenlet, of the test extra, the same worlds take half the time.
-_coroutine: Any = _Thread if greenlet is None else greenlet.greenlet
-_here: Callable[[], Any] = _thread_here if greenlet is None else greenlet.getcurrent
+coroutine: Any = _Thread if greenlet is None else greenlet.greenlet
+current: Callable[[], Any] = _thread_here if greenlet is None else greenlet.getcurrent
 
 
 @dataclass(slots=True, eq=False)
@@ -217,9 +217,9 @@ class Scheduler:
                 results[actor.index] = error
             self._live = [other for other in self._live if other is not actor]
 
-        here = _here()
+        here = current()
         for actor in actors:
-            actor.coroutine = _coroutine(functools.partial(host, actor), here)
+            actor.coroutine = coroutine(functools.partial(host, actor), here)
         self._actors, self._live = actors, list(actors)
         self._end = self._time + _LONGEST_SECONDS
         while self._live:  # here again whenever a host has ended

@@ -1,0 +1,549 @@
+"""Saves and restores through Orbax.
+
+Orbax's `AsyncCheckpointer` is used with settings under which it coordinates nothing by itself: each
+host tells it that it is alone (`active_processes`), so its own barriers, some without a deadline,
+are never entered; the one point at which hosts must meet (all arrays written, before the primary
+merges) is our exchange. Directories are made beforehand, by the save protocol.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import functools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from etils.epath import backend as epath_backend
+from etils.epath import gpath
+from orbax.checkpoint._src.futures import signaling_client
+from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
+    BasePyTreeCheckpointHandler,
+)
+from orbax.checkpoint._src.path import atomicity
+
+from datarax_dist import direct
+from datarax_dist import format as fmt
+from datarax_dist.arrays.failures import wrapped
+from datarax_dist.arrays.hooks import Gate, gates
+from datarax_dist.arrays.leaves import bytes_of, check_kind, fits, restore_args, spec_leaves, want
+from datarax_dist.arrays.sampling import compress_sample
+from datarax_dist.boards import PatientClient
+from datarax_dist.compression import EVERYTHING, NOTHING, Advisor, Choice
+from datarax_dist.config import Options, is_bucket
+from datarax_dist.errors import CorruptStepError, InvalidArgumentError, StorageError
+from datarax_dist.ocdbt import read_index
+from datarax_dist.storage import LocalStore
+from datarax_dist.trees import LeafSpec, TreeSpec
+
+__all__ = ["ORBAX_VERSION", "Engine", "OrbaxArrays"]
+
+ORBAX_VERSION = ocp.__version__
+_BUCKET_FILE_BYTES = 128 << 20  # several are uploaded at the same time
+_TENSORSTORE_SETTINGS = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+_SAMPLES_PER_SAVE = 8  # each takes some milliseconds, before the save goes on
+_Result = TypeVar("_Result")
+_METADATA_OF_ARRAYS = "state/array_metadatas/"
+_HOST_PART = re.compile(
+    r"(?:.*/)?(?:ocdbt\.process_|array_metadatas/process_)([0-9]+)(?:_direct)?(?:/.*)?"
+)
+
+
+class _InPlace(atomicity.CommitFileTemporaryPath):
+    """Writes where the save protocol says, into a directory that may be there already; never
+    removes one.
+    """
+
+    async def create(self) -> Any:
+        if is_bucket(str(self._tmp_path)):
+            return self._tmp_path  # no directories there; and nobody waits for it here
+        self._tmp_path.mkdir(parents=True, exist_ok=True)
+        if self._checkpoint_metadata_store is not None:
+            self._checkpoint_metadata_store.write(
+                file_path=self._tmp_path / "_CHECKPOINT_METADATA", metadata={}
+            )
+        return self._tmp_path
+
+
+def _handler(
+    processes: Any,
+    options: Options,
+    *,
+    save_bytes: int | None = None,
+    restore_bytes: int | None = None,
+) -> ocp.PyTreeCheckpointHandler:
+    # The outer class counts limits in whole GB and has one by default, which keeps Orbax from
+    # writing all arrays in a single OCDBT transaction; the inner one takes bytes, and None.
+    inner = BasePyTreeCheckpointHandler(
+        use_ocdbt=True,
+        use_zarr3=True,
+        use_compression=options.compression == "zstd",  # the hooks say of each array
+        save_concurrent_bytes=save_bytes,
+        restore_concurrent_bytes=restore_bytes,
+        multiprocessing_options=processes,
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, multiprocessing_options=processes, handler_impl=inner
+    )
+
+
+def _at_least(limit: int | None, leaves: Sequence[Any]) -> int | None:
+    """Orbax fails when one array is not smaller than its limit of bytes at a time, be it one that
+    it does not write itself.
+    """
+    if limit is None:
+        return None
+    return max([limit, *(int(getattr(leaf, "nbytes", 0)) + 1 for leaf in leaves)])
+
+
+def _check_limit(option: str, limit: int | None, sizes: Iterable[tuple[str, int]]) -> None:
+    """Raises where a limit of bytes at a time cannot be kept.
+
+    Args:
+        sizes: bytes on this host of each array that Orbax reads or writes: it does so with an array
+            as a whole.
+    """
+    if limit is None:
+        return
+    name, size = max(sizes, key=lambda row: row[1], default=("", 0))
+    if size >= limit:
+        raise InvalidArgumentError(
+            f"Options.{option} is {limit}, and {name} alone takes {size} bytes on this host: it"
+            f" cannot be read or written in parts. Nothing was changed. Set Options.{option} to"
+            f" {size + 1} or more, or to None."
+        )
+
+
+def _local_bytes(array: Any) -> int:
+    """Bytes of an array on this host."""
+    if isinstance(array, jax.Array) and not jax.numpy.issubdtype(array.dtype, jax.dtypes.extended):
+        return sum(shard.data.nbytes for shard in array.addressable_shards if not shard.replica_id)
+    return int(getattr(array, "nbytes", 0))
+
+
+@functools.cache
+def _make_signals_patient() -> None:
+    """Orbax asks JAX's coordination service whether there are signals to wait for, on the thread
+    that calls `save`, and without a deadline.
+    """
+    signals = signaling_client.get_signaling_client()
+    if isinstance(signals, signaling_client.JaxDistributedSignalingClient):
+        signals._client = PatientClient(signals._client)
+
+
+class Engine:
+    """An Orbax checkpointer, with what it is to call when this host's arrays are written. Each has
+    its own: one that hangs and is given up must never speak for a later save.
+    """
+
+    def __init__(self, host: int, options: Options, limit: int | None) -> None:
+        _make_signals_patient()
+        self.limit = limit
+        self._all_written: Callable[[], None] = lambda: None
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={host}, barrier_sync_key_prefix="datarax_dist"
+        )
+        asynchronous = ocp.options.AsyncOptions(
+            timeout_secs=int(min(options.save_timeout_seconds, 10**9)) + 1,
+            barrier_sync_fn=self._barrier,
+            create_directories_asynchronously=False,
+        )
+        self._handler = _handler(processes, options, save_bytes=limit)
+        self._orbax = ocp.AsyncCheckpointer(
+            self._handler,
+            multiprocessing_options=processes,
+            async_options=asynchronous,
+            temporary_path_class=_InPlace,
+            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+        )
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        del timeout_ms  # the save protocol has its own deadline
+        if "async_write_complete" in key:
+            self._all_written()
+
+    def save(self, path: str, arrays: Any, all_written: Callable[[], None]) -> None:
+        self._all_written = all_written
+        # Every host may make the directory of its array metadata. By default the others wait ten
+        # minutes for the primary to do so, even if that has failed. The store is one for the whole
+        # process, and every new Orbax handler sets it back.
+        if (store := self._handler._handler_impl._array_metadata_store) is not None:
+            store.set_primary_host(None)
+        size = _BUCKET_FILE_BYTES if is_bucket(path) else None
+        arguments = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=size)
+        self._orbax.save(epath.Path(path), args=arguments)
+
+    def wait(self) -> None:
+        self._orbax.wait_until_finished()
+
+    def close(self) -> None:
+        self._orbax.close()
+
+
+class OrbaxArrays:
+    """Orbax for one `Checkpointer`: writes and reads the `state` item of steps below `root`."""
+
+    def __init__(self, root: str, host: int, options: Options) -> None:
+        self._root = root
+        self._host = host
+        self._options = options
+        self._checkpointer: Engine | None = None
+        self._compressed: Sequence[str] | None = ()  # in the save under way
+        self._advisor = Advisor(len(os.sched_getaffinity(0)))
+        if is_bucket(root):
+            _prepare_buckets()
+
+    def writer(self, arrays: Any) -> OrbaxWriter:
+        """Returns what writes these arrays, a tree of what Orbax can store; None for no state.
+
+        Raises:
+            InvalidArgumentError: `save_concurrent_bytes` cannot be kept.
+        """
+        _check_limit(
+            "save_concurrent_bytes",
+            self._options.save_concurrent_bytes,
+            (
+                (jax.tree_util.keystr(path), _local_bytes(leaf))
+                for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+                if not (isinstance(leaf, jax.Array) and self._is_direct)
+            ),
+        )
+        return OrbaxWriter(self, arrays)
+
+    @property
+    def _is_direct(self) -> bool:
+        """Whether arrays are written without TensorStore, where they can be."""
+        return self._options.compression != "zstd" and not is_bucket(self._root)
+
+    def choose(self) -> Choice:
+        """Returns what the next save compresses. For the primary."""
+        told = self._options.compression
+        return (
+            self._advisor.choose() if told == "auto" else EVERYTHING if told == "zstd" else NOTHING
+        )
+
+    def _learn(self, parts: Mapping[str, Sequence[Any]], seconds: float) -> None:
+        """Takes in how long this host's parts have taken to be written, and takes samples."""
+        sizes = {name: sum(part.nbytes for part in found) for name, found in parts.items()}
+        self._advisor.note_speed(sum(sizes.values()), seconds, compressed=bool(self._compressed))
+        wanted = [name for name, size in sizes.items() if self._advisor.wants_sample(name, size)]
+        wanted.sort(key=lambda name: -sizes[name])
+        for name in wanted[:_SAMPLES_PER_SAVE]:
+            self._advisor.note_sample(name, sizes[name], *compress_sample(parts[name][0]))
+
+    def start(
+        self, prefix: str, all_written: Callable[[], None], arrays: Any, choice: Choice = NOTHING
+    ) -> _OrbaxWrite:
+        limit = _at_least(self._options.save_concurrent_bytes, jax.tree.leaves(arrays))
+        if self._checkpointer is None or self._checkpointer.limit != limit:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+            self._checkpointer = Engine(self._host, self._options, limit)
+        path = os.path.join(self._root, prefix, "state")
+        if self._host == 0 and not is_bucket(path):
+            with wrapped("write", path):
+                os.makedirs(path, exist_ok=True)
+        self._compressed = choice.compressed
+        gates[path] = gate = Gate(
+            self._options.save_timeout_seconds,
+            direct=self._is_direct,
+            compressed=choice.compressed,
+            learn=self._learn if self._host == 0 and self._options.compression == "auto" else None,
+        )
+        try:
+            with wrapped("write", path):
+                self._checkpointer.save(path, arrays, all_written)
+        except BaseException:
+            gate.cancel()
+            self.abandon(self._checkpointer)
+            raise
+        return _OrbaxWrite(self, self._checkpointer, path, gate, choice)
+
+    def restore(
+        self,
+        step: str,
+        spec: TreeSpec,
+        wanted: Sequence[tuple[LeafSpec, Any]],
+        verified: Sequence[fmt.FileEntry] = (),
+    ) -> dict[tuple[str, ...], Any]:
+        """Returns the arrays of `wanted` leaves by path. A target of None means today's default
+        placement.
+
+        Args:
+            verified: files of this state whose digests this host verifies while it reads.
+
+        Raises:
+            StructureMismatchError: an array cannot be placed as the target says.
+            CorruptStepError: a file that is to be verified, or what was read, is damaged.
+            StorageError: Orbax or TensorStore could not read it.
+        """
+        path = os.path.join(self._root, step)
+        chosen = {
+            leaf.path: (leaf, restore_args(leaf, target))
+            for leaf, target in wanted
+            if not leaf.inline
+        }
+        found: dict[tuple[str, ...], Any] = {}
+        if not is_bucket(path):
+            found = self._read_direct(path, chosen, verified)
+        rest = {key: value for key, value in chosen.items() if key not in found}
+        return found | self._read_by_orbax(path, spec, rest)
+
+    def _read_direct(
+        self,
+        path: str,
+        chosen: Mapping[tuple[str, ...], tuple[LeafSpec, Any]],
+        verified: Sequence[fmt.FileEntry],
+    ) -> dict[tuple[str, ...], Any]:
+        """Returns those arrays that need no Orbax to be read, and verifies files meanwhile."""
+        store = LocalStore(self._root)
+        where = os.path.relpath(path, self._root)
+        files = {entry.path.removeprefix("state/"): entry for entry in verified}
+        reading = direct.Reading(lambda file: store.open(f"{where}/{file}"), files)
+        makers: dict[tuple[str, ...], Callable[[], Any]] = {}
+        with wrapped("read", path):
+            index = read_index(path) if chosen else {}
+            for key, (leaf, arguments) in chosen.items():
+                stored = direct.parse_array(".".join(key), index)  # as Orbax names it
+                if stored is not None and fits(stored, leaf):
+                    makers[key] = want(reading, stored, arguments)
+            if wrong := reading.run():
+                told = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:5])
+                raise CorruptStepError(told, step=-1, files=[f"state/{name}" for name in wrong])
+            return {key: jax.block_until_ready(make()) for key, make in makers.items()}
+
+    def _read_by_orbax(
+        self,
+        path: str,
+        spec: TreeSpec,
+        chosen: Mapping[tuple[str, ...], tuple[LeafSpec, Any]],
+    ) -> dict[tuple[str, ...], Any]:
+        if not chosen:
+            return {}
+        values: list[Any] = [ocp.PLACEHOLDER] * len(spec.leaves)
+        arguments: list[Any] = [ocp.RestoreArgs()] * len(spec.leaves)
+        numbers = {leaf.path: number for number, leaf in enumerate(spec.leaves)}
+        for key, (_, wish) in chosen.items():
+            values[numbers[key]] = 0
+            arguments[numbers[key]] = wish
+        leaves = [leaf for leaf, _ in chosen.values()]
+        limit = self._options.restore_concurrent_bytes
+        sizes = ((leaf.name, bytes_of(leaf, wish)) for leaf, wish in chosen.values())
+        _check_limit("restore_concurrent_bytes", limit, sizes)
+        handler = _handler(
+            ocp.options.MultiprocessingOptions(primary_host=0, active_processes={self._host}),
+            self._options,
+            restore_bytes=_at_least(limit, leaves),
+        )
+
+        def read() -> dict[tuple[str, ...], Any]:
+            wish = ocp.args.PyTreeRestore(
+                item=spec.build(values), restore_args=spec.build(arguments)
+            )
+            restored = spec_leaves(spec, handler.restore(epath.Path(path), args=wish))
+            for leaf in leaves:
+                check_kind(leaf, restored[numbers[leaf.path]])
+            return {
+                leaf.path: jax.block_until_ready(restored[numbers[leaf.path]]) for leaf in leaves
+            }
+
+        with wrapped("read", path):
+            if not is_bucket(path):
+                return read()
+            return _in_time(read, self._options.restore_timeout_seconds, f"Reading {path}")
+
+    def abandon(self, checkpointer: Engine) -> None:
+        """Lets go of an Orbax checkpointer that hangs or has failed; the next save gets a new one.
+
+        One that has failed keeps what it has not told: of several errors of one save it raises the
+        first, and another one in the next save.
+        """
+        if self._checkpointer is checkpointer:
+            self._checkpointer = None
+
+    def close(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+            self._checkpointer = None
+
+
+class OrbaxWriter:
+    """The array writer of one save."""
+
+    def __init__(self, engine: OrbaxArrays, arrays: Any) -> None:
+        self._engine = engine
+        self._arrays = arrays
+
+    def choose(self) -> Any:
+        """See `save.ArrayWriter`."""
+        return self._engine.choose().to_json()
+
+    def start(
+        self, prefix: str, all_written: Callable[[], None], choice: Any
+    ) -> _OrbaxWrite | None:
+        if self._arrays is None:
+            return None
+        return self._engine.start(prefix, all_written, self._arrays, Choice.from_json(choice))
+
+    def step_files(self) -> dict[str, bytes]:
+        """Returns what plain Orbax wants to see in a step directory beside its items."""
+        handlers = {"metadata": ocp.handlers.JsonCheckpointHandler}
+        if self._arrays is not None:
+            handlers["state"] = ocp.PyTreeCheckpointHandler
+        names = {item: f"{kind.__module__}.{kind.__qualname__}" for item, kind in handlers.items()}
+        described = {"item_handlers": names, "custom_metadata": {}}
+        return {
+            "_CHECKPOINT_METADATA": json.dumps(described).encode(),
+            fmt.ORBAX_COMMIT_NAME: b"COMMIT.json tells\n",
+        }
+
+    def parts(self, host: int, children: Callable[[str], Sequence[str]]) -> list[str]:
+        if host:
+            return [
+                f"state/ocdbt.process_{host}",
+                f"state/ocdbt.process_{host}_direct",
+                f"{_METADATA_OF_ARRAYS}process_{host}",
+            ]
+        if is_bucket(self._engine._root):
+            return [""]  # thousands of files in one request
+        found = [name for name in children("") if name not in ("state/", "data/", "hosts/")]
+        found += [f"state/{name}" for name in children("state")]
+        if _METADATA_OF_ARRAYS in found:
+            found.remove(_METADATA_OF_ARRAYS)
+            found += [f"{_METADATA_OF_ARRAYS}{name}" for name in children(_METADATA_OF_ARRAYS)]
+        return [name for name in found if self.owns(name, host)]
+
+    def owns(self, key: str, host: int) -> bool:
+        found = _HOST_PART.fullmatch(key)
+        return (int(found[1]) if found else 0) == host
+
+
+class _OrbaxWrite:
+    def __init__(
+        self,
+        engine: OrbaxArrays,
+        checkpointer: Engine,
+        path: str,
+        gate: Gate,
+        choice: Choice,
+    ) -> None:
+        self._gate = gate
+        self._choice = choice
+        self._engine = engine
+        self._checkpointer = checkpointer
+        self._path = path
+        self._ended: Future[None] | None = None
+
+    def _wait(self, ended: Future[None]) -> None:
+        try:
+            self._checkpointer.wait()
+            if self._engine._host == 0 and is_bucket(self._path):
+                _read_structure(self._path)
+        except BaseException as error:
+            self._engine.abandon(self._checkpointer)
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+        finally:
+            gates.pop(self._path, None)
+
+    def release(self) -> None:
+        self._gate.open()
+
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """See `save.ArrayWrite`."""
+        return {f"state/{file}": digest for file, digest in self._gate.digests.items()}
+
+    def notes(self) -> dict[str, str]:
+        """See `save.ArrayWrite`."""
+        return {"compression": self._choice.why}
+
+    def cancel(self) -> None:
+        self._gate.cancel()
+
+    def wait(self, timeout_seconds: float) -> None:
+        if self._ended is None:  # on a thread of its own, because Orbax's waiting has no deadline
+            ended: Future[None] = Future()
+            threading.Thread(
+                target=self._wait, args=(ended,), name="datarax_dist-arrays", daemon=True
+            ).start()
+            self._ended = ended
+        with wrapped("write", self._path):
+            done, _ = concurrent.futures.wait([self._ended], timeout_seconds)
+            if not done:
+                self._engine.abandon(self._checkpointer)
+                raise StorageError(
+                    f"Writing the arrays to {self._path} has not ended at the save's deadline. Is"
+                    " the storage stuck? Options.save_timeout_seconds sets the deadline.",
+                    errno=errno.ETIMEDOUT,
+                )
+            self._ended.result()
+
+
+def _read_structure(path: str) -> None:
+    """Reads what tells where each array is. TensorStore sends no checksum with its uploads to a
+    bucket; what is damaged there would lose all arrays, and is noticed here, before the commit.
+    """
+    ts.KvStore.open({"driver": "ocdbt", "base": f"{path}/"}).result().list().result()
+
+
+def _in_time(act: Callable[[], _Result], seconds: float, what: str) -> _Result:
+    """Returns what `act` returns, or raises when it has not ended in time: then it is left alone,
+    as nothing can stop it.
+    """
+    ended: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(act())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, name="datarax_dist-read", daemon=True).start()
+    end = time.monotonic() + seconds
+    while not ended.done():
+        left = end - time.monotonic()
+        if left <= 0:
+            raise StorageError(
+                f"{what} has not ended after {seconds:.0f} s. Does the bucket answer?"
+                " Options.restore_timeout_seconds sets the deadline.",
+                errno=errno.ETIMEDOUT,
+            )
+        concurrent.futures.wait([ended], min(left, 1.0))  # in slices, so that Ctrl-C is answered
+    return ended.result()
+
+
+def _prepare_buckets() -> None:
+    """Sets what Orbax and TensorStore need for buckets, where the user has not.
+
+    Raises:
+        InvalidArgumentError: Orbax would go through TensorFlow's file layer.
+    """
+    if gpath._is_tf_installed():
+        raise InvalidArgumentError(
+            "TensorFlow is installed here, and Orbax's paths would use its file layer for gs://,"
+            " which has other credentials, caches and errors. Set EPATH_USE_TF=false in the"
+            " environment of the job, before it starts."
+        )
+    # A transfer that stalls is cut and made again; TensorStore by itself would wait for ever.
+    for name, value in _TENSORSTORE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # The file system that Orbax's paths share keeps listings for ever, another host's files would
+    # not be in them.
+    shared = epath_backend.fsspec_backend.fs("gs://")
+    shared.dircache.use_listings_cache = False
+    shared.invalidate_cache()
+    shared.consistency = "md5"  # it compares what it has sent with what the bucket has got

@@ -1,0 +1,207 @@
+"""What of a tree is read, with which types and placements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from datarax_dist import codec, direct
+from datarax_dist.arrays.failures import wrapped
+from datarax_dist.errors import StorageError, StructureMismatchError
+from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
+
+__all__ = [
+    "bytes_of",
+    "check_kind",
+    "default_sharding",
+    "describe_foreign",
+    "fits",
+    "restore_args",
+    "spec_leaves",
+    "want",
+]
+
+
+def restore_args(leaf: LeafSpec, target: Any) -> Any:
+    sharding = (
+        getattr(target, "sharding", None)
+        if isinstance(target, jax.Array | jax.ShapeDtypeStruct)
+        else None
+    )
+    here = sharding is None or sharding.is_fully_addressable
+    if leaf.kind == "key_data" or (here and (leaf.kind in ("numpy", "scalar") or leaf.local)):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    if isinstance(target, np.ndarray | np.generic | bool | int | float | complex):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    if needs_x64(leaf) and not jax.config.read("jax_enable_x64"):
+        raise StructureMismatchError(
+            f"{leaf.name} is a jax.Array of {leaf.dtype}, which JAX would cut to 32 bits. Set"
+            " jax_enable_x64, or give a numpy array as its target.",
+            missing=[],
+            unexpected=[],
+            changed={leaf.name: f"saved as {leaf.dtype}, jax_enable_x64 is off"},
+        )
+    if sharding is None:
+        sharding = default_sharding(leaf.shape)
+    else:
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            raise StructureMismatchError(
+                f"{leaf.name}: the target's sharding does not fit the saved shape"
+                f" {list(leaf.shape)}: {error}",
+                missing=[],
+                unexpected=[],
+                changed={leaf.name: str(error)},
+            ) from error
+    if leaf.kind == "key":
+        return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array,
+        sharding=sharding,
+        global_shape=leaf.shape,
+        dtype=np.dtype(leaf.dtype),
+    )
+
+
+def bytes_of(leaf: LeafSpec, wish: Any) -> int:
+    """Bytes that Orbax reads of a leaf here."""
+    sharding = getattr(wish, "sharding", None)
+    itemsize = np.dtype(leaf.dtype).itemsize if leaf.kind != "key" and leaf.dtype else 8
+    if sharding is None:
+        return math.prod(leaf.shape) * itemsize
+    parts = sharding.addressable_devices_indices_map(tuple(leaf.shape)).values()
+    regions = {direct.region(part, leaf.shape) for part in parts if part is not None}
+    return sum(math.prod(end - begin for begin, end in region) for region in regions) * itemsize
+
+
+def fits(stored: direct.StoredArray, leaf: LeafSpec) -> bool:
+    """Whether what is stored is what the leaf was, with nothing to convert."""
+    if leaf.kind == "key_data":
+        return True
+    if leaf.kind not in ("jax", "numpy", "scalar"):
+        return False
+    return stored.shape == tuple(leaf.shape) and str(stored.dtype) == leaf.dtype
+
+
+def want(reading: direct.Reading, stored: direct.StoredArray, wish: Any) -> Callable[[], Any]:
+    """Has this host's part of an array read; returns what makes the array afterwards."""
+    if wish.restore_type is np.ndarray:
+        whole = direct.Buffer(tuple((0, size) for size in stored.shape), stored.dtype)
+        reading.want(stored, [whole])
+        return lambda: whole.array
+    sharding: jax.sharding.Sharding = wish.sharding
+    parts = sharding.addressable_devices_indices_map(stored.shape).values()
+    regions = {direct.region(part, stored.shape) for part in parts if part is not None}
+    buffers = {region: direct.Buffer(region, stored.dtype) for region in regions}
+    reading.want(stored, list(buffers.values()))
+    return lambda: jax.make_array_from_callback(
+        stored.shape,
+        sharding,
+        lambda part: buffers[direct.region(part or (), stored.shape)].array,
+        dtype=stored.dtype,
+    )
+
+
+def check_kind(leaf: LeafSpec, value: Any) -> None:
+    """Raises when Orbax gives something else than was saved. It does where its array metadata could
+    not be found: a typed PRNG key comes back as plain numbers.
+    """
+    found = getattr(value, "dtype", np.dtype("O"))
+    is_key = jax.numpy.issubdtype(found, jax.dtypes.prng_key)
+    if is_key != (leaf.kind == "key"):
+        raise StorageError(
+            f"{leaf.name} was saved as a {leaf.kind}, and Orbax reads it as {found}: its array"
+            " metadata, which tells a typed PRNG key from plain numbers, cannot be read.",
+            errno=None,
+        )
+
+
+def default_sharding(shape: Sequence[int]) -> jax.sharding.Sharding:
+    """Returns how to place an array over all of today's devices: along the longest dimension that
+    divides, or replicated.
+    """
+    devices = np.array(jax.devices())
+    if devices.size == 1:
+        return jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = jax.sharding.Mesh(devices, ("devices",))
+    axes: list[str | None] = [None] * len(shape)
+    fitting = [axis for axis, n in enumerate(shape) if n and n % devices.size == 0]
+    if fitting:
+        axes[max(fitting, key=lambda axis: shape[axis])] = "devices"
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+
+def spec_leaves(spec: TreeSpec, tree: Any) -> list[Any]:
+    """Returns the leaves of a tree that has the structure of `spec`, placeholders included, in the
+    order of `spec`.
+    """
+    found: list[Any] = [None] * len(spec.leaves)
+
+    def walk(structure: Any, node: Any) -> None:
+        if isinstance(structure, int):
+            found[structure] = node
+            return
+        for tag in ("list", "tuple"):
+            for child, item in zip(structure[tag], node, strict=True) if tag in structure else ():
+                walk(child, item)
+        for key, child in structure.get("dict", ()):
+            walk(child, node[codec.decode(key)])
+        for name, child in structure.get("children", ()):
+            walk(child, node[name])
+
+    walk(spec.structure, tree)
+    return found
+
+
+def describe_foreign(path: str) -> TreeSpec:
+    """Returns the structure of a state written by plain Orbax, from its own metadata. `path` is the
+    item's directory.
+
+    Raises:
+        StorageError: there is no state of Orbax here that can be read.
+    """
+    with wrapped("read", path):
+        metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path))
+        tree = getattr(metadata, "tree", metadata)
+        leaves: list[LeafSpec] = []
+
+        def walk(node: Any, at: tuple[str, ...]) -> Any:
+            if isinstance(node, dict):
+                return {"dict": [[key, walk(item, (*at, str(key)))] for key, item in node.items()]}
+            if isinstance(node, list | tuple):
+                return {
+                    "list" if isinstance(node, list) else "tuple": [
+                        walk(item, (*at, str(i))) for i, item in enumerate(node)
+                    ]
+                }
+            if node is None:
+                return {"none": 0}
+            leaves.append(_foreign_leaf(node, at))
+            return len(leaves) - 1
+
+        structure = walk(tree, ())
+        return TreeSpec(structure, leaves)
+
+
+def _foreign_leaf(node: Any, path: tuple[str, ...]) -> LeafSpec:
+    name = type(node).__name__
+    shape = tuple(int(n) for n in getattr(node, "shape", None) or ())
+    dtype = (
+        str(np.dtype(node.dtype))
+        if getattr(node, "dtype", None) is not None and "Key" not in name
+        else ""
+    )
+    if "String" in name:
+        return LeafSpec(path, "foreign_str")
+    if "Scalar" in name:
+        return LeafSpec(path, "scalar", (), dtype)
+    if getattr(node, "sharding", None) is None and dtype:
+        return LeafSpec(path, "numpy", shape, dtype)  # Orbax notes the sharding of a jax.Array only
+    return LeafSpec(path, "jax", shape, dtype)
