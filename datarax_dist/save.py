@@ -667,7 +667,8 @@ class StartedSave:
             self._store.put(f"{self._staging}/{name}", record)
         self.phases.reach("written")
         row = [name, len(record), fmt.digest(record, self._store.digest_kind)]
-        self.operation.contribute("written", [*row, f"{self._tally(files):x}"])
+        staged = [entry for entry in files if entry.path not in self._request.last]
+        self.operation.contribute("written", [*row, f"{self._tally(staged):x}"])
         if self._group.is_primary:
             rows = self.operation.gather("written", self._deadline)
             records = [fmt.FileEntry(*row[:3]) for row in rows]
@@ -676,11 +677,8 @@ class StartedSave:
             self.operation.succeed({"bytes": marker.bytes})
 
     def _tally(self, files: Iterable[fmt.FileEntry]) -> int:
-        """What stands for files that are staged before the commit; with digests where a listing has
-        these.
-        """
-        staged = (entry for entry in files if entry.path not in self._request.last)
-        return fmt.tally(staged, digests=not isinstance(self._store, SupportsRename))
+        """What stands for files; for their digests, too, where a listing has these."""
+        return fmt.tally(files, digests=not isinstance(self._store, SupportsRename))
 
     def _claim(self) -> None:
         """In a bucket: the primary claims the step, and no host writes before."""

@@ -13,6 +13,7 @@ import pytest
 
 import datarax_dist as dd
 from datarax_dist import format as fmt
+from datarax_dist.arrays import engine
 from datarax_dist.arrays.sampling import compress_sample
 from datarax_dist.compression import Advisor
 from datarax_dist.errors import InvalidArgumentError
@@ -212,3 +213,20 @@ def test_a_limit_for_a_restore_that_cannot_be_kept_is_said(tmp_path: Path) -> No
     with dd.Checkpointer(tmp_path, options=options) as ckpt:
         with pytest.raises(InvalidArgumentError, match=r"restore_concurrent_bytes to 40001"):
             ckpt.restore(state=state)
+
+
+def test_a_sample_that_cannot_be_taken_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _seem_slow(monkeypatch)
+
+    def fail(values: Any) -> Any:
+        raise ValueError("no codec")
+
+    monkeypatch.setattr(engine, "compress_sample", fail)
+    state = {"zeros": jnp.zeros((1 << 20,))}
+    with dd.Checkpointer(tmp_path) as ckpt:
+        for step in (1, 2):
+            assert ckpt.save(step, state=state).result().step == step
+    assert "no codec" in caplog.text
+    assert _note(tmp_path / "2").startswith("none:")

@@ -11,6 +11,7 @@ import pytest
 
 from datarax_dist import config, retention, telemetry
 from datarax_dist import format as fmt
+from datarax_dist import restore as restore_module
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import (
     CheckpointError,
@@ -213,10 +214,14 @@ def restore(store: Any, group: HostGroup, load: Any = None, level: str = "full")
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("shorter", [False, True], ids=["other content", "shorter"])
+@pytest.mark.parametrize("many", [False, True], ids=["few hosts", "many hosts"])
 @pytest.mark.parametrize("make", [MemoryStore, MemoryBucket], ids=["file system", "bucket"])
 def test_damage_that_one_host_sees_makes_all_take_the_older_step(
-    victim: int, shorter: bool, make: Any
+    victim: int, shorter: bool, make: Any, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a bucket that many hosts have written to, each looks at its own files only."""
+    if many:
+        monkeypatch.setattr(restore_module, "_FEW_HOSTS", 0)
     store = make()
     hosts = SimulatedHosts(3)
     for step in (1, 2):

@@ -12,6 +12,7 @@ import concurrent.futures
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import threading
@@ -35,7 +36,7 @@ from orbax.checkpoint._src.path import atomicity
 from datarax_dist import direct
 from datarax_dist import format as fmt
 from datarax_dist.arrays.failures import wrapped
-from datarax_dist.arrays.hooks import Gate, gates
+from datarax_dist.arrays.hooks import Gate, Written, gates
 from datarax_dist.arrays.leaves import bytes_of, check_kind, fits, restore_args, spec_leaves, want
 from datarax_dist.arrays.sampling import compress_sample
 from datarax_dist.boards import PatientClient
@@ -47,6 +48,8 @@ from datarax_dist.storage import LocalStore
 from datarax_dist.trees import LeafSpec, TreeSpec
 
 __all__ = ["ORBAX_VERSION", "Engine", "OrbaxArrays"]
+
+logger = logging.getLogger("datarax_dist")
 
 ORBAX_VERSION = ocp.__version__
 _BUCKET_FILE_BYTES = 128 << 20  # several are uploaded at the same time
@@ -109,15 +112,13 @@ def _at_least(limit: int | None, leaves: Sequence[Any]) -> int | None:
     return max([limit, *(int(getattr(leaf, "nbytes", 0)) + 1 for leaf in leaves)])
 
 
-def _check_limit(option: str, limit: int | None, sizes: Iterable[tuple[str, int]]) -> None:
+def _check_limit(option: str, limit: int, sizes: Iterable[tuple[str, int]]) -> None:
     """Raises where a limit of bytes at a time cannot be kept.
 
     Args:
         sizes: bytes on this host of each array that Orbax reads or writes: it does so with an array
             as a whole.
     """
-    if limit is None:
-        return
     name, size = max(sizes, key=lambda row: row[1], default=("", 0))
     if size >= limit:
         raise InvalidArgumentError(
@@ -212,15 +213,13 @@ class OrbaxArrays:
         Raises:
             InvalidArgumentError: `save_concurrent_bytes` cannot be kept.
         """
-        _check_limit(
-            "save_concurrent_bytes",
-            self._options.save_concurrent_bytes,
-            (
+        if (limit := self._options.save_concurrent_bytes) is not None:
+            sizes = [
                 (jax.tree_util.keystr(path), _local_bytes(leaf))
                 for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
                 if not (isinstance(leaf, jax.Array) and self._is_direct)
-            ),
-        )
+            ]
+            _check_limit("save_concurrent_bytes", limit, sizes)
         return OrbaxWriter(self, arrays)
 
     @property
@@ -235,14 +234,19 @@ class OrbaxArrays:
             self._advisor.choose() if told == "auto" else EVERYTHING if told == "zstd" else NOTHING
         )
 
-    def _learn(self, parts: Mapping[str, Sequence[Any]], seconds: float) -> None:
+    def _learn(self, arrays: Sequence[Written], seconds: float) -> None:
         """Takes in how long this host's parts have taken to be written, and takes samples."""
-        sizes = {name: sum(part.nbytes for part in found) for name, found in parts.items()}
-        self._advisor.note_speed(sum(sizes.values()), seconds, compressed=bool(self._compressed))
-        wanted = [name for name, size in sizes.items() if self._advisor.wants_sample(name, size)]
-        wanted.sort(key=lambda name: -sizes[name])
-        for name in wanted[:_SAMPLES_PER_SAVE]:
-            self._advisor.note_sample(name, sizes[name], *compress_sample(parts[name][0]))
+        size = sum(array.size for array in arrays)
+        self._advisor.note_speed(size, seconds, compressed=bool(self._compressed))
+        wanted = [array for array in arrays if self._advisor.wants_sample(array.name, array.size)]
+        wanted.sort(key=lambda array: -array.size)
+        for array in wanted[:_SAMPLES_PER_SAVE]:
+            try:
+                found = compress_sample(array.values())
+            except Exception as error:  # no reason for the save to fail
+                logger.warning("%s: no sample could be compressed: %s", array.name, error)
+                return
+            self._advisor.note_sample(array.name, array.size, *found)
 
     def start(
         self, prefix: str, all_written: Callable[[], None], arrays: Any, choice: Choice = NOTHING
@@ -340,9 +344,9 @@ class OrbaxArrays:
             values[numbers[key]] = 0
             arguments[numbers[key]] = wish
         leaves = [leaf for leaf, _ in chosen.values()]
-        limit = self._options.restore_concurrent_bytes
-        sizes = ((leaf.name, bytes_of(leaf, wish)) for leaf, wish in chosen.values())
-        _check_limit("restore_concurrent_bytes", limit, sizes)
+        if (limit := self._options.restore_concurrent_bytes) is not None:
+            sizes = [(leaf.name, bytes_of(leaf, wish)) for leaf, wish in chosen.values()]
+            _check_limit("restore_concurrent_bytes", limit, sizes)
         handler = _handler(
             ocp.options.MultiprocessingOptions(primary_host=0, active_processes={self._host}),
             self._options,

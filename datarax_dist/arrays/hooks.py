@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,35 @@ from orbax.checkpoint._src.serialization import types as serialization_types
 from datarax_dist import direct
 from datarax_dist.errors import StorageError
 
-__all__ = ["Gate", "gates"]
+__all__ = ["Gate", "Written", "gates"]
 
 # Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this dict,
 # and nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
 # directory, because Orbax builds its specs whenever its own threads come to it.
 # tests/test_plain_orbax.py watches this spot.
 gates: dict[str, Gate] = {}
+
+
+class Written:
+    """What this host has written of an array.
+
+    Attributes:
+        name: as Orbax has it.
+        size: in bytes, uncompressed.
+    """
+
+    __slots__ = ("_slices", "name", "size")
+
+    def __init__(self, name: str, slices: Any) -> None:
+        self.name = name
+        self._slices = slices
+        itemsize: int = np.dtype(slices.dtype).itemsize
+        self.size = math.prod(slices.local_shape) * itemsize * len(slices.replica_slices)
+
+    def values(self) -> np.ndarray[Any, Any]:
+        """Returns a part of it."""
+        found: np.ndarray[Any, Any] = self._slices.replica_slices[0].data()
+        return found
 
 
 class Gate:
@@ -49,12 +72,12 @@ class Gate:
         *,
         direct: bool = False,
         compressed: Sequence[str] | None = (),
-        learn: Callable[[Mapping[str, Sequence[Any]], float], None] | None = None,
+        learn: Callable[[Sequence[Written], float], None] | None = None,
     ) -> None:
         """Args:
         direct: whether arrays may be written without TensorStore.
         compressed: names of arrays that are; None means all.
-        learn: is told of the parts of each array that were written, and the seconds that it took.
+        learn: is told of the arrays that were written, and the seconds that it took.
         """
         self._seconds = seconds
         self._opened = threading.Event()
@@ -129,12 +152,13 @@ async def _serialize(
     else:
         told = await _serialize_by_orbax(values, infos, args, **options)
     if gate.learn is not None:
-        parts = {
-            info.name: [part.data() for part in value.replica_slices]
+        seconds = time.monotonic() - begin
+        found = [
+            Written(info.name, value)
             for value, info in zip(values, infos, strict=True)
-            if value.is_on_host
-        }
-        await asyncio.to_thread(gate.learn, parts, time.monotonic() - begin)
+            if value.is_on_host and value.replica_slices
+        ]
+        await asyncio.to_thread(gate.learn, found, seconds)
     return told
 
 
