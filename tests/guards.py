@@ -535,8 +535,8 @@ GUARDS = [
     Guard(
         "a marker has a host",
         "format.py",
-        "        marker.hosts < 1\n        or len(paths)",
-        "        len(paths)",
+        "        marker.hosts < 1\n        or len(marker.records)",
+        "        len(marker.records)",
         "tests/test_hostile.py -k no_hosts",
     ),
     Guard(

@@ -761,7 +761,7 @@ def test_commands_read_a_run_in_a_bucket(root: str, capsys: pytest.CaptureFixtur
     listed = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in listed["steps"]] == [2, 1]
     assert cli.main(["show", f"{root}@latest"]) == 0
-    assert "state      committed" in capsys.readouterr().out
+    assert "state       committed" in capsys.readouterr().out
     assert cli.main(["verify", root]) == 0
     assert cli.main(["ls", "gs://no-such-bucket/run"]) == 10
     assert "no bucket gs://no-such-bucket" in capsys.readouterr().err

@@ -7,6 +7,7 @@ what is larger than a few MiB no copy is made.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ __all__ = ["Writing"]
 
 _FILE_BYTES = 128 << 20  # several are written, and read, at the same time
 _PIECE_BYTES = 1 << 20
+_BEGIN_BYTES = 8 << 20  # whenever so much was written, the disk is told to begin with it
 _SMALL_BYTES = 1 << 18  # smaller chunks are put together before they are written
 _THREADS = 8
 
@@ -91,7 +93,7 @@ class Writing:
         index = new_file()
         node, manifest = make_index(self._values, index)
         small = {index: node, "manifest.ocdbt": manifest}
-        threads = min(_THREADS, len(os.sched_getaffinity(0)))
+        threads = min(_THREADS, len(os.sched_getaffinity(0)) + 1)  # one may wait for the disk
         with ThreadPoolExecutor(threads, "datarax_dist-write") as pool:
             futures = {
                 **{
@@ -131,6 +133,26 @@ class Writing:
         return _Output(os.path.join(self._directory, file))
 
 
+def _begin_to_sync(descriptor: int, offset: int, count: int) -> None:
+    """Has a part of a file go to the disk now, and waits for nothing. It makes nothing durable:
+    that is the fsync at the end of the file, which has less to wait for then.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, offset, count, _WRITE)
+
+
+def _find_sync_file_range() -> Any:
+    """Linux has this call, Python does not; elsewhere there is none."""
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found
+
+
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE
+_sync_file_range = _find_sync_file_range()
+
+
 def _with_tail(values: np.ndarray[Any, Any]) -> bytes:
     data = values.tobytes()
     return data + make_tail(len(data), fmt.crc32c(data))
@@ -140,7 +162,7 @@ class _Output:
     """A file that is written from its beginning to its end, then synced."""
 
     def __init__(self, path: str) -> None:
-        self.size = 0
+        self.size = self._begun = 0
         self.digester = fmt.Digester()
         self._small = bytearray()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -184,3 +206,6 @@ class _Output:
         while written < len(piece):
             written += os.write(self._descriptor, piece[written:].data)
         self.size += len(piece)
+        if self.size - self._begun >= _BEGIN_BYTES:
+            _begin_to_sync(self._descriptor, self._begun, self.size - self._begun)
+            self._begun = self.size
