@@ -90,6 +90,7 @@ def measure(root: str, mib: int, rounds: int) -> dict[str, Any]:
     plain.close()
     mine, orbax, exchange = (statistics.median(times[1:]) for times in (ours, theirs, exchanges))
     return {
+        "benchmark": "blocking",
         "host": jax.process_index(),
         "hosts": jax.process_count(),
         "mib": mib,

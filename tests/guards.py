@@ -108,6 +108,27 @@ GUARDS = [
         "tests/test_protocol.py -k stops_the_commit",
     ),
     Guard(
+        "all hosts compress what host 0 has chosen",
+        "arrays/engine.py",
+        "Choice.from_json(choice)",
+        "self._engine.choose()",
+        "tests/test_compression.py -k all_hosts",
+    ),
+    Guard(
+        "a limit of bytes that cannot be kept is said",
+        "arrays/engine.py",
+        "    if size >= limit:",
+        "    if False:",
+        "tests/test_compression.py -k limit",
+    ),
+    Guard(
+        "hosts are gathered in few reads",
+        "hosts.py",
+        "missing[len(missing) // 2]",
+        "missing[0]",
+        "tests/test_scale.py -k few_reads",
+    ),
+    Guard(
         "host 0 of thousands does not read the record of each",
         "save.py",
         "written = self._listed(expected) or self._recorded(records)",
