@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo "$$p"; break; }; done)
 
-# What nobody imports need not be compiled.
+# pip compiles with one core, compileall with all of them.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; set PYTHON=..." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python $(INSTALL) -e '.[test,demo,lint]'
+	-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	@touch $@
 
 demo: $(STAMP)

@@ -101,8 +101,12 @@ class Advisor:
         """
         self._samples[name] = _Sample(size, ratio, seconds_per_byte)
 
-    def choose(self) -> Choice:
-        """Returns what is to be compressed in the next save."""
+    def choose(self, most: int | None = None) -> Choice:
+        """Returns what is to be compressed in the next save.
+
+        Args:
+            most: only arrays of fewer bytes may be: each is compressed as a whole.
+        """
         speed = self._bytes_per_second
         if speed is None:
             return Choice(
@@ -114,6 +118,8 @@ class Advisor:
             return Choice((), f"none: no array has {LEAST_SAMPLED_BYTES >> 20} MiB or more")
         chosen = []
         for name, sample in self._samples.items():
+            if most is not None and sample.size >= most:
+                continue
             processor = sample.seconds_per_byte / self._threads
             if max(sample.ratio / speed, processor) <= _MUST_SAVE / speed:
                 chosen.append(name)

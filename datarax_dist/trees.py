@@ -10,6 +10,7 @@ with plain Orbax.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -261,6 +262,13 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
     return [(tuple(_part(key) for key in path), leaf) for path, leaf in pairs]
 
 
+_dtype_name = functools.lru_cache(256)(str)  # numpy makes it anew each time
+
+
+def _dtype_text(dtype: Any) -> str:
+    return _dtype_name(dtype) if isinstance(dtype, np.dtype) else str(dtype)
+
+
 def is_key(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
@@ -271,7 +279,8 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
     hosts, if any.
     """
     name = "/".join(path)
-    if str(getattr(leaf, "dtype", "")) in _UNSTORABLE or isinstance(leaf, np.ma.MaskedArray):
+    dtype = _dtype_text(getattr(leaf, "dtype", ""))
+    if dtype in _UNSTORABLE or isinstance(leaf, np.ma.MaskedArray):
         what = "masked array" if isinstance(leaf, np.ma.MaskedArray) else f"array of {leaf.dtype}"
         raise UnsupportedLeafError(
             f"{name}: a {what} cannot be saved. Convert it to another type first.", path=name
@@ -291,16 +300,16 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
                 )
             return LeafSpec(path, "key_data", leaf.shape, impl, local=True), data, data.tobytes()
         if not leaf.size:
-            spec = LeafSpec(path, "empty", leaf.shape, str(leaf.dtype), "jax", local)
+            spec = LeafSpec(path, "empty", leaf.shape, dtype, "jax", local)
             return spec, _placeholder(leaf.dtype, leaf.shape), None
         if local:
             data = np.asarray(leaf)
             return (
-                LeafSpec(path, "jax", leaf.shape, str(leaf.dtype), local=True),
+                LeafSpec(path, "jax", leaf.shape, dtype, local=True),
                 data,
                 data.tobytes(),
             )
-        return LeafSpec(path, "jax", leaf.shape, str(leaf.dtype)), leaf, None
+        return LeafSpec(path, "jax", leaf.shape, dtype), leaf, None
     if isinstance(leaf, np.ndarray | np.generic):
         if not _storable(leaf.dtype):
             raise UnsupportedLeafError(

@@ -50,6 +50,15 @@ def test_a_choice_says_what_it_was_made_of() -> None:
     assert "measured the storage yet" in Advisor(2).choose().why
 
 
+def test_what_is_larger_than_the_limit_of_bytes_is_not_compressed() -> None:
+    advisor = Advisor(2)
+    advisor.note_speed(GIB, 100.0)
+    advisor.note_sample("large", GIB, 0.1, 1e-9)
+    advisor.note_sample("small", GIB // 8, 0.1, 1e-9)
+    assert advisor.choose().compressed == ("large", "small")
+    assert advisor.choose(GIB // 2).compressed == ("small",)
+
+
 def test_samples_are_taken_of_large_arrays_once_the_storage_is_known_and_now_and_then() -> None:
     advisor = Advisor(1)
     assert not advisor.wants_sample("w", GIB), "what for?"

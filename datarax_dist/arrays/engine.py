@@ -203,7 +203,7 @@ class OrbaxArrays:
         self._options = options
         self._checkpointer: Engine | None = None
         self._compressed: Sequence[str] | None = ()  # in the save under way
-        self._advisor = Advisor(len(os.sched_getaffinity(0)))
+        self._advisor = Advisor(direct.threads())
         if is_bucket(root):
             _prepare_buckets()
 
@@ -229,10 +229,9 @@ class OrbaxArrays:
 
     def choose(self) -> Choice:
         """Returns what the next save compresses. For the primary."""
-        told = self._options.compression
-        return (
-            self._advisor.choose() if told == "auto" else EVERYTHING if told == "zstd" else NOTHING
-        )
+        if self._options.compression == "auto":
+            return self._advisor.choose(self._options.save_concurrent_bytes)
+        return EVERYTHING if self._options.compression == "zstd" else NOTHING
 
     def _learn(self, arrays: Sequence[Written], seconds: float) -> None:
         """Takes in how long this host's parts have taken to be written, and takes samples."""

@@ -2,7 +2,7 @@
 compressed, on a file system.
 """
 
-from datarax_dist.direct.layout import StoredArray, describe_array, parse_array
+from datarax_dist.direct.layout import StoredArray, describe_array, parse_array, threads
 from datarax_dist.direct.reading import Buffer, Reading, Region, region
 from datarax_dist.direct.writing import Writing
 
@@ -15,4 +15,5 @@ __all__ = [
     "describe_array",
     "parse_array",
     "region",
+    "threads",
 ]

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "make_tail",
     "parse_array",
     "slabs",
+    "threads",
 ]
 
 _SLAB_BYTES = 4 << 20
@@ -168,6 +170,13 @@ def is_tail(tail: bytes, array: StoredArray, crc: int | None) -> bool:
     """Whether a chunk ends as it must; whatever its crc32c is, where none was computed."""
     right = make_tail(array.chunk_bytes, crc or 0)
     return tail[4:] == right[4:] and (crc is None or tail[:4] == right[:4])
+
+
+def threads() -> int:
+    """Returns how many threads can compute here at the same time."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def slabs(shape: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:

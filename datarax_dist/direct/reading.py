@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import format as fmt
-from datarax_dist.direct.layout import TAIL_BYTES, StoredArray, is_tail, slabs
+from datarax_dist.direct.layout import TAIL_BYTES, StoredArray, is_tail, slabs, threads
 from datarax_dist.errors import StorageError, describe, is_passing, storage_hint
 
 __all__ = ["Buffer", "Reading", "Region", "region"]
@@ -111,11 +111,11 @@ class Reading:
                 wrong[chunk.array.name] = "the checksum of a chunk is wrong"
         # The largest first: else the last one may be read while the other threads have nothing.
         files = sorted(self._wanted, key=self._size, reverse=True)
-        threads = min(_THREADS, len(os.sched_getaffinity(0)), len(files))
-        if threads <= 1:
+        count = min(_THREADS, threads(), len(files))
+        if count <= 1:
             reasons = [self._read_file(path) for path in files]
         else:
-            with ThreadPoolExecutor(threads, "datarax_dist-read") as pool:
+            with ThreadPoolExecutor(count, "datarax_dist-read") as pool:
                 futures = [pool.submit(self._read_file, path) for path in files]
                 try:
                     while wait(futures, 1.0).not_done:  # in slices, so that Ctrl-C is answered

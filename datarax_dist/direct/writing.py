@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import format as fmt
-from datarax_dist.direct.layout import TAIL_BYTES, make_tail, slabs
+from datarax_dist.direct.layout import TAIL_BYTES, make_tail, slabs, threads
 from datarax_dist.ocdbt import MOST_INLINE_BYTES, Extent, make_index, new_file
 
 __all__ = ["Writing"]
@@ -93,8 +93,8 @@ class Writing:
         index = new_file()
         node, manifest = make_index(self._values, index)
         small = {index: node, "manifest.ocdbt": manifest}
-        threads = min(_THREADS, len(os.sched_getaffinity(0)) + 1)  # one may wait for the disk
-        with ThreadPoolExecutor(threads, "datarax_dist-write") as pool:
+        most = min(_THREADS, threads() + 1)  # one may wait for the disk
+        with ThreadPoolExecutor(most, "datarax_dist-write") as pool:
             futures = {
                 **{
                     file: pool.submit(self._write, file, chunks)
