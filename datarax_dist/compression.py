@@ -115,7 +115,8 @@ class Advisor:
                 " storage yet",
             )
         if not self._samples:
-            return Choice((), f"none: no array has {LEAST_SAMPLED_BYTES >> 20} MiB or more")
+            least = LEAST_SAMPLED_BYTES >> 20
+            return Choice((), f"none: no sample of an array of {least} MiB or more was taken")
         chosen = []
         for name, sample in self._samples.items():
             if most is not None and sample.size >= most:
