@@ -573,7 +573,9 @@ class Checkpointer:
         self._group.exchange(
             "delete",
             step,
-            leader=lambda steps: delete_step(self._store, step, lease=self._saver.lease),
+            leader=lambda steps: delete_step(
+                self._store, step, now=self._clock.now(), lease=self._saver.lease
+            ),
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
 

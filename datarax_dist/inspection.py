@@ -194,9 +194,13 @@ def _inspect_aside(store: Store, step: int, role: str, name: str) -> Candidate:
         return Candidate(step, name, "staged", "its save did not end: a staging directory")
     if role == "deleting":
         return Candidate(step, name, "deleting", "its deletion did not end")
-    if is_committed(store, fmt.step_name(step)):
-        return Candidate(step, name, "deleting", f"the old step {step}: it was saved again")
-    return inspect_step(store, step, name)  # it is the step until its successor is committed
+    if not is_committed(store, fmt.step_name(step)):
+        return inspect_step(store, step, name)  # it is the step until its successor is committed
+    if not isinstance(store, SupportsRename) and store.children(name) == [fmt.COMMIT_NAME]:
+        candidate = inspect_step(store, step, name)
+        if candidate.state == "void":
+            return candidate
+    return Candidate(step, name, "deleting", f"the old step {step}: it was saved again")
 
 
 def is_committed(store: Store, name: str, names: Iterable[str] | None = None) -> bool:

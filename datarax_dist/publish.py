@@ -206,7 +206,7 @@ def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
             raise _other_writer(store, staged)
     except (KeyError, StepExistsError) as error:
         # Another job has changed the step, and nobody has seen the copy in its place.
-        store.delete(staged.aside, last=fmt.STEP_NAME)
+        retention.delete_copy(store, staged.run, staged.step, staged.aside)
         raise _other_writer(store, staged) from error
     # Whoever removes such copies, while the step is committed, looks at the step again when the
     # copy's marker is gone. We look at the copy again when the step's marker is gone: so one of
@@ -228,7 +228,7 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Sequence[fmt.FileE
         store.copy(name, aside, [path for path in wave if path in entries])
     files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
     if compare(store.list(aside), aside, files):
-        store.delete(aside, last=fmt.STEP_NAME)
+        retention.delete_copy(store, staged.run, staged.step, aside)
         raise _not_aside(store, staged)
     return old, files
 

@@ -36,6 +36,7 @@ from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, 
 __all__ = [
     "Leftover",
     "clear_given_up",
+    "delete_copy",
     "delete_replaced",
     "delete_step",
     "fence",
@@ -53,6 +54,9 @@ logger = logging.getLogger("datarax_dist")
 
 _UNGUARDED = Unguarded()
 _VOID_SECONDS = 24 * 3600.0
+
+
+def _nowhere(phase: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +97,14 @@ def delete_step(
     store: Store,
     step: int,
     *,
+    now: float,
     lease: Right = _UNGUARDED,
-    reached: Callable[[str], None] = lambda phase: None,
+    reached: Callable[[str], None] = _nowhere,
 ) -> bool:
     """Deletes a step: marker, then content. Can be stopped anywhere, and done again by anyone.
 
     Args:
+        now: seconds since 1970.
         lease: the right to do so.
         reached: told "retire" when the marker is gone and the content is not.
 
@@ -112,12 +118,14 @@ def delete_step(
     # where another job was just about to save the step again.
     names = store.children("")
     lease.check()
-    _delete_asides(store, step, names)
+    _delete_asides(store, step, names, now)
     is_gone = True
     if f"{fmt.step_name(step)}/" in names:
-        is_gone = _delete_directory(store, step, fmt.step_name(step), reached, lease=lease)
+        is_gone = _delete_directory(
+            store, step, fmt.step_name(step), now=now, reached=reached, lease=lease
+        )
     if not isinstance(store, SupportsRename):
-        _delete_asides(store, step, store.children(""))
+        _delete_asides(store, step, store.children(""), now)
     if is_gone:
         attempts.remove_attempts(store, None, step, names)
         logger.info("deleted step %d of %s", step, store.root)
@@ -129,17 +137,17 @@ def _asides(step: int, names: Sequence[str]) -> list[str]:
     return [name for name in children if fmt.parse_aside_name(name) == (step, "replaced")]
 
 
-def _delete_asides(store: Store, step: int, names: Sequence[str]) -> None:
+def _delete_asides(store: Store, step: int, names: Sequence[str], now: float) -> None:
     for name in _asides(step, names):
-        _delete_directory(store, step, name)
+        _delete_directory(store, step, name, now=now)
 
 
-def delete_replaced(store: Store, step: int, names: Sequence[str]) -> None:
+def delete_replaced(store: Store, step: int, names: Sequence[str], now: float) -> None:
     """Deletes what was this step before it was saved again, as far as it is among `names`; and the
     attempts to restore that.
     """
     for name in _asides(step, names):
-        _delete_directory(store, step, name, replaced=True)
+        _delete_directory(store, step, name, now=now, replaced=True)
     attempts.remove_attempts(store, None, step, names)
 
 
@@ -147,21 +155,23 @@ def _delete_directory(
     store: Store,
     step: int,
     name: str,
-    reached: Callable[[str], None] = lambda phase: None,
     *,
+    now: float,
+    reached: Callable[[str], None] = _nowhere,
     replaced: bool = False,
     lease: Right = _UNGUARDED,
 ) -> bool:
     """Deletes a directory.
 
     Args:
+        now: seconds since 1970.
         replaced: only because the step is committed under its own name.
 
     Returns:
         Whether it is gone; it stays when another job has put something in its place.
     """
     if not isinstance(store, SupportsRename):
-        return _delete_objects(store, step, name, reached, replaced, lease)
+        return _delete_objects(store, step, name, now, reached, replaced, lease)
     own, aside = fmt.step_name(step), fmt.aside_name(step, "deleting", secrets.token_hex(8))
     if name == own:
         _move_into(store, step, aside, lease)
@@ -202,11 +212,14 @@ def _delete_objects(
     store: Store,
     step: int,
     name: str,
+    now: float,
     reached: Callable[[str], None],
     replaced: bool,
     lease: Right,
 ) -> bool:
-    """In a bucket: a void marker replaces the marker, then all the rest goes, then that."""
+    """In a bucket: a void marker replaces the marker, then all the rest goes, then that, where
+    nobody can come back who writes here.
+    """
     assert isinstance(store, SupportsReplace)
     marker = f"{name}/{fmt.COMMIT_NAME}"
     old: bytes | None = None
@@ -218,9 +231,14 @@ def _delete_objects(
         if seen is None or seen.digest != fmt.digest(old, store.digest_kind):
             return False  # saved again, or about to be
         lease.announce(step, seen.digest)
+    stays = _may_be_copied_to(store, name, step)
+    if stays and old is not None and (given_up := fmt.parse_void(old)) is not None:
+        stays = now - given_up.at <= _VOID_SECONDS
+        if stays and store.children(name) == [fmt.COMMIT_NAME]:
+            return True
     run = (old and _run_in(old)) or _run_of(store, name)
-    # Old from the start: it need not stay until somebody's return.
-    void = fmt.dump_void(run or "", step, secrets.token_hex(8), 0.0)
+    # One that need not stay until somebody's return is old from the start.
+    void = fmt.dump_void(run or "", step, secrets.token_hex(8), now if stays else 0.0)
     if old is None:
         is_mine = store.create(marker, void)
     else:
@@ -233,7 +251,27 @@ def _delete_objects(
         # Another job replaces the step in this moment, and counts on what it was.
         store.replace(marker, void, old or b"")
         return False
-    return clear_given_up(store, name, void, void_too=True)
+    return clear_given_up(store, name, void, void_too=not stays)
+
+
+def _may_be_copied_to(store: Store, name: str, step: int) -> bool:
+    """Whether a directory is where a save lets its step step aside to, and that save has not
+    committed: its primary may stand still, and go on copying.
+    """
+    if fmt.parse_aside_name(name) != (step, "replaced"):
+        return False
+    return _nonce(store, fmt.step_name(step)) != name.rsplit("-", 1)[1]
+
+
+def delete_copy(store: Store, run: str, step: int, name: str) -> None:
+    """Deletes what a save in a bucket has copied aside, for that save, when it goes no further. Its
+    claim, or even all of it, may have been deleted by another job before.
+    """
+    assert isinstance(store, SupportsReplace)
+    key, void = f"{name}/{fmt.COMMIT_NAME}", fmt.dump_void(run, step, secrets.token_hex(8), 0.0)
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
+        if store.create(key, void) or store.replace(key, store.get(key), void):
+            clear_given_up(store, name, void, void_too=True)
 
 
 def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) -> None:
@@ -381,8 +419,7 @@ def _leftover(
     if (claim.run if claim else _run_of(store, name)) != run:
         return None
     if role == "replaced" and not renames:
-        # Of the save that has committed; any other may be under way.
-        abandoned = _nonce(store, own) == name.rsplit("-", 1)[1]
+        abandoned = not _may_be_copied_to(store, name, step)
     else:
         abandoned = role in ("replaced", "deleting")
         abandoned = abandoned or (claim is not None and is_certainly_dead(claim.writer))
@@ -511,14 +548,14 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
         return True
     aside = fmt.parse_aside_name(name)
     if isinstance(store, SupportsRename):
-        return _delete_directory(store, step, name)
+        return _delete_directory(store, step, name, now=now)
     if leftover.only_marker:
-        return _delete_directory(store, step, name)
+        return _delete_directory(store, step, name, now=now)
     if aside is not None and aside[1] == "staging":
         _clear_staging(store, name, keep_claim=leftover.keep_claim)
         return True
     if aside is not None:
-        return _delete_directory(store, step, name, replaced=True)
+        return _delete_directory(store, step, name, now=now, replaced=True)
     assert run is not None
 
     def is_another() -> bool:
@@ -546,6 +583,7 @@ def retire(
     store: Store,
     steps: Sequence[int],
     *,
+    now: float,
     lease: Right = _UNGUARDED,
     reached: Callable[[str], Any],
 ) -> list[int]:
@@ -555,7 +593,7 @@ def retire(
     deleted = []
     for step in steps:
         try:
-            is_gone = delete_step(store, step, lease=lease, reached=reached)
+            is_gone = delete_step(store, step, now=now, lease=lease, reached=reached)
         except Exception as error:
             logger.warning(
                 "could not delete step %d of %s: %s. It is tried again.", step, store.root, error

@@ -560,7 +560,7 @@ class StartedSave:
 
     def _retire(self) -> Sequence[int]:
         """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
-        renames = isinstance(self._store, SupportsRename)
+        renames, now = isinstance(self._store, SupportsRename), self._saver._clock.now()
         if self._keep is None and not self._aside and renames:
             return []
         with self.phases.span("retention"):
@@ -568,7 +568,7 @@ class StartedSave:
                 if not renames:  # what was staged was copied
                     self._store.delete(self._staging, last=fmt.STEP_NAME)
                 names = self._store.children("")
-                retention.delete_replaced(self._store, self.step, names)
+                retention.delete_replaced(self._store, self.step, names, now)
                 good = set(self._saver.committed_steps(names)) - self._saver.suspects
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
@@ -576,7 +576,11 @@ class StartedSave:
                 self._saver._known.tidy = False
                 return []
             deleted = retention.retire(
-                self._store, steps, lease=self._saver.lease, reached=self.phases.reach
+                self._store,
+                steps,
+                now=now,
+                lease=self._saver.lease,
+                reached=self.phases.reach,
             )
             for step in deleted:
                 self._saver._known.steps.pop(step, None)

@@ -222,6 +222,13 @@ GUARDS = [
         "tests/test_buckets.py -k lost_reply",
     ),
     Guard(
+        "a failed upload lets go of its buffer",
+        "arrays/engine.py",
+        "    _release_views_of_failed_uploads()\n",
+        "",
+        "tests/test_buckets.py -k lets_go",
+    ),
+    Guard(
         "an object is replaced on its generation",
         "buckets.py",
         "self._upload(key, data, ifGenerationMatch=generation)",
@@ -257,6 +264,20 @@ GUARDS = [
         "tests/test_leftovers.py",
     ),
     Guard(
+        "a void marker stays where a primary may go on copying aside",
+        "retention.py",
+        "    stays = _may_be_copied_to(store, name, step)\n",
+        "    stays = False\n",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
+        "who drops its copy puts a void marker there first",
+        "publish.py",
+        "        retention.delete_copy(store, staged.run, staged.step, aside)\n",
+        "        store.delete(aside, last=fmt.STEP_NAME)\n",
+        "tests/test_leftovers.py",
+    ),
+    Guard(
         "of several directories that were a step the newest counts",
         "inspection.py",
         "sorted(_one_each(judged), key",
@@ -266,7 +287,7 @@ GUARDS = [
     Guard(
         "all that was the step before goes with the commit",
         "save.py",
-        "                retention.delete_replaced(self._store, self.step, names)\n",
+        "                retention.delete_replaced(self._store, self.step, names, now)\n",
         "",
         "tests/test_interleavings.py -k killed",
     ),
@@ -315,7 +336,7 @@ GUARDS = [
     Guard(
         "a copy aside that nobody needs is removed",
         "publish.py",
-        "        store.delete(staged.aside, last=fmt.STEP_NAME)\n        raise _other_writer",
+        "        retention.delete_copy(store, staged.run, staged.step, staged.aside)\n        raise _other_writer",
         "        raise _other_writer",
         "tests/test_leftovers.py",
     ),

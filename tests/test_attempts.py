@@ -395,7 +395,7 @@ def test_a_step_that_is_deleted_takes_its_attempts_along(make: Any) -> None:
     note(store, 3)
     other = "3.restoring-0123456789abcdef"
     store.put(other, b"not ours")
-    retention.delete_step(store, 3)
+    retention.delete_step(store, 3, now=0.0)
     assert attempts(store) == sorted([kept, other])
 
 
@@ -422,8 +422,8 @@ def test_attempts_at_what_a_step_was_before_are_tidied_away(make: Any) -> None:
     live = note(store, 3)
     note(store, 3, marker="0" * 8 + "-" + "0" * 8)
     run = inspect_run(store).run
-    left = retention.find_leftovers(store, run, now=NOW)
-    assert retention.remove_leftovers(store, left, run=run, now=NOW) == [left[0].name]
+    left = retention.find_leftovers(store, run, now=0.0)
+    assert retention.remove_leftovers(store, left, run=run, now=0.0) == [left[0].name]
     assert attempts(store) == [live]
 
 

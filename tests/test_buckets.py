@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from targets import Counter
 
 import datarax_dist as dd
@@ -652,7 +653,7 @@ def test_a_large_directory_is_deleted_in_batches_the_signs_first_the_claim_last(
     gcs.clear_requests()
     from datarax_dist.retention import delete_step
 
-    delete_step(store, 7)
+    delete_step(store, 7, now=0.0)
     batches = [r.parts for r in gcs.requests if r.kind == "batch"]
     assert (batches[0], batches[-1], sum(batches)) == (1, 2, 253)
     assert len(batches) == 5
@@ -722,6 +723,18 @@ def test_what_orbax_uploads_is_compared_with_what_the_bucket_has_got(
             ckpt.save(2, state=state_of(2)).result()
         assert ckpt.all_steps() == [1]
     assert fault.hits == 1
+
+
+def test_an_upload_of_orbax_that_fails_lets_go_of_its_buffer(gcs: FakeGCS, root: str) -> None:
+    """Some versions of Python crash when they collect a buffer and a view of it together."""
+    save(root, 1)
+    gcs.fail("corrupted", kind="chunk", name="state/a$")
+    file = epath.Path(f"{root}/state/a").open("wb")
+    file.write(b"content")
+    with pytest.raises(Exception, match="hecksum") as caught:
+        file.close()
+    file.buffer.close()  # a BufferError while there is a view
+    assert caught.value.__traceback__ is not None
 
 
 def test_a_bucket_that_does_not_answer_is_given_up_at_the_deadline(

@@ -36,6 +36,10 @@ def test_two_hosts_may_die_at_different_places(in_bucket: bool, again: bool) -> 
     assert explorer.exhaust(3, in_bucket, again=again, every=23).worlds > 40
 
 
+def test_a_primary_that_stood_still_while_another_job_saved_goes_on_and_may_die_then() -> None:
+    assert explorer.exhaust(1, True, again=True, every=5).worlds > 300
+
+
 def test_a_world_is_the_same_each_time_on_greenlets_and_on_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -23,7 +23,7 @@ ACTS: dict[str, Callable[[Job], Any]] = {
     "saves 5 again": lambda job: job.save(5, replace=True),
     "saves 6": lambda job: job.save(6),
     "saves 6, retires": lambda job: job.save(6, keep=config.latest(1)),
-    "deletes 5": lambda job: retention.delete_step(job.store, 5),
+    "deletes 5": lambda job: retention.delete_step(job.store, 5, now=0.0),
     "restores": lambda job: job.restore(),
 }
 REMOVING = ("saves 6, retires", "deletes 5")

@@ -226,7 +226,7 @@ ACTS: dict[str, Callable[[Job], Any]] = {
     "saves 5": lambda one: one.save(5),
     "saves 4 again": lambda one: one.save(4, replace=True),
     "saves 5, retires": lambda one: one.save(5, keep=config.latest(1)),
-    "deletes 4": lambda one: retention.delete_step(one.store, 4, lease=one.lease),
+    "deletes 4": lambda one: retention.delete_step(one.store, 4, now=0.0, lease=one.lease),
     "saves 4 again, retires": lambda one: one.save(4, replace=True, keep=config.latest(1)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -28,10 +29,21 @@ def duplicate(bucket: MemoryBucket, source: str, destination: str) -> None:
     bucket.copy(source, destination, names)
 
 
+def aside_of(bucket: MemoryBucket, step: int) -> str:
+    """Returns where the save that has committed a step has let its predecessor step aside to."""
+    nonce = retention._nonce(bucket, str(step))
+    assert nonce is not None
+    return fmt.aside_name(step, "replaced", nonce)
+
+
 def tidy(bucket: MemoryBucket, now: float = 0.0) -> list[str]:
     run = run_of(bucket)
     leftovers = retention.find_leftovers(bucket, run, now=now)
     return retention.remove_leftovers(bucket, leftovers, run=run, now=now)
+
+
+def keys(bucket: MemoryBucket, directory: str) -> list[str]:
+    return [entry.key.removeprefix(f"{directory}/") for entry in bucket.list(directory)]
 
 
 def void(bucket: MemoryBucket, step: int) -> None:
@@ -76,7 +88,51 @@ def test_a_restore_leaves_the_copy_that_another_job_makes_before_it_replaces_a_s
     Job("reader", requests(bucket)).restore()
     assert bucket.list(aside)
     Job("writer", requests(bucket)).save(6)
-    assert not bucket.list(aside)
+    assert keys(bucket, aside) == ["COMMIT.json"]
+
+
+def test_what_a_primary_copies_aside_after_the_copy_was_removed_goes_a_day_later() -> None:
+    """It stood still in the middle of it, another job has taken the run, and it goes on."""
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    bucket.copy("5", aside, ["STEP.json", "TREE.json"])
+    assert tidy(bucket, 1000.0) == [aside]
+    assert keys(bucket, aside) == ["COMMIT.json"]
+    bucket.copy("5", aside, ["state/manifest"])
+    assert tidy(bucket, 2000.0) == [aside]
+    assert keys(bucket, aside) == ["COMMIT.json"]
+    void = bucket.files[f"{aside}/COMMIT.json"]
+    assert tidy(bucket, 2000.0 + DAY) == []
+    retention.delete_replaced(bucket, 5, bucket.children(""), 3000.0)
+    assert bucket.files[f"{aside}/COMMIT.json"] == void, "its day does not begin again"
+    assert [c.state for c in inspect_run(bucket).candidates if c.name == aside] == ["void"]
+    assert tidy(bucket, 2001.0 + DAY) == [aside]
+    assert keys(bucket, aside) == []
+
+
+@pytest.mark.parametrize("there", [["STEP.json", "TREE.json"], ["TREE.json"], ["COMMIT.json"]])
+@pytest.mark.parametrize("deletions", [0, 1, 2])
+def test_who_drops_the_copy_it_has_made_and_dies_leaves_nothing_unknown(
+    there: list[str], deletions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = start("5 is committed")
+    run, aside = run_of(bucket), fmt.aside_name(5, "replaced", "a" * 16)
+    bucket.copy("5", aside, there)
+    delete, done = bucket.delete_listed, []
+
+    def dies(entries: Any) -> None:
+        if len(done) == deletions:
+            raise Killed
+        done.append(entries)
+        delete(entries)
+
+    monkeypatch.setattr(bucket, "delete_listed", dies)
+    with pytest.raises(Killed):
+        retention.delete_copy(bucket, run, 5, aside)
+    monkeypatch.undo()
+    assert keys(bucket, aside)[0] == "COMMIT.json"
+    assert tidy(bucket, 1.0 + DAY) == [aside]
+    assert keys(bucket, aside) == []
 
 
 def test_what_a_host_uploads_after_its_staging_was_removed_goes_a_day_later() -> None:
@@ -98,7 +154,7 @@ def test_what_a_host_uploads_after_its_staging_was_removed_goes_a_day_later() ->
 @pytest.mark.parametrize("role", ["staging", "replaced"])
 def test_what_has_lost_its_claim_is_known_by_its_marker_or_a_record(role: str, left: str) -> None:
     bucket = start("5 is committed")
-    directory = fmt.aside_name(5, role, "a" * 16)
+    directory = aside_of(bucket, 5) if role == "replaced" else fmt.aside_name(5, role, "a" * 16)
     bucket.copy("5", directory, [left, "state/manifest"])
     assert tidy(bucket) == [directory]
     assert bucket.list(directory) == []
@@ -121,9 +177,10 @@ def test_a_step_with_a_void_marker_and_no_claim_can_be_tidied_and_saved_again() 
 def test_a_marker_without_anything_that_it_speaks_for_goes(name: str) -> None:
     bucket = start("5 is committed")
     marker = bucket.files["5/COMMIT.json"]
-    retention.delete_step(bucket, 5)
+    retention.delete_step(bucket, 5, now=0.0)
     bucket.put(f"{name}/COMMIT.json", marker)
     assert tidy(bucket) == [name]
+    assert tidy(bucket, 1.0 + DAY) == ([] if name == "5" else [name])  # the void marker
     assert bucket.list(name) == []
 
 
@@ -177,7 +234,7 @@ def test_a_deletion_that_comes_back_late_deletes_nothing_that_was_saved_since(
             return original(*arguments, **more)
 
         monkeypatch.setattr(bucket, method, stalled)
-        retention.delete_step(bucket, 5)
+        retention.delete_step(bucket, 5, now=0.0)
         monkeypatch.undo()
         assert method in ("get", "create") or whose(bucket)[5] == "new", method
         assert whose(bucket).get(5, "new") == "new", method
@@ -202,11 +259,9 @@ def test_a_copy_that_is_not_whole_leaves_the_step_where_it_was(
 
 def test_what_a_step_was_goes_when_its_deletion_was_cut() -> None:
     bucket = start("5 is committed")
-    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    aside = aside_of(bucket, 5)
     duplicate(bucket, "5", aside)
-    retention.delete_step(bucket, 5)
-    duplicate(bucket, "4", aside)  # as a deletion leaves it that was cut after the marker
-    bucket.delete(f"{aside}/COMMIT.json")
+    bucket.delete(f"{aside}/COMMIT.json")  # cut after the marker
     assert tidy(bucket) == [aside]
     assert bucket.list(aside) == []
 
@@ -225,7 +280,7 @@ def test_a_step_that_is_deleted_while_another_job_copies_it_aside_stays_deleted(
         return found
 
     monkeypatch.setattr(bucket, "children", then_it_is_copied)
-    retention.delete_step(bucket, 5)
+    retention.delete_step(bucket, 5, now=0.0)
     assert whose(bucket) == {4: "old"}
 
 
@@ -313,9 +368,9 @@ def test_a_deletion_ends_when_another_job_has_changed_the_marker(
     bucket = start("5 is committed")
     monkeypatch.setattr(bucket, "replace", lambda *_, **__: False)
     reached: list[str] = []
-    assert not retention.delete_step(bucket, 5, reached=reached.append)
+    assert not retention.delete_step(bucket, 5, now=0.0, reached=reached.append)
     assert reached == [], "it has not begun"
-    assert retention.retire(bucket, [5], reached=reached.append) == []
+    assert retention.retire(bucket, [5], now=0.0, reached=reached.append) == []
     assert whose(bucket)[5] == "old"
 
 
@@ -343,12 +398,51 @@ def test_nothing_is_copied_for_a_save_that_has_failed_already() -> None:
     assert bucket.files == before
 
 
+def test_who_finds_its_copy_removed_and_dies_leaves_nothing_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It dies before each of the changes that it makes."""
+    for place in itertools.count():
+        bucket = start("5 is committed")
+        bucket.crashed = False
+        run = run_of(bucket)
+        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+        copy = bucket.copy
+
+        def then_it_is_removed(
+            *arguments: Any, bucket: Any = bucket, copy: Any = copy, place: int = place
+        ) -> None:
+            bucket.copy = copy
+            copy(*arguments)
+            tidy(bucket, 1000.0)
+            bucket.crash_after(place)
+
+        monkeypatch.setattr(bucket, "copy", then_it_is_removed)
+        with pytest.raises((publish.StorageError, publish.StepExistsError)):
+            publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+        bucket.crash_after(None)
+        if not bucket.crashed:
+            break
+        assert tidy(bucket, 1001.0) in ([], [staged.aside])
+        assert set(keys(bucket, staged.aside)) <= {"COMMIT.json"}
+        tidy(bucket, 1002.0 + DAY)
+        assert bucket.list(staged.aside) == []
+        assert whose(bucket) == {4: "old", 5: "old"}
+    assert place > 10
+    assert bucket.list(staged.aside) == []
+
+
 def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bucket = start("5 is committed")
     staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
-    monkeypatch.setattr(bucket, "replace", lambda *_: False)
+    replace = bucket.replace
+
+    def another_was_first(key: str, *arguments: Any) -> bool:
+        return key != "5/COMMIT.json" and replace(key, *arguments)
+
+    monkeypatch.setattr(bucket, "replace", another_was_first)
     with pytest.raises(publish.StepExistsError):
         publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
     assert bucket.list(staged.aside) == []

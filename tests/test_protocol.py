@@ -394,7 +394,7 @@ def test_a_deletion_that_is_cut_never_brings_back_what_the_step_was_before() -> 
         store.crash_after(number)
         store.crashed = False
         try:
-            retention.delete_step(store, 1)
+            retention.delete_step(store, 1, now=0.0)
         except StorageError:
             assert store.crashed
         store.crash_after(None)
@@ -459,7 +459,7 @@ def test_a_step_that_has_only_its_old_name_can_be_deleted() -> None:
     SimulatedHosts(1).run(lambda group: save(store, group, 7))
     store.rename("7", "7.replaced-0123456789abcdef")
     assert inspect_run(store).committed == [7]
-    retention.delete_step(store, 7)
+    retention.delete_step(store, 7, now=0.0)
     assert inspect_run(store).committed == []
     assert list(store.files) == ["RUN.json"]
 
@@ -688,7 +688,7 @@ def test_a_step_that_another_job_deletes_while_its_save_ends_is_not_called_saved
     def deleted_at_once(key: str, data: bytes) -> bool:
         made = create(key, data)
         if key == "5/COMMIT.json":
-            retention.delete_step(store, 5)
+            retention.delete_step(store, 5, now=0.0)
         return made
 
     monkeypatch.setattr(store, "create", deleted_at_once)

@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -550,3 +551,28 @@ def _prepare_buckets() -> None:
     shared.dircache.use_listings_cache = False
     shared.invalidate_cache()
     shared.consistency = "md5"  # it compares what it has sent with what the bucket has got
+    _release_views_of_failed_uploads()
+
+
+@functools.cache
+def _release_views_of_failed_uploads() -> None:
+    """Makes gcsfs's files, through which Orbax writes what TensorStore does not, let go of their
+    buffer when an upload fails.
+
+    The traceback of such an error holds a view of an `io.BytesIO`, often in a cycle. Python 3.12.0
+    and 3.12.1 crash when they collect the two together, and later versions complain
+    (https://github.com/python/cpython/issues/111049 and 111331).
+    """
+    from gcsfs.core import GCSFile
+
+    upload = GCSFile._upload_chunk
+
+    @functools.wraps(upload)
+    def _upload_chunk(self: Any, final: bool = False) -> Any:
+        try:
+            return upload(self, final)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    GCSFile._upload_chunk = _upload_chunk

@@ -465,7 +465,8 @@ def exhaust(
 ) -> Explored:
     """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, and
     once for each reply of a bucket that can be lost, and once for each place at which all can stand
-    still while another job does the same: they save step 2 (or step 1 again), and keep one step.
+    still while another job does the same (where `most` is 2 or more, once more for each later place
+    at which the primary then dies): they save step 2 (or step 1 again), and keep one step.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
@@ -509,6 +510,12 @@ def exhaust(
             for place in range(changes[host])
         ),
         (({}, {}, place) for place in range(changes[0])),
+        # It goes on, and dies after all.
+        (
+            ({0: later}, {}, place)
+            for place in range(changes[0] if most > 1 else 0)
+            for later in range(place, changes[0])
+        ),
     )
     total = Explored()
     for case in itertools.islice(cases, 0, None, every):
@@ -534,7 +541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=0, help="how many random worlds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument(
-        "--exhaust", action="store_true", help="every crash, pair of crashes and lost reply"
+        "--exhaust",
+        action="store_true",
+        help="every crash, pair of crashes, lost reply and pause",
     )
     parser.add_argument("--seed", type=int, help="run this world alone")
     parser.add_argument("--show", action="store_true", help="tell what happens in it")
