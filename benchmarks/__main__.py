@@ -49,6 +49,9 @@ def _grid(disk: str, memory: str, peers: list[str], *, full: bool) -> Iterator[l
     yield speed(mib=256, mesh="other")
     for hosts in (2, 4):
         yield speed(mib=256, hosts=hosts)
+    for hosts in (2, 4) if full else (2,):
+        yield ["replicas", f"--hosts={hosts}", f"--place={disk}"]
+    yield ["replicas", "--bucket", "--mib=64"]
     yield ["memory", f"--place={disk}"]
     for hosts in (1, 2, 4) if full else (1, 2):
         yield ["blocking", f"--hosts={hosts}", "--mib=1024"]

@@ -46,7 +46,7 @@ def measure(asked: Asked, root: str) -> list[dict[str, Any]]:
     """Runs all contenders in this process; on several hosts, in each of theirs."""
     import jax
 
-    together = _barrier()
+    together = barrier()
     state = states.make(asked.kind, asked.mib, asked.leaves, states.over_all_devices())
     target = contenders.targets(state, states.other_sharding if asked.mesh == "other" else None)
     host, hosts = jax.process_index(), jax.process_count()
@@ -117,7 +117,7 @@ def measure(asked: Asked, root: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _barrier() -> Callable[[], None]:
+def barrier() -> Callable[[], None]:
     """Returns what waits for all hosts."""
     import itertools
 

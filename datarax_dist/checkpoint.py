@@ -34,7 +34,7 @@ from datarax_dist.checkpointer import (
 from datarax_dist.data import positions as data_io
 from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError
 from datarax_dist.inspection import Candidate
-from datarax_dist.restore import Unverified
+from datarax_dist.restore import Loading
 from datarax_dist.save import SaveRequest
 
 __all__ = [
@@ -102,8 +102,9 @@ class Run(Checkpointer):
         target: Any,
         data: Any,
         *,
-        unverified: Unverified | None = None,
+        loading: Loading | None = None,
         metadata_only: bool = False,
+        parted: bool | None = None,
         allow: Sequence[str] = (),
     ) -> Callable[[], Any]:
         assert isinstance(target, Target)
@@ -111,7 +112,7 @@ class Run(Checkpointer):
             return super()._load(candidate, None, None, metadata_only=True)
         items = candidate.marker.items if candidate.marker else ()
         if f"data/{_LOCAL}" not in items:
-            return super()._load(candidate, target.value, None, unverified=unverified)
+            return super()._load(candidate, target.value, None, loading=loading)
         part = _Local(False, trees.TreeSpec(None, ()), {})
         read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
         plan = data_io.plan_restore(
@@ -120,7 +121,7 @@ class Run(Checkpointer):
         position = data_io.decode_positions(plan, read)[_LOCAL][self._group.index]
         stored = codec.unpack(position.state)
         if not stored["flat"]:
-            return super()._load(candidate, target.value, None, unverified=unverified)
+            return super()._load(candidate, target.value, None, loading=loading)
         spec = trees.TreeSpec.from_json(stored["spec"])
         tree = None if target.value is None else state_tree(target.value)
         if is_checkpointable(target.value) and not trees.fits_exactly(spec, tree):
@@ -134,7 +135,8 @@ class Run(Checkpointer):
                 if tree is None
                 else {leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves}
             )
-            arrays = super()._load(candidate, shared, None, unverified=unverified)()[0]
+            # What is decoded with them here must be whole before the hosts vote.
+            arrays = super()._load(candidate, shared, None, loading=loading, parted=False)()[0]
         values = [
             _unpack(leaves[leaf.name], leaf, goal) if leaf.name in leaves else arrays[leaf.name]
             for leaf, goal in wanted

@@ -36,7 +36,7 @@ from datarax_dist.errors import (
 )
 from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, read_marker
-from datarax_dist.restore import Restorer, RestoreReport, Unverified
+from datarax_dist.restore import Loading, Restorer, RestoreReport
 from datarax_dist.retention import delete_step
 from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
 from datarax_dist.storage import open_store
@@ -433,8 +433,8 @@ class Checkpointer:
         phases = Phases("restore", self._group.index)
         found = self._restorer.restore(
             None if step is None else number,
-            lambda candidate, unverified: self._load(
-                candidate, state, data, unverified=unverified, allow=allow_data_changes
+            lambda candidate, loading: self._load(
+                candidate, state, data, loading=loading, allow=allow_data_changes
             ),
             phases,
         )
@@ -454,20 +454,23 @@ class Checkpointer:
         target: Any,
         data: Any,
         *,
-        unverified: Unverified | None = None,
+        loading: Loading | None = None,
         metadata_only: bool = False,
+        parted: bool | None = None,
         allow: Sequence[str] = (),
     ) -> Callable[[], Any]:
         """Reads this host's part of a step; changes nothing. Returns what applies it.
 
         Args:
-            unverified: files of the state that are still to be verified.
+            loading: what the restore protocol asks for, and is told.
+            parted: whether hosts may read parts of what all of them need; as the options say by
+                default.
         """
         name = candidate.name
         read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
         items = list(candidate.marker.items) if candidate.marker else []
         metadata: Any = {}
-        tree: Any = None
+        tree: Callable[[], Any] = _no_state
         has_state = "state" in items
         spec: trees.TreeSpec | None = None
         where = f"{name}/state"
@@ -496,27 +499,49 @@ class Checkpointer:
                 and not trees.fits_exactly(spec, goal)
             ):
                 goal = None  # a fresh object may have less in its state than the saved one had
-            tree = self._load_state(where, spec, goal, unverified)
+            tree = self._load_state(where, spec, goal, loading or Loading(), parted)
 
         def apply() -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
             data_io.apply_positions(plan, positions, candidate.step, self._pace)
-            return apply_state(target, tree), metadata, plan.changes
+            return apply_state(target, tree()), metadata, plan.changes
 
         return apply
 
     def _load_state(
-        self, where: str, spec: trees.TreeSpec, target: Any, unverified: Unverified | None
-    ) -> Any:
+        self,
+        where: str,
+        spec: trees.TreeSpec,
+        target: Any,
+        loading: Loading,
+        parted: bool | None,
+    ) -> Callable[[], Any]:
+        """Reads the state, and returns what returns it, when all hosts have gathered it."""
         if target is None:
             wanted: list[tuple[trees.LeafSpec, Any]] = [(leaf, None) for leaf in spec.leaves]
         else:
             wanted = trees.match(spec, target)
-        files = unverified.take() if unverified is not None else []
-        values = self._arrays.restore(where, spec, wanted, files)
-        leaves = [trees.finish_leaf(leaf, values.get(leaf.path), goal) for leaf, goal in wanted]
-        if target is None:
-            return spec.build(leaves)
-        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+        if parted is None:
+            parted = self._options.single_replica_restore
+        loaded = self._arrays.restore(where, spec, wanted, loading.take(), parted=parted)
+        leaves = [
+            None
+            if leaf.path in loaded.parts
+            else trees.finish_leaf(leaf, loaded.values.get(leaf.path), goal)
+            for leaf, goal in wanted
+        ]
+        later = {number for number, (leaf, _) in enumerate(wanted) if leaf.path in loaded.parts}
+        if later:
+            loading.gather_later(loaded.told, loaded.gather)
+
+        def state() -> Any:
+            for number in later:
+                leaf, goal = wanted[number]
+                leaves[number] = trees.finish_leaf(leaf, loaded.values[leaf.path], goal)
+            if target is None:
+                return spec.build(leaves)
+            return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+        return state
 
     def _read(self, candidate: Candidate, key: str) -> bytes:
         try:
@@ -794,3 +819,6 @@ def _versions() -> dict[str, str]:
         "orbax-checkpoint": arrays_io.ORBAX_VERSION,
         "python": platform.python_version(),
     }
+
+
+def _no_state() -> None: ...

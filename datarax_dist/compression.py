@@ -13,7 +13,7 @@ taken in `arrays`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,11 @@ class Advisor:
         if compressed and self._bytes_per_second is not None:
             speed = max(speed, self._bytes_per_second)
         self._bytes_per_second = speed
+
+    def forget_others(self, names: Iterable[str]) -> None:
+        """Forgets arrays that are not in the state any more."""
+        there = set(names)
+        self._samples = {name: found for name, found in self._samples.items() if name in there}
 
     def wants_sample(self, name: str, size: int) -> bool:
         """Whether a sample of an array of so many bytes is of use now."""

@@ -47,6 +47,9 @@ class Options:
             a bucket or of a compressed array; None leaves it to Orbax. What is not compressed is
             read from files into the memory where it stays, or, on another mesh, through 4 MiB for
             each thread.
+        single_replica_restore: whether hosts that hold the same values of an array (replicas) read
+            a part each, which their devices then pass on (default False: each host reads all that
+            it holds). The same on every host.
         save_concurrent_bytes: bytes of arrays that Orbax writes at the same time on one host, to a
             bucket or compressed; None does not limit. What is written to files as it is needs no
             memory beside its own. An array that alone takes more than one of these limits is an
@@ -69,6 +72,7 @@ class Options:
     save_timeout_seconds: float = 1800.0
     restore_timeout_seconds: float = 1800.0
     restore_concurrent_bytes: int | None = None
+    single_replica_restore: bool = False
     save_concurrent_bytes: int | None = None
     lease_ttl_seconds: float = 60.0
     lease_wait_seconds: float = 0.0

@@ -9,15 +9,20 @@
              next phase, so that it is read once.
 3. load     Each host loads, and verifies what it reads; then what of its share is left. What fails
              is exchanged, never raised on one host alone. Damage moves on to the next candidate.
-4. positions Applied only when every host has loaded and decoded; an error on one host is an error
+4. gather   Where hosts have read parts of what all of them need, their devices pass these on. It
+             is a computation of all hosts, which none leaves before all have their arrays; so it
+             runs beside the thread that waits for the others.
+5. positions Applied only when every host has loaded and decoded; an error on one host is an error
              on all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,29 +58,45 @@ from datarax_dist.inspection import (
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
 
-__all__ = ["RestoreReport", "Restorer", "Unverified"]
+__all__ = ["Loading", "RestoreReport", "Restorer"]
 
 logger = logging.getLogger("datarax_dist")
 
 _TRIES = 20
 _FEW_HOSTS = 64  # that have written a step: what they wrote is listed in a request or two
+_BEACONS_SECONDS = 5.0  # until a beacon that has stood still is known to have
 _MOST_TOLD = 100  # damaged files that one host tells the others of
 
 
-class Unverified:
-    """The array files of a step whose content this host has still to verify."""
+class Loading:
+    """What is agreed with a loader while it loads.
+
+    Attributes:
+        gathers: what all hosts are to do together when each has loaded, in words that are the same
+            on every host; empty for nothing.
+    """
 
     def __init__(self, entries: Sequence[fmt.FileEntry] = ()) -> None:
         self._entries = {entry.path: entry for entry in entries}
+        self.gathers = ""
+        self.gather: Callable[[], None] = lambda: None
 
     def take(self) -> list[fmt.FileEntry]:
-        """Returns them; who takes them verifies them, or raises."""
+        """Returns the array files of the step whose content this host has still to verify; who
+        takes them verifies them, or raises.
+        """
         taken, self._entries = list(self._entries.values()), {}
         return taken
 
+    def gather_later(self, what: str, gather: Callable[[], None]) -> None:
+        """Has `gather` called, on a thread of its own, when every host has loaded the step, and
+        before anything is applied. What it waits for is the other hosts' `gather`.
+        """
+        self.gathers, self.gather = what, gather
+
 
 # Reads and decodes this host's part of a candidate, changes nothing, and returns what applies it.
-Loader = Callable[[Candidate, Unverified], Callable[[], Any]]
+Loader = Callable[[Candidate, Loading], Callable[[], Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,12 +471,15 @@ class Restorer:
         attempt = _Attempt()
         wrong: dict[str, str] = {}
 
-        def look(votes: Sequence[dict[str, str]]) -> dict[str, Any]:
+        def look(votes: Sequence[tuple[dict[str, str], str]]) -> dict[str, Any]:
+            wrong = _all_of_them([found for found, _ in votes])
+            if not wrong:
+                _check_alike([gathers for _, gathers in votes])
             # Another job may have saved the step again while it was loaded: then some of what was
             # loaded is of the old one, some of the new one.
-            loaded = candidate.state == "committed" and not any(votes)
+            loaded = candidate.state == "committed" and not wrong
             moved = loaded and has_moved(self._store, candidate)
-            return {"wrong": _all_of_them(votes), "moved": moved}
+            return {"wrong": wrong, "moved": moved}
 
         # What comes from a bucket may be damaged on its way: it is damaged there if it is so twice.
         tries = 1 if isinstance(self._store, SupportsRename) else 2
@@ -465,7 +489,7 @@ class Restorer:
                     attempt = self._try_load(candidate, load, unverified)
                 told = self._group.exchange(
                     "load",
-                    attempt.wrong,
+                    [attempt.wrong, attempt.loading.gathers],
                     error=attempt.failure,
                     leader=look,
                     timeout_seconds=self._options.restore_timeout_seconds,
@@ -490,6 +514,9 @@ class Restorer:
         if wrong:
             return wrong, None
         assert attempt.apply is not None
+        if attempt.loading.gathers:
+            with phases.span("gather"):
+                self._gather(attempt.loading)
         failure: BaseException | None = None
         result = None
         with phases.span("positions"):
@@ -506,14 +533,47 @@ class Restorer:
             )
         return {}, result
 
+    def _gather(self, loading: Loading) -> None:
+        """Lets all hosts do together what they have agreed on in the vote.
+
+        It cannot be stopped, and does not end where a host has died in it. So it has a thread of
+        its own, which is left alone then, and this one waits for the other hosts.
+        """
+        operation = self._group.begin("gather")
+        known = threading.Event()
+
+        def run() -> None:
+            try:
+                loading.gather()
+            except BaseException as error:
+                # When one host dies, it fails on others at once. Which one it was is known when its
+                # beacon has stood still for long enough, and that is the better error.
+                if not known.wait(self._options.peer_silence_seconds + _BEACONS_SECONDS):
+                    operation.fail("gather", error)
+            else:
+                with contextlib.suppress(PeerLostError):  # the other thread finds out, too
+                    operation.contribute("gather", None)
+
+        try:
+            threading.Thread(target=run, name="datarax_dist-gather", daemon=True).start()
+            deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
+            if self._group.is_primary:
+                operation.lead("gather", _nothing, deadline)
+            operation.result("gather", deadline)
+        finally:
+            known.set()
+            operation.close()
+
     def _try_load(
         self, candidate: Candidate, load: Loader, unverified: Sequence[fmt.FileEntry]
     ) -> _Attempt:
-        left = Unverified(unverified)
+        loading = Loading(unverified)
         try:
-            apply = load(candidate, left)
-            wrong = verify_files(self._store, candidate.name, left.take(), "full", whole=False)
-            return _Attempt(dict(list(wrong.items())[:_MOST_TOLD]), apply=None if wrong else apply)
+            apply = load(candidate, loading)
+            wrong = verify_files(self._store, candidate.name, loading.take(), "full", whole=False)
+            if wrong:
+                return _Attempt(dict(list(wrong.items())[:_MOST_TOLD]))
+            return _Attempt(apply=apply, loading=loading)
         except CorruptStepError as error:
             return _Attempt({path: str(error) for path in error.files})
         except fmt.InvalidRecordError as error:
@@ -558,12 +618,14 @@ class _Attempt:
         failure: an error that says nothing about the step.
         unread: one that may mean damage.
         apply: what to do with what was loaded.
+        loading: what is to be done together before.
     """
 
     wrong: dict[str, str] = field(default_factory=dict)
     failure: BaseException | None = None
     unread: BaseException | None = None
     apply: Callable[[], Any] | None = None
+    loading: Loading = field(default_factory=Loading)
 
 
 class _MovedError(Exception):
@@ -573,6 +635,18 @@ class _MovedError(Exception):
 def _all_of_them(votes: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """What is wrong with a step on any host. Every host is told this, rather than all votes."""
     return {path: reason for vote in votes for path, reason in vote.items()}
+
+
+def _check_alike(gathers: Sequence[str]) -> None:
+    """Raises where hosts would not gather the same: they would wait for each other for ever."""
+    for host, what in enumerate(gathers):
+        if what != gathers[0]:
+            raise InvalidArgumentError(
+                f"Host {host} has read {what or 'everything that it needs itself'}, host 0"
+                f" {gathers[0] or 'everything that it needs itself'}. The targets' shapes and"
+                " shardings, and Options.single_replica_restore, must be the same on every host."
+                " Nothing was changed."
+            )
 
 
 def _nothing(_: Sequence[Any]) -> None:

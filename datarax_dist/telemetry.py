@@ -42,7 +42,13 @@ SAVE_PHASES = (
 BUCKET_PHASES = (
     "save:claim",  # in a bucket: save() has returned, the primary is about to claim the step
 )
-RESTORE_PHASES = ("restore:list", "restore:verify", "restore:load", "restore:positions")
+RESTORE_PHASES = (
+    "restore:list",
+    "restore:verify",
+    "restore:load",
+    "restore:gather",  # with Options.single_replica_restore: devices are about to pass arrays on
+    "restore:positions",
+)
 
 Sink = Callable[[str, int], None]
 _sinks: list[Sink] = []

@@ -452,3 +452,105 @@ def killed_in_a_save(root: str, silence_seconds: float) -> Any:
         except dd.errors.PeerLostError as error:
             return time.monotonic() - begin, str(error)
     raise AssertionError("the save has not failed")
+
+
+_REPLICATED = {  # dtype, shape, axes of a mesh ("data", "model")
+    "weights": ("float32", (4096, 1024), ()),
+    "split": ("float32", (2048, 1024), (None, "model")),
+    "half": ("bfloat16", (1024, 3, 1024), ()),
+    "bytes": ("int8", (1 << 20, 2), ()),
+    "eight": ("float8_e4m3fn", (2048, 1024), ()),
+    "flags": ("bool", (2048, 1024), ()),
+    "complex": ("complex64", (512, 512), ()),
+    "odd": ("float32", (1025, 1023), ()),  # no part of it fits
+    "small": ("float32", (8,), ()),
+    "sharded": ("float32", (2048, 512), ("data",)),
+}
+
+
+def replicated_state() -> Any:
+    """A state of which most is the same on all hosts; every bit pattern is in it."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    hosts = jax.process_count()
+    mesh = Mesh(np.array(jax.devices()).reshape(hosts, -1), ("data", "model"))
+    random = np.random.default_rng(0)
+
+    def make(dtype: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> jax.Array:
+        bits = random.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        if dtype == "bool":
+            bits = bytes(byte & 1 for byte in bits)
+        array = np.frombuffer(bits, dtype).reshape(shape)
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_callback(shape, sharding, lambda index: array[index])
+
+    return {name: make(*row) for name, row in _REPLICATED.items()}
+
+
+def _bytes_read() -> int:
+    """What this process has asked the kernel for, by system calls."""
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def save_replicated(root: str) -> Any:
+    import datarax_dist as dd
+
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state=replicated_state(), metadata={"one": 1}).result(60)  # type: ignore[union-attr]
+
+
+def restore_replicated(root: str, single: tuple[bool, ...], verify: Any) -> Any:
+    """Returns how many bytes this host has read, which leaves are not as they were, and the phases
+    of the restore.
+
+    Args:
+        single: `Options.single_replica_restore` of each host.
+    """
+    import jax
+
+    import datarax_dist as dd
+
+    options = dd.Options(
+        single_replica_restore=single[jax.process_index()],
+        verify_on_restore=verify,
+        peer_silence_seconds=3,
+    )
+    state = replicated_state()
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in state.items()
+    }
+    with dd.Checkpointer(root, options=options) as ckpt:
+        before = _bytes_read()
+        restored = ckpt.restore(state=target)
+        size = _bytes_read() - before
+    wrong = [
+        name
+        for name, leaf in restored.state.items()
+        if leaf.sharding != state[name].sharding
+        or any(
+            np.asarray(mine.data).tobytes() != np.asarray(other.data).tobytes()
+            for mine, other in zip(
+                leaf.addressable_shards, state[name].addressable_shards, strict=True
+            )
+        )
+    ]
+    return size, wrong, sorted(restored.report.seconds)
+
+
+def killed_in_a_gather(root: str) -> Any:
+    """Restores, in which host 1 is killed while arrays are passed on; returns what that told."""
+    import time
+
+    import datarax_dist as dd
+    from datarax_dist.testing import kill_at
+
+    begin = time.monotonic()
+    try:
+        with kill_at("restore:gather", host=1):
+            restore_replicated(root, (True, True), "full")
+    except dd.errors.PeerLostError as error:
+        return time.monotonic() - begin, str(error), error.missing
+    raise AssertionError("the restore has not failed")

@@ -59,6 +59,17 @@ def test_what_is_larger_than_the_limit_of_bytes_is_not_compressed() -> None:
     assert advisor.choose(GIB // 2).compressed == ("small",)
 
 
+def test_an_array_that_has_left_the_state_is_neither_compressed_nor_counted() -> None:
+    advisor = Advisor(2)
+    advisor.note_speed(GIB, 100.0)
+    for name in ("there", "gone"):
+        advisor.note_sample(name, GIB, 0.1, 1e-9)
+    advisor.forget_others(["there", "new"])
+    choice = advisor.choose()
+    assert choice.compressed == ("there",)
+    assert choice.why.startswith("zstd for 1 of 1")
+
+
 def test_samples_are_taken_of_large_arrays_once_the_storage_is_known_and_now_and_then() -> None:
     advisor = Advisor(1)
     assert not advisor.wants_sample("w", GIB), "what for?"
@@ -138,6 +149,9 @@ def test_the_second_save_compresses_what_the_first_has_shown_to_shrink(
             restored = ckpt.restore(state=state)
             assert restored.step == step
             assert dd.tree_digest(restored.state) == dd.tree_digest(state)
+        for step in (3, 4):
+            ckpt.save(step, state={"noise": state["noise"]}).result()
+    assert _note(tmp_path / "4").startswith("none: the storage"), "the zeros have left the state"
     assert _note(tmp_path / "1").startswith("none: no save of 16 MiB")
     assert _note(tmp_path / "2").startswith("zstd for 1 of 2: the storage has taken 10 MB/s;")
     saved = _size(tmp_path / "1") - _size(tmp_path / "2")

@@ -9,10 +9,12 @@ merges) is our exchange. Directories are made beforehand, by the save protocol.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import errno
 import functools
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -20,9 +22,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
@@ -36,6 +40,7 @@ from orbax.checkpoint._src.path import atomicity
 
 from datarax_dist import direct
 from datarax_dist import format as fmt
+from datarax_dist.arrays import replicas
 from datarax_dist.arrays.failures import wrapped
 from datarax_dist.arrays.hooks import Gate, Written, gates
 from datarax_dist.arrays.leaves import bytes_of, check_kind, fits, restore_args, spec_leaves, want
@@ -43,7 +48,13 @@ from datarax_dist.arrays.sampling import compress_sample
 from datarax_dist.boards import PatientClient
 from datarax_dist.compression import EVERYTHING, NOTHING, Advisor, Choice
 from datarax_dist.config import Options, is_bucket
-from datarax_dist.errors import CorruptStepError, InvalidArgumentError, StorageError
+from datarax_dist.errors import (
+    CheckpointError,
+    CorruptStepError,
+    InvalidArgumentError,
+    StorageError,
+    describe,
+)
 from datarax_dist.ocdbt import read_index
 from datarax_dist.storage import LocalStore
 from datarax_dist.trees import LeafSpec, TreeSpec
@@ -195,6 +206,45 @@ class Engine:
         self._orbax.close()
 
 
+@dataclass
+class Loaded:
+    """What this host has read.
+
+    Attributes:
+        values: arrays by path.
+        parts: of arrays that all hosts have still to `gather`, what is here; the same ones, in the
+            same order, on every host.
+    """
+
+    values: dict[tuple[str, ...], Any]
+    parts: dict[tuple[str, ...], replicas.Part]
+
+    @property
+    def told(self) -> str:
+        """What is gathered, in words that are the same on every host."""
+        names = ", ".join("/".join(path) for path in list(self.parts)[:3])
+        placed = "".join(f"{path}{part.size}{part.sharding}" for path, part in self.parts.items())
+        digest = fmt.digest(placed.encode())
+        return f"parts of {len(self.parts)} arrays ({names}...; {digest})"
+
+    def gather(self) -> None:
+        """Makes `values` whole. Collective.
+
+        Raises:
+            CheckpointError: a host has gone, or a device lacks memory.
+        """
+        try:
+            found = replicas.gather(list(self.parts.values()))
+        except Exception as error:
+            raise CheckpointError(
+                f"The devices could not tell each other what their hosts have read:"
+                f" {describe(error, 500)}. With Options.single_replica_restore=False each host"
+                " reads everything itself."
+            ) from error
+        self.values |= dict(zip(self.parts, found, strict=True))
+        self.parts = {}
+
+
 class OrbaxArrays:
     """Orbax for one `Checkpointer`: writes and reads the `state` item of steps below `root`."""
 
@@ -238,6 +288,7 @@ class OrbaxArrays:
         """Takes in how long this host's parts have taken to be written, and takes samples."""
         size = sum(array.size for array in arrays)
         self._advisor.note_speed(size, seconds, compressed=bool(self._compressed))
+        self._advisor.forget_others(array.name for array in arrays)
         wanted = [array for array in arrays if self._advisor.wants_sample(array.name, array.size)]
         wanted.sort(key=lambda array: -array.size)
         for array in wanted[:_SAMPLES_PER_SAVE]:
@@ -282,12 +333,14 @@ class OrbaxArrays:
         spec: TreeSpec,
         wanted: Sequence[tuple[LeafSpec, Any]],
         verified: Sequence[fmt.FileEntry] = (),
-    ) -> dict[tuple[str, ...], Any]:
-        """Returns the arrays of `wanted` leaves by path. A target of None means today's default
-        placement.
+        *,
+        parted: bool = False,
+    ) -> Loaded:
+        """Reads the arrays of `wanted` leaves. A target of None means today's default placement.
 
         Args:
             verified: files of this state whose digests this host verifies while it reads.
+            parted: of arrays that several hosts hold alike read a part only.
 
         Raises:
             StructureMismatchError: an array cannot be placed as the target says.
@@ -300,19 +353,37 @@ class OrbaxArrays:
             for leaf, target in wanted
             if not leaf.inline
         }
-        found: dict[tuple[str, ...], Any] = {}
+        placed: dict[tuple[str, ...], Any] = {}
+        for key, (leaf, arguments) in chosen.items() if parted else ():
+            if leaf.kind != "jax" or not isinstance(arguments, ocp.ArrayRestoreArgs):
+                continue
+            if part := replicas.parted(arguments.sharding, leaf.shape, leaf.dtype):
+                placed[key] = arguments.sharding
+                chosen[key] = leaf, dataclasses.replace(arguments, sharding=part)
+        makers: dict[tuple[str, ...], Callable[[], Any]] = {}
         if not is_bucket(path):
-            found = self._read_direct(path, chosen, verified)
-        rest = {key: value for key, value in chosen.items() if key not in found}
-        return found | self._read_by_orbax(path, spec, rest)
+            makers = self._read_direct(path, chosen, verified)
+        rest = {key: value for key, value in chosen.items() if key not in makers}
+        values = self._read_by_orbax(path, spec, rest)
+        parts: dict[tuple[str, ...], replicas.Part] = {}
+        for key, sharding in placed.items():
+            make = makers.pop(key, None) or functools.partial(values.pop, key)
+            leaf = chosen[key][0]
+            size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            parts[key] = replicas.Part(make, sharding, size)
+        with wrapped("read", path):
+            values |= {key: jax.block_until_ready(make()) for key, make in makers.items()}
+        return Loaded(values, parts)
 
     def _read_direct(
         self,
         path: str,
         chosen: Mapping[tuple[str, ...], tuple[LeafSpec, Any]],
         verified: Sequence[fmt.FileEntry],
-    ) -> dict[tuple[str, ...], Any]:
-        """Returns those arrays that need no Orbax to be read, and verifies files meanwhile."""
+    ) -> dict[tuple[str, ...], Callable[[], Any]]:
+        """Reads those arrays that need no Orbax to be read, and verifies files meanwhile. Returns
+        what makes each.
+        """
         store = LocalStore(self._root)
         where = os.path.relpath(path, self._root)
         files = {entry.path.removeprefix("state/"): entry for entry in verified}
@@ -327,7 +398,7 @@ class OrbaxArrays:
             if wrong := reading.run():
                 told = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:5])
                 raise CorruptStepError(told, step=-1, files=[f"state/{name}" for name in wrong])
-            return {key: jax.block_until_ready(make()) for key, make in makers.items()}
+        return makers
 
     def _read_by_orbax(
         self,

@@ -39,7 +39,7 @@ from datarax_dist.errors import CheckpointError, CorruptStepError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
 from datarax_dist.lease import Lease
-from datarax_dist.restore import Restorer, Unverified
+from datarax_dist.restore import Loading, Restorer
 from datarax_dist.save import Saver, SaveRequest
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore, stepped
@@ -226,7 +226,7 @@ class _World:
             lease.release()
         return told
 
-    def _load(self, candidate: Candidate, _: Unverified) -> Callable[[], tuple[int, int]]:
+    def _load(self, candidate: Candidate, _: Loading) -> Callable[[], tuple[int, int]]:
         try:
             job = json.loads(self.store.get(f"{candidate.name}/TREE.json"))
             parts = {

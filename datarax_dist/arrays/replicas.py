@@ -1,0 +1,134 @@
+"""Arrays that devices of several hosts hold alike: each host reads a part, and the devices tell
+each other the rest.
+
+A storage then gives each byte once, however many hosts there are. Only for `NamedSharding`, which
+says along which axes of the mesh an array is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["Part", "gather", "parted"]
+
+_LEAST_BYTES = 1 << 20  # a collective has its price
+_BATCH_BYTES = 256 << 20
+_BATCH_ARRAYS = 64
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+ProcessOf = Callable[[Any], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What this host has read of an array.
+
+    Attributes:
+        make: returns the array, each device with its part.
+        sharding: how it is to be placed.
+        size: bytes of all of it.
+    """
+
+    make: Callable[[], jax.Array]
+    sharding: jax.sharding.Sharding
+    size: int
+
+
+def parted(
+    sharding: Any,
+    shape: Sequence[int],
+    dtype: Any,
+    process_of: ProcessOf = lambda device: int(device.process_index),
+) -> jax.sharding.NamedSharding | None:
+    """Returns how to place an array over the same devices so that hosts which would hold the same
+    values hold parts of them; None where nothing is gained, or no part fits.
+
+    It is the same on every host.
+    """
+    dtype = np.dtype(dtype)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or "int4" in dtype.name:
+        return None
+    mesh, spec = sharding.mesh, sharding.spec
+    entries: list[tuple[str, ...]] = []
+    for entry in (*spec, *[None] * (len(shape) - len(spec))):
+        if not isinstance(entry, str | tuple | None):
+            return None  # not said, or not all of it
+        entries.append((entry,) if isinstance(entry, str) else tuple(entry or ()))
+    splits = [math.prod(mesh.shape[axis] for axis in entry) for entry in entries]
+    held = dtype.itemsize * math.prod(shape) // math.prod(splits)
+    if not isinstance(mesh, jax.sharding.Mesh) or held < _LEAST_BYTES:
+        return None
+    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
+    if set(processes.flat) != {process_of(device) for device in jax.devices()}:
+        return None  # a host without a device of it could not take part
+    used = {axis for entry in entries for axis in entry}
+    alike = [
+        axis
+        for number, axis in enumerate(mesh.axis_names)
+        if axis not in used and (processes != processes.take([0], axis=number)).any()
+    ]
+    before = [tuple(entry) for entry in entries]
+    for axis in sorted(alike, key=lambda axis: -mesh.shape[axis]):
+        # Along the first dimension that divides: there a part is a piece of a file.
+        for dimension, size in enumerate(shape):
+            if size % (splits[dimension] * mesh.shape[axis]) == 0:
+                entries[dimension] += (axis,)
+                splits[dimension] *= mesh.shape[axis]
+                break
+    if entries == before:
+        return None
+    return jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(*entries), memory_kind=sharding.memory_kind
+    )
+
+
+def _as_they_are(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return arrays
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _seen_as(array: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(array, dtype)
+
+
+def gather(parts: Sequence[Part]) -> list[jax.Array]:
+    """Returns the arrays, each placed as it is to be. Collective: every host with the same ones, in
+    the same order.
+
+    Beside them, the devices hold the parts of a batch (256 MiB, or one array) at the same time.
+    """
+    found: list[jax.Array] = []
+    for batch in _batches(parts):
+        made = [part.make() for part in batch]
+        dtypes = [array.dtype for array in made]
+        # As whole numbers: some platforms have no collectives of bfloat16, and go through float32,
+        # which changes the bits of a NaN. Not in one computation, or the compiler undoes it.
+        for number, dtype in enumerate(dtypes):
+            if jax.numpy.issubdtype(dtype, jax.numpy.floating):
+                made[number] = _seen_as(made[number], _BITS[dtype.itemsize])
+        place = jax.jit(_as_they_are, out_shardings=tuple(part.sharding for part in batch))
+        for array, dtype in zip(place(*made), dtypes, strict=True):
+            found.append(array if array.dtype == dtype else _seen_as(array, dtype))
+        jax.block_until_ready(found)
+        for array in made:
+            array.delete()
+    return found
+
+
+def _batches(parts: Sequence[Part]) -> list[list[Part]]:
+    batches: list[list[Part]] = []
+    size = 0
+    for part in parts:
+        if not batches or size + part.size > _BATCH_BYTES or len(batches[-1]) == _BATCH_ARRAYS:
+            batches.append([])
+            size = 0
+        batches[-1].append(part)
+        size += part.size
+    return batches

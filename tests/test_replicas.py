@@ -1,0 +1,293 @@
+"""Arrays that several hosts hold alike: each host reads a part, and the devices pass it on."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import targets
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from datarax_dist import config
+from datarax_dist.arrays import replicas
+from datarax_dist.errors import InvalidArgumentError, PeerError
+from datarax_dist.hosts import HostGroup
+from datarax_dist.restore import Restorer
+from datarax_dist.telemetry import Phases
+from datarax_dist.testing import FakeGCS, SimulatedHosts, run_hosts
+from datarax_dist.testing.simulated import MemoryStore
+
+FLOAT = "float32"
+
+
+def of_two_hosts(device: Any) -> int:
+    return int(device.id) // 2
+
+
+def spec_of(
+    axes: tuple[Any, ...], shape: tuple[int, ...], process_of: Any = of_two_hosts
+) -> PartitionSpec | None:
+    """Returns how an array of a mesh of two hosts, with two devices each, is read."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    found = replicas.parted(sharding, shape, FLOAT, process_of)
+    assert found is None or found.mesh == mesh
+    return None if found is None else found.spec
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        ((), (1024, 512), ("data", None)),
+        ((None, "model"), (1024, 512), ("data", "model")),
+        (("model",), (1024, 512), (("model", "data"), None)),
+        ((), (1025, 512), (None, "data")),
+        ((), (4, 3, 1 << 18), ("data", None, None)),
+    ],
+)
+def test_hosts_that_hold_the_same_read_parts(axes: Any, shape: Any, expected: Any) -> None:
+    assert spec_of(axes, shape) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        (("data",), (1024, 512)),  # each host has its own part
+        ((("data", "model"),), (1024, 512)),
+        ((), (1025, 1023)),  # nothing divides
+        ((), (16, 16)),  # not worth a collective
+        ((), ()),
+        ((), (0, 1024)),
+    ],
+)
+def test_what_is_not_the_same_or_does_not_divide_is_read_as_it_is(axes: Any, shape: Any) -> None:
+    assert spec_of(axes, shape) is None
+
+
+def test_devices_of_one_host_read_nothing_twice_anyway() -> None:
+    assert spec_of((), (1024, 512), lambda device: 0) is None
+    # Here "model" goes from host to host, and "data" stays on one.
+    assert spec_of((), (1024, 512), lambda device: device.id % 2) == PartitionSpec("model", None)
+
+
+def test_other_kinds_of_shardings_are_left_alone() -> None:
+    one = SingleDeviceSharding(jax.devices()[0])
+    assert replicas.parted(one, (1024, 512), FLOAT, of_two_hosts) is None
+
+
+def test_a_mesh_that_leaves_a_host_out_is_left_alone() -> None:
+    mesh = Mesh(np.array(jax.devices()[:3]), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    three = lambda device: min(int(device.id), 2)  # noqa: E731 - a name for what it says
+    assert replicas.parted(sharding, (3, 1 << 20), FLOAT, three) is not None
+    assert replicas.parted(sharding, (3, 1 << 20), FLOAT, lambda device: int(device.id)) is None
+
+
+def test_parts_are_gathered_in_batches_that_keep_their_order() -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    values = [np.arange(8.0, dtype=np.float32) + number for number in range(150)]
+    sizes = [100 << 20 if number % 7 == 0 else 32 for number in range(150)]
+    parts = [
+        replicas.Part(lambda value=value: jax.device_put(value, split), whole, size)
+        for value, size in zip(values, sizes, strict=True)
+    ]
+    batches = replicas._batches(parts)
+    assert [part for batch in batches for part in batch] == parts
+    assert max(len(batch) for batch in batches) <= 64
+    assert all(
+        len(batch) == 1 or sum(part.size for part in batch) <= 256 << 20 for batch in batches
+    )
+    found = replicas.gather(parts)
+    assert all(array.sharding == whole for array in found)
+    for array, value in zip(found, values, strict=True):
+        np.testing.assert_array_equal(array, value)
+
+
+# What the restore protocol makes of it
+
+
+def restore(store: Any, group: HostGroup, load: Any, silence_seconds: float = 10.0) -> Any:
+    options = config.Options(
+        exchange_timeout_seconds=20,
+        restore_timeout_seconds=20,
+        peer_silence_seconds=silence_seconds,
+    )
+    found = Restorer(store, group, options).restore(None, load, Phases("restore", group.index))
+    return found and found[0]
+
+
+@pytest.fixture
+def saved() -> tuple[MemoryStore, SimulatedHosts]:
+    from test_protocol import save
+
+    store, hosts = MemoryStore(), SimulatedHosts(3)
+    hosts.run(lambda group: save(store, group, 1))
+    return store, hosts
+
+
+def test_all_gather_at_the_same_time_after_all_have_loaded_and_before_any_applies(
+    saved: Any,
+) -> None:
+    store, hosts = saved
+    told: list[str] = []
+    together = threading.Barrier(3)  # as a collective: nobody leaves before all are in it
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, loading: Any) -> Any:
+            def gather() -> None:
+                together.wait(10)
+                told.append("gathered")
+
+            loading.gather_later("parts of a", gather)
+            told.append("loaded")
+            return lambda: told.append("applied")
+
+        return restore(store, group, load)
+
+    assert hosts.run(on) == [None] * 3
+    assert told == ["loaded"] * 3 + ["gathered"] * 3 + ["applied"] * 3
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_hosts_that_would_gather_different_things_are_told_so_before(
+    saved: Any, victim: int
+) -> None:
+    store, hosts = saved
+    done: list[str] = []
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, loading: Any) -> Any:
+            if group.index != victim:
+                loading.gather_later("parts of a", lambda: done.append("gathered"))
+            return lambda: done.append("applied")
+
+        return restore(store, group, load)
+
+    results = hosts.run(on)
+    assert [type(result) for result in results] == [InvalidArgumentError] * 3
+    assert all("single_replica_restore" in str(result) for result in results)
+    assert done == []
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_error_on_all(
+    saved: Any, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, hosts = saved
+    monkeypatch.setattr("datarax_dist.restore._BEACONS_SECONDS", 0.0)
+    applied: list[int] = []
+    over = threading.Event()
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, loading: Any) -> Any:
+            def gather() -> None:
+                if group.index == victim:
+                    raise ValueError("no memory on the device")
+                over.wait(20)
+
+            loading.gather_later("parts of a", gather)
+            return lambda: applied.append(group.index)
+
+        return restore(store, group, load, silence_seconds=0.1)
+
+    results = hosts.run(on)
+    over.set()
+    assert [type(result) for result in results] == [PeerError] * 3
+    assert all(
+        f"host {victim} failed in phase 'gather'" in str(result)
+        and "no memory on the device" in str(result)
+        for result in results
+    )
+    assert applied == []
+
+
+# On real processes
+
+
+def real(test: Any) -> Any:
+    return pytest.mark.multihost(pytest.mark.xdist_group("multihost")(test))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("replicas") / "run")
+    ended = run_hosts(
+        targets.save_replicated, 2, devices_per_host=2, args=(root,), timeout_seconds=90
+    )
+    assert [host.error for host in ended] == [None] * 2
+    return root
+
+
+def restore_really(root: str, single: tuple[bool, bool], verify: str) -> list[Any]:
+    ended = run_hosts(
+        targets.restore_replicated,
+        2,
+        devices_per_host=2,
+        args=(root, single, verify),
+        timeout_seconds=90,
+    )
+    return [str(host.error) if host.error else host.value for host in ended]
+
+
+@real
+def test_each_host_reads_half_of_what_both_hold(root: str) -> None:
+    sizes = {
+        name: math.prod(shape) * np.dtype(dtype).itemsize
+        for name, (dtype, shape, _) in targets._REPLICATED.items()
+    }
+    whole = {"odd", "small"}
+    expected = sum(size if name in whole else size / 2 for name, size in sizes.items())
+    everything = sum(size / 2 if name == "sharded" else size for name, size in sizes.items())
+    small = 2 << 20  # structure, records, Python's own
+    for size, wrong, phases in restore_really(root, (True, True), "sizes"):
+        assert wrong == []
+        assert "gather" in phases
+        assert expected <= size <= expected + small, (size, expected)
+    for size, wrong, phases in restore_really(root, (False, False), "sizes"):
+        assert wrong == []
+        assert "gather" not in phases
+        assert everything <= size <= everything + small, (size, everything)
+
+
+@real
+def test_verified_in_full_it_is_the_same_values(root: str) -> None:
+    for _, wrong, phases in restore_really(root, (True, True), "full"):
+        assert wrong == []
+        assert "gather" in phases
+
+
+@real
+def test_hosts_with_different_options_are_told_so(root: str) -> None:
+    for error in restore_really(root, (True, False), "sizes"):
+        assert "InvalidArgumentError" in error
+        assert "single_replica_restore" in error
+
+
+@real
+def test_a_host_that_is_killed_meanwhile_is_named(root: str) -> None:
+    first, second = run_hosts(
+        targets.killed_in_a_gather, 2, devices_per_host=2, args=(root,), timeout_seconds=90
+    )
+    assert second.exit_code == -9
+    assert first.error is None
+    _, told, missing = first.value
+    assert missing == [1]
+    assert "no sign of life" in told
+
+
+@real
+def test_in_a_bucket_hosts_read_parts_too(gcs: FakeGCS, bucket: str) -> None:
+    root = f"gs://{bucket}/runs/one"
+    ended = run_hosts(
+        targets.save_replicated, 2, devices_per_host=2, args=(root,), timeout_seconds=90
+    )
+    assert [host.error for host in ended] == [None] * 2
+    for _, wrong, phases in restore_really(root, (True, True), "full"):
+        assert wrong == []
+        assert "gather" in phases
