@@ -529,11 +529,9 @@ class Checkpointer:
             else trees.finish_leaf(leaf, loaded.values.get(leaf.path), goal)
             for leaf, goal in wanted
         ]
-        later = {number for number, (leaf, _) in enumerate(wanted) if leaf.path in loaded.parts}
-        if later:
-            loading.gather_later(loaded.told, loaded.gather)
+        later = [number for number, (leaf, _) in enumerate(wanted) if leaf.path in loaded.parts]
 
-        def state() -> Any:
+        def build() -> Any:
             for number in later:
                 leaf, goal = wanted[number]
                 leaves[number] = trees.finish_leaf(leaf, loaded.values[leaf.path], goal)
@@ -541,7 +539,11 @@ class Checkpointer:
                 return spec.build(leaves)
             return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
-        return state
+        if later:
+            loading.gather_later(loaded.told, loaded.gather)
+            return build
+        state = build()
+        return lambda: state
 
     def _read(self, candidate: Candidate, key: str) -> bytes:
         try:
