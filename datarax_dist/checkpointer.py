@@ -539,11 +539,17 @@ class Checkpointer:
                 return spec.build(leaves)
             return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
-        if later:
-            loading.gather_later(loaded.told, loaded.gather)
-            return build
-        state = build()
-        return lambda: state
+        if not later:
+            state = build()
+            return lambda: state
+        built: list[Any] = []
+
+        def gather() -> None:
+            loaded.gather()
+            built.append(build())
+
+        loading.gather_later(loaded.told, gather)
+        return lambda: built[0]
 
     def _read(self, candidate: Candidate, key: str) -> bytes:
         try:

@@ -202,12 +202,15 @@ def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
     key = f"{staged.name}/{fmt.COMMIT_NAME}"
     try:
         old, files = _copy_aside(store, staged)
-        if not store.replace(key, old, void):
-            raise _other_writer(store, staged)
-    except (KeyError, StepExistsError) as error:
-        # Another job has changed the step, and nobody has seen the copy in its place.
+    except KeyError as error:  # another job has changed the step
         retention.delete_copy(store, staged.run, staged.step, staged.aside)
         raise _other_writer(store, staged) from error
+    if not store.replace(key, old, void):
+        # Another job has changed the step. But ours may have been the first to do so, if that reply
+        # was lost, and that job has cleared away what was left: then the copy is the step.
+        if is_committed(store, staged.name):
+            retention.delete_copy(store, staged.run, staged.step, staged.aside)
+        raise _other_writer(store, staged)
     # Whoever removes such copies, while the step is committed, looks at the step again when the
     # copy's marker is gone. We look at the copy again when the step's marker is gone: so one of
     # the two sees the other.

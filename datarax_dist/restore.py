@@ -551,7 +551,8 @@ class Restorer:
                 if not known.wait(self._options.peer_silence_seconds + _BEACONS_SECONDS):
                     operation.fail("gather", error)
             else:
-                with contextlib.suppress(PeerLostError):  # the other thread finds out, too
+                # Too late, nobody asks any more; and the other thread finds out, too.
+                with contextlib.suppress(PeerLostError, ValueError):
                     operation.contribute("gather", None)
 
         try:

@@ -236,7 +236,7 @@ def _delete_objects(
         stays = now - given_up.at <= _VOID_SECONDS
         if stays and store.children(name) == [fmt.COMMIT_NAME]:
             return True
-    run = (old and _run_in(old)) or _run_of(store, name)
+    run = (old and _run_in(old)) or _run_of(store, name) or _run_of(store, fmt.step_name(step))
     # One that need not stay until somebody's return is old from the start.
     void = fmt.dump_void(run or "", step, secrets.token_hex(8), now if stays else 0.0)
     if old is None:
@@ -269,9 +269,11 @@ def delete_copy(store: Store, run: str, step: int, name: str) -> None:
     """
     assert isinstance(store, SupportsReplace)
     key, void = f"{name}/{fmt.COMMIT_NAME}", fmt.dump_void(run, step, secrets.token_hex(8), 0.0)
-    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
-        if store.create(key, void) or store.replace(key, store.get(key), void):
-            clear_given_up(store, name, void, void_too=True)
+    for _ in range(2):  # what is there may go before it is replaced
+        with contextlib.suppress(KeyError, fmt.InvalidRecordError):
+            if store.create(key, void) or store.replace(key, store.get(key), void):
+                clear_given_up(store, name, void, void_too=True)
+                return
 
 
 def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) -> None:

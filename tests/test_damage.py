@@ -431,7 +431,7 @@ def test_a_key_whose_kind_cannot_be_read_is_an_error_and_not_plain_numbers(tmp_p
     )
     engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())
     wanted = [(leaf, None) for leaf in spec.leaves]
-    assert len(engine.restore("1/state", spec, wanted)) == 2
+    assert len(engine.restore("1/state", spec, wanted).values) == 2
     shutil.rmtree(tmp_path / "1" / "state" / "array_metadatas")
     with pytest.raises(StorageError, match="typed PRNG key"):
         engine.restore("1/state", spec, wanted)

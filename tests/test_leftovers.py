@@ -432,6 +432,28 @@ def test_who_finds_its_copy_removed_and_dies_leaves_nothing_unknown(
     assert bucket.list(staged.aside) == []
 
 
+def test_the_copy_stays_when_it_is_the_step_though_another_job_was_first_to_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The void marker of the step was put there, the reply was lost, and before it is asked for
+    once more another job has taken the run, and cleared what was left of the step.
+    """
+    bucket = start("5 is committed")
+    run, replace = run_of(bucket), bucket.replace
+    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+
+    def lost(key: str, expected: bytes, data: bytes, **more: Any) -> bool:
+        assert replace(key, expected, data, **more)
+        monkeypatch.undo()
+        assert Job("new", requests(bucket)).save(6) == "saved"
+        return replace(key, expected, data, **more)
+
+    monkeypatch.setattr(bucket, "replace", lost)
+    with pytest.raises(publish.StepExistsError):
+        publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+    assert whose(bucket) == {4: "old", 5: "old", 6: "new"}
+
+
 def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,7 +13,7 @@ import targets
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from datarax_dist import config
-from datarax_dist.arrays import replicas
+from datarax_dist.arrays import engine, replicas
 from datarax_dist.errors import InvalidArgumentError, PeerError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.restore import Restorer
@@ -29,12 +29,15 @@ def of_two_hosts(device: Any) -> int:
 
 
 def spec_of(
-    axes: tuple[Any, ...], shape: tuple[int, ...], process_of: Any = of_two_hosts
+    axes: tuple[Any, ...],
+    shape: tuple[int, ...],
+    process_of: Any = of_two_hosts,
+    dtype: str = FLOAT,
 ) -> PartitionSpec | None:
     """Returns how an array of a mesh of two hosts, with two devices each, is read."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
-    found = replicas.parted(sharding, shape, FLOAT, process_of)
+    found = replicas.parted(sharding, shape, dtype, process_of)
     assert found is None or found.mesh == mesh
     return None if found is None else found.spec
 
@@ -74,6 +77,12 @@ def test_devices_of_one_host_read_nothing_twice_anyway() -> None:
     assert spec_of((), (1024, 512), lambda device: device.id % 2) == PartitionSpec("model", None)
 
 
+def test_what_is_smaller_than_a_byte_is_read_as_it_is() -> None:
+    for dtype in ("int4", "uint4", "int2", "float4_e2m1fn"):
+        assert spec_of((), (4096, 1024), dtype=dtype) is None
+    assert spec_of((), (4096, 1024), dtype="float8_e5m2") is not None
+
+
 def test_other_kinds_of_shardings_are_left_alone() -> None:
     one = SingleDeviceSharding(jax.devices()[0])
     assert replicas.parted(one, (1024, 512), FLOAT, of_two_hosts) is None
@@ -107,6 +116,21 @@ def test_parts_are_gathered_in_batches_that_keep_their_order() -> None:
     assert all(array.sharding == whole for array in found)
     for array, value in zip(found, values, strict=True):
         np.testing.assert_array_equal(array, value)
+
+
+def test_64_bits_stay_on_the_threads_that_read_and_gather() -> None:
+    """Where the caller's thread alone has them."""
+    value = np.arange(4.0)
+    whole = SingleDeviceSharding(jax.devices()[0])
+    with jax.enable_x64(True):
+        part = replicas.Part(lambda: jax.device_put(value, whole), whole, value.nbytes)
+        loaded = engine.Loaded({}, {("a",): part})
+        read = engine._in_time(lambda: jax.device_put(value, whole), 10.0, "Reading")
+    thread = threading.Thread(target=loaded.gather)
+    thread.start()
+    thread.join()
+    assert loaded.values["a",].dtype == read.dtype == np.float64
+    np.testing.assert_array_equal(np.asarray(loaded.values["a",]), value)
 
 
 # What the restore protocol makes of it

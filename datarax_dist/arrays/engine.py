@@ -9,6 +9,7 @@ merges) is our exchange. Directories are made beforehand, by the save protocol.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -22,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -206,6 +207,12 @@ class Engine:
         self._orbax.close()
 
 
+def _x64_as_here() -> contextlib.AbstractContextManager[Any]:
+    """Returns what gives another thread 64 bits where the caller's has them."""
+    enabled: bool = jax.config.read("jax_enable_x64")
+    return jax.enable_x64(enabled)
+
+
 @dataclass
 class Loaded:
     """What this host has read.
@@ -218,6 +225,7 @@ class Loaded:
 
     values: dict[tuple[str, ...], Any]
     parts: dict[tuple[str, ...], replicas.Part]
+    _as_here: contextlib.AbstractContextManager[Any] = field(default_factory=lambda: _x64_as_here())
 
     @property
     def told(self) -> str:
@@ -234,7 +242,8 @@ class Loaded:
             CheckpointError: a host has gone, or a device lacks memory.
         """
         try:
-            found = replicas.gather(list(self.parts.values()))
+            with self._as_here:  # on another thread
+                found = replicas.gather(list(self.parts.values()))
         except Exception as error:
             raise CheckpointError(
                 f"The devices could not tell each other what their hosts have read:"
@@ -580,10 +589,12 @@ def _in_time(act: Callable[[], _Result], seconds: float, what: str) -> _Result:
     as nothing can stop it.
     """
     ended: Future[_Result] = Future()
+    as_here = _x64_as_here()
 
     def run() -> None:
         try:
-            ended.set_result(act())
+            with as_here:
+                ended.set_result(act())
         except BaseException as error:
             ended.set_exception(error)
 
@@ -643,7 +654,10 @@ def _release_views_of_failed_uploads() -> None:
         try:
             return upload(self, final)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)
+            found: BaseException | None = error
+            while found is not None:
+                traceback.clear_frames(found.__traceback__)
+                found = found.__cause__ or found.__context__
             raise
 
     GCSFile._upload_chunk = _upload_chunk

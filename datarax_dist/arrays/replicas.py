@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = ["Part", "gather", "parted"]
 _LEAST_BYTES = 1 << 20  # a collective has its price
 _BATCH_BYTES = 256 << 20
 _BATCH_ARRAYS = 64
+_SMALLER = re.compile("u?int[24]|float[46]_.*")  # than a byte
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 ProcessOf = Callable[[Any], int]
@@ -53,7 +55,7 @@ def parted(
     It is the same on every host.
     """
     dtype = np.dtype(dtype)
-    if not isinstance(sharding, jax.sharding.NamedSharding) or "int4" in dtype.name:
+    if not isinstance(sharding, jax.sharding.NamedSharding) or _SMALLER.fullmatch(dtype.name):
         return None
     mesh, spec = sharding.mesh, sharding.spec
     entries: list[tuple[str, ...]] = []
@@ -65,6 +67,8 @@ def parted(
     held = dtype.itemsize * math.prod(shape) // math.prod(splits)
     if not isinstance(mesh, jax.sharding.Mesh) or held < _LEAST_BYTES:
         return None
+    if sharding.memory_kind not in (None, mesh.devices.flat[0].default_memory().kind):
+        return None  # collectives are of the devices' own memory
     processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
     if set(processes.flat) != {process_of(device) for device in jax.devices()}:
         return None  # a host without a device of it could not take part
@@ -102,7 +106,8 @@ def gather(parts: Sequence[Part]) -> list[jax.Array]:
     """Returns the arrays, each placed as it is to be. Collective: every host with the same ones, in
     the same order.
 
-    Beside them, the devices hold the parts of a batch (256 MiB, or one array) at the same time.
+    Beside them, the devices hold the parts of a batch (256 MiB, or one array) at the same time, and
+    one array of it twice.
     """
     found: list[jax.Array] = []
     for batch in _batches(parts):
@@ -114,8 +119,12 @@ def gather(parts: Sequence[Part]) -> list[jax.Array]:
             if jax.numpy.issubdtype(dtype, jax.numpy.floating):
                 made[number] = _seen_as(made[number], _BITS[dtype.itemsize])
         place = jax.jit(_as_they_are, out_shardings=tuple(part.sharding for part in batch))
-        for array, dtype in zip(place(*made), dtypes, strict=True):
-            found.append(array if array.dtype == dtype else _seen_as(array, dtype))
+        placed = list(place(*made))
+        for dtype in dtypes:
+            array = placed.pop(0)
+            if array.dtype != dtype:
+                array = jax.block_until_ready(_seen_as(array, dtype))
+            found.append(array)
         jax.block_until_ready(found)
         for array in made:
             array.delete()

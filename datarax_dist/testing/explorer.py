@@ -465,8 +465,10 @@ def exhaust(
 ) -> Explored:
     """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, and
     once for each reply of a bucket that can be lost, and once for each place at which all can stand
-    still while another job does the same (where `most` is 2 or more, once more for each later place
-    at which the primary then dies): they save step 2 (or step 1 again), and keep one step.
+    still while another job does the same: they save step 2 (or step 1 again), and keep one step.
+
+    And where they stand still, once more for each later place at which the primary then dies (if
+    `most` is 2 or more), and once more for a reply that was lost just before.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
@@ -486,7 +488,8 @@ def exhaust(
                 lambda able: next(turns) % able,
             )
             one.run(_Plan(hosts, [(1, False)]))
-            other = _Plan(1, [(plan.steps[0][0], True)], plan.keep)
+            # Where a reply was lost, the other job clears away what it finds, and that is all.
+            other = _Plan(1, [(plan.steps[0][0] + len(lost), True)], plan.keep)
             changes = one.run(
                 _Plan(
                     plan.hosts,
@@ -514,8 +517,10 @@ def exhaust(
         (
             ({0: later}, {}, place)
             for place in range(changes[0] if most > 1 else 0)
-            for later in range(place, changes[0])
+            for later in range(place + 1, changes[0])
         ),
+        # It stands still before it asks once more, as no reply has come.
+        (({}, {0: {place}}, place + 1) for place in range(changes[0] if in_bucket else 0)),
     )
     total = Explored()
     for case in itertools.islice(cases, 0, None, every):
