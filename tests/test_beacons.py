@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 
@@ -113,6 +114,9 @@ def test_the_primary_names_a_silent_host_and_does_not_wait_for_the_deadline() ->
     for part in ("'prepare'", "arrived: hosts 0-1", "missing: hosts 2", "11 s", "c, process 12"):
         assert part in told
     assert "Look at its log" in told
+    waited = re.search(r"waited (\d+) s", told)
+    assert waited is not None
+    assert int(waited[1]) < 20, "the deadline is after 40 s"
 
 
 def test_a_silent_host_that_has_done_its_part_fails_nothing() -> None:
