@@ -13,14 +13,14 @@ step until its successor is there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from datarax_dist import format as fmt
 from datarax_dist import retention
 from datarax_dist.errors import CheckpointError, StepExistsError, StorageError
 from datarax_dist.inspection import compare, is_committed
-from datarax_dist.storage import Store, SupportsRename, SupportsReplace
+from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace
 from datarax_dist.telemetry import Phases
 
 __all__ = ["Staged", "check_listing", "not_ours", "publish"]
@@ -201,26 +201,23 @@ def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
     assert isinstance(store, SupportsReplace)
     key = f"{staged.name}/{fmt.COMMIT_NAME}"
     try:
-        old, files = _copy_aside(store, staged)
+        old, seen = _copy_aside(store, staged)
     except KeyError as error:  # another job has changed the step
         retention.delete_copy(store, staged.run, staged.step, staged.aside)
         raise _other_writer(store, staged) from error
-    if not store.replace(key, old, void):
+    # Who removes the copy meanwhile writes the step's marker once more before: it is not as seen.
+    if not store.replace(key, old, void, seen=seen):
         # Another job has changed the step. But ours may have been the first to do so, if that reply
         # was lost, and that job has cleared away what was left: then the copy is the step.
         if is_committed(store, staged.name):
             retention.delete_copy(store, staged.run, staged.step, staged.aside)
         raise _other_writer(store, staged)
-    # Whoever removes such copies, while the step is committed, looks at the step again when the
-    # copy's marker is gone. We look at the copy again when the step's marker is gone: so one of
-    # the two sees the other.
-    if compare(store.list(staged.aside), staged.aside, files):
-        store.replace(key, void, old)
-        raise _not_aside(store, staged)
 
 
-def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Sequence[fmt.FileEntry]]:
-    """Returns the step's marker, and what was copied. The marker is copied last."""
+def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Entry]:
+    """Returns the step's marker, and how it was listed before anything was copied. The marker is
+    copied last.
+    """
     assert isinstance(store, SupportsReplace)
     name, aside = staged.name, staged.aside
     old = store.get(f"{name}/{fmt.COMMIT_NAME}")
@@ -230,10 +227,11 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Sequence[fmt.FileE
     for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):
         store.copy(name, aside, [path for path in wave if path in entries])
     files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
-    if compare(store.list(aside), aside, files):
+    seen = entries.get(fmt.COMMIT_NAME)
+    if seen is None or compare(store.list(aside), aside, files):
         retention.delete_copy(store, staged.run, staged.step, aside)
         raise _not_aside(store, staged)
-    return old, files
+    return old, seen
 
 
 def _check_still_there(store: Store, staged: Staged) -> None:

@@ -13,7 +13,8 @@ save left is touched, a void marker is put where `COMMIT.json` would be (`give_u
 the two is created first stands. And everything is deleted as it was listed, generation by
 generation, after another look at the marker: what was written since is another one's, and stays.
 What is about to be deleted stands in the lease: who takes the run over writes its marker once more,
-and then it cannot be deleted as it was seen before.
+and then it cannot be deleted as it was seen before. Nor can a step be replaced as it was seen
+before, when its copy is about to go.
 """
 
 from __future__ import annotations
@@ -236,6 +237,9 @@ def _delete_objects(
         stays = now - given_up.at <= _VOID_SECONDS
         if stays and store.children(name) == [fmt.COMMIT_NAME]:
             return True
+    is_step = old is not None and fmt.parse_void(old) is None
+    if stays and is_step and not _is_kept(store, step) and replaced:
+        return False  # the save that has copied it is replacing the step, and counts on it
     run = (old and _run_in(old)) or _run_of(store, name) or _run_of(store, fmt.step_name(step))
     # One that need not stay until somebody's return is old from the start.
     void = fmt.dump_void(run or "", step, secrets.token_hex(8), now if stays else 0.0)
@@ -246,11 +250,6 @@ def _delete_objects(
     if not is_mine:
         return False  # saved again, or about to be; or the run is another job's
     reached("retire")
-    is_step = old is not None and fmt.parse_void(old) is None
-    if replaced and is_step and not is_committed(store, fmt.step_name(step)):
-        # Another job replaces the step in this moment, and counts on what it was.
-        store.replace(marker, void, old or b"")
-        return False
     return clear_given_up(store, name, void, void_too=not stays)
 
 
@@ -263,17 +262,27 @@ def _may_be_copied_to(store: Store, name: str, step: int) -> bool:
     return _nonce(store, fmt.step_name(step)) != name.rsplit("-", 1)[1]
 
 
+def _is_kept(store: Store, step: int) -> bool:
+    """Whether a step in a bucket is committed under its own name, and stays that: its marker is
+    written once more, so that a save that has copied it aside before cannot replace it.
+    """
+    assert isinstance(store, SupportsReplace)
+    key = f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}"
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
+        marker = store.get(key)
+        return fmt.parse_void(marker) is None and store.replace(key, marker, marker)
+    return False
+
+
 def delete_copy(store: Store, run: str, step: int, name: str) -> None:
     """Deletes what a save in a bucket has copied aside, for that save, when it goes no further. Its
     claim, or even all of it, may have been deleted by another job before.
     """
     assert isinstance(store, SupportsReplace)
     key, void = f"{name}/{fmt.COMMIT_NAME}", fmt.dump_void(run, step, secrets.token_hex(8), 0.0)
-    for _ in range(2):  # what is there may go before it is replaced
-        with contextlib.suppress(KeyError, fmt.InvalidRecordError):
-            if store.create(key, void) or store.replace(key, store.get(key), void):
-                clear_given_up(store, name, void, void_too=True)
-                return
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
+        if store.create(key, void) or store.replace(key, store.get(key), void):
+            clear_given_up(store, name, void, void_too=True)
 
 
 def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) -> None:

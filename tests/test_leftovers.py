@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -62,23 +63,68 @@ def test_of_several_directories_that_were_the_step_the_newest_is_taken() -> None
     assert whose(bucket) == {4: "old", 5: "new"}
 
 
-def test_who_removes_a_copy_of_a_step_puts_it_back_when_the_step_is_being_replaced(
+def test_a_copy_of_a_step_stays_when_the_step_is_being_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bucket = start("5 is committed")
     aside = fmt.aside_name(5, "replaced", "a" * 16)
     duplicate(bucket, "5", aside)
-    replace = bucket.replace
+    before, get = bucket.list(aside), bucket.get
 
-    def and_then_the_step_goes(key: str, expected: bytes, data: bytes, **more: Any) -> bool:
-        done = replace(key, expected, data, **more)
-        if key == f"{aside}/COMMIT.json" and "void" not in bucket.files["5/COMMIT.json"].decode():
+    def then_the_step_goes(key: str) -> bytes:
+        data = get(key)
+        if key == f"{aside}/COMMIT.json":
+            monkeypatch.undo()
             void(bucket, 5)
-        return done
+        return data
 
-    monkeypatch.setattr(bucket, "replace", and_then_the_step_goes)
-    assert tidy(bucket) == []
+    monkeypatch.setattr(bucket, "get", then_the_step_goes)
+    retention.delete_replaced(bucket, 5, bucket.children(""), 0.0)
+    assert fmt.parse_void(bucket.files["5/COMMIT.json"])
+    assert bucket.list(aside) == before
     assert whose(bucket) == {4: "old", 5: "old"}
+
+
+@pytest.mark.parametrize("deletes", ["the copy", "the step"])
+def test_a_step_is_not_replaced_once_another_job_has_begun_to_remove_its_copy(
+    deletes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who replaces the step stands still when it has copied it aside. The other job dies at any of
+    its changes; the first one goes on, and dies after one change more.
+    """
+    for place in range(20):
+        bucket = start("5 is committed")
+        run, listing, left = run_of(bucket), bucket.list, {4, 5}
+        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+
+        def then_another_job_acts(
+            prefix: str,
+            bucket: Any = bucket,
+            listing: Any = listing,
+            left: set[int] = left,
+            aside: str = staged.aside,
+            place: int = place,
+        ) -> Any:
+            found = listing(prefix)
+            if prefix == aside:
+                bucket.list = listing
+                bucket.crash_after(place)
+                with contextlib.suppress(publish.StorageError):
+                    if deletes == "the copy":
+                        retention.delete_replaced(bucket, 5, bucket.children(""), 0.0)
+                    else:
+                        retention.delete_step(bucket, 5, now=0.0)
+                bucket.crash_after(None)
+                left &= set(whose(bucket))
+                bucket.crash_after(1)
+            return found
+
+        monkeypatch.setattr(bucket, "list", then_another_job_acts)
+        with contextlib.suppress(publish.StorageError, publish.StepExistsError):
+            publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+        bucket.crash_after(None)
+        assert set(whose(bucket)) == left, place
+    assert left == ({4, 5} if deletes == "the copy" else {4})
 
 
 def test_a_restore_leaves_the_copy_that_another_job_makes_before_it_replaces_a_step() -> None:
@@ -106,6 +152,18 @@ def test_what_a_primary_copies_aside_after_the_copy_was_removed_goes_a_day_later
     retention.delete_replaced(bucket, 5, bucket.children(""), 3000.0)
     assert bucket.files[f"{aside}/COMMIT.json"] == void, "its day does not begin again"
     assert [c.state for c in inspect_run(bucket).candidates if c.name == aside] == ["void"]
+    assert tidy(bucket, 2001.0 + DAY) == [aside]
+    assert keys(bucket, aside) == []
+
+
+def test_a_copy_that_does_not_say_whose_it_is_is_known_by_its_step() -> None:
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    bucket.copy("5", aside, ["TREE.json"])
+    retention.delete_replaced(bucket, 5, bucket.children(""), 1000.0)
+    assert keys(bucket, aside) == ["COMMIT.json"]
+    bucket.copy("5", aside, ["state/manifest"])
+    assert tidy(bucket, 2000.0) == [aside]
     assert tidy(bucket, 2001.0 + DAY) == [aside]
     assert keys(bucket, aside) == []
 
@@ -304,10 +362,10 @@ def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
     run, replace = run_of(bucket), bucket.replace
     staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
 
-    def saved_again(key: str, expected: bytes, data: bytes) -> bool:
+    def saved_again(key: str, expected: bytes, data: bytes, **more: Any) -> bool:
         monkeypatch.undo()
         Job("new", requests(bucket)).save(5, replace=True)
-        return replace(key, expected, data)
+        return replace(key, expected, data, **more)
 
     monkeypatch.setattr(bucket, "replace", saved_again)
     with pytest.raises(publish.StepExistsError, match="that one stays"):
@@ -461,8 +519,8 @@ def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
     staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
     replace = bucket.replace
 
-    def another_was_first(key: str, *arguments: Any) -> bool:
-        return key != "5/COMMIT.json" and replace(key, *arguments)
+    def another_was_first(key: str, *arguments: Any, **more: Any) -> bool:
+        return key != "5/COMMIT.json" and replace(key, *arguments, **more)
 
     monkeypatch.setattr(bucket, "replace", another_was_first)
     with pytest.raises(publish.StepExistsError):

@@ -654,10 +654,7 @@ def _release_views_of_failed_uploads() -> None:
         try:
             return upload(self, final)
         except BaseException as error:
-            found: BaseException | None = error
-            while found is not None:
-                traceback.clear_frames(found.__traceback__)
-                found = found.__cause__ or found.__context__
+            traceback.clear_frames(error.__traceback__)
             raise
 
     GCSFile._upload_chunk = _upload_chunk

@@ -156,11 +156,12 @@ class _World:
             assert plan.pause is not None
             if not self.holder.epoch:
                 return False  # a job that does not hold the run yet can take it later
-            holder = self.holder
+            holder, crashes = self.holder, self.scheduler.crashes
             self.scheduler.tell(f"stands still before this, with all hosts of its job: {what}")
             self.committed = self._committed()
             self.run(plan.pause[1])
-            took_over.append(self.committed)
+            if self.scheduler.crashes == crashes or self.holder.epoch:  # it came so far
+                took_over.append(self.committed)
             self.scheduler.tell("goes on")
             self.holder = holder
             return True
@@ -468,7 +469,9 @@ def exhaust(
     still while another job does the same: they save step 2 (or step 1 again), and keep one step.
 
     And where they stand still, once more for each later place at which the primary then dies (if
-    `most` is 2 or more), and once more for a reply that was lost just before.
+    `most` is 2 or more), and once more for a reply that was lost just before. Where one or two
+    hosts save a step of a bucket again, also for each place at which the other job dies; of the
+    first one the primary makes one more change, and dies, too.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
@@ -477,9 +480,12 @@ def exhaust(
     plan = _Plan(hosts, [(1 if again else 2, again)], None if again else 1)
 
     def world(
-        crashes: Mapping[int, int], lost: Mapping[int, Container[int]], pause: int | None
+        crashes: Mapping[int, int],
+        lost: Mapping[int, Container[int]],
+        pause: int | None,
+        other_dies: int | None = None,
     ) -> tuple[_World, list[int]]:
-        told = f"crashes {dict(crashes)}, lost {dict(lost)}, pause {pause}"
+        told = f"crashes {dict(crashes)}, lost {dict(lost)}, pause {pause}, other {other_dies}"
         with _seeded(0):
             turns = itertools.count()
             one = _World(
@@ -488,8 +494,11 @@ def exhaust(
                 lambda able: next(turns) % able,
             )
             one.run(_Plan(hosts, [(1, False)]))
-            # Where a reply was lost, the other job clears away what it finds, and that is all.
-            other = _Plan(1, [(plan.steps[0][0] + len(lost), True)], plan.keep)
+            # Where a reply was lost, or it dies, the other job clears away what it finds, and that
+            # is all.
+            tidies = bool(lost) or other_dies is not None
+            dies = {} if other_dies is None else {0: other_dies}
+            other = _Plan(1, [(plan.steps[0][0] + tidies, True)], plan.keep, dies)
             changes = one.run(
                 _Plan(
                     plan.hosts,
@@ -505,7 +514,8 @@ def exhaust(
         return one, changes
 
     _, changes = world({}, {}, None)
-    cases: Iterator[tuple[Any, Any, Any]] = itertools.chain(
+    both_die = in_bucket and again and hosts <= 2 <= most
+    cases: Iterator[tuple[Any, ...]] = itertools.chain(
         ((crashes, {}, None) for crashes in _crash_cases(hosts, changes, most)),
         (
             ({}, {host: {place}}, None)
@@ -521,6 +531,11 @@ def exhaust(
         ),
         # It stands still before it asks once more, as no reply has come.
         (({}, {0: {place}}, place + 1) for place in range(changes[0] if in_bucket else 0)),
+        (
+            ({0: place + 1}, {}, place, other_dies)
+            for place in range(changes[0] if both_die else 0)
+            for other_dies in range(changes[0])
+        ),
     )
     total = Explored()
     for case in itertools.islice(cases, 0, None, every):
