@@ -207,8 +207,12 @@ class Operation:
     def _decide(self, outcome: dict[str, Any]) -> None:
         self._board.set(f"{self._prefix}outcome/0", json.dumps(outcome))
 
-    def gather(self, phase: str, deadline: float) -> list[Any]:
+    def gather(self, phase: str, deadline: float, *, together: bool = False) -> list[Any]:
         """Returns every host's payload of a phase, in host order. For the primary only.
+
+        Args:
+            together: hosts need each other in this phase: one that has gone fails it, though it
+                has arrived.
 
         Raises:
             PeerError: the operation has failed meanwhile.
@@ -220,11 +224,12 @@ class Operation:
         while missing:
             self.check(phase)
             left = deadline - self._clock.monotonic()
-            silent = self._board.silent().keys()
-            if left <= 0 or not silent.isdisjoint(missing):
+            if left <= 0 or self._gone(missing, together):
                 rows, missing = self._arrived(phase)  # some may have come since
-                if missing and (left <= 0 or not silent.isdisjoint(missing)):
-                    lost = self._lost(phase, missing, self._clock.monotonic() - begin, known=phase)
+                gone = self._gone(missing, together)
+                if missing and (left <= 0 or gone):
+                    seconds = self._clock.monotonic() - begin
+                    lost = self._lost(phase, missing, seconds, known=phase, gone=gone)
                     self.fail(phase, lost)
                     raise lost
                 continue
@@ -235,6 +240,10 @@ class Operation:
         found = [json.loads(rows[host]) for host in range(self._group.count)]
         self._group._clear_before(min(oldest for oldest, _ in found))
         return [payload for _, payload in found]
+
+    def _gone(self, missing: Sequence[int], together: bool) -> list[int]:
+        silent = self._board.silent()
+        return sorted(host for host in silent if together or host in missing)
 
     def _arrived(self, phase: str) -> tuple[dict[int, str], list[int]]:
         """Returns what hosts have contributed to a phase, and which have not yet."""
@@ -259,12 +268,12 @@ class Operation:
         with self._reaching(phase):
             return self._board.wait(f"{self._prefix}{phase}/{host}", seconds) is not None
 
-    def lead(self, phase: str, leader: Leader, deadline: float) -> None:
+    def lead(self, phase: str, leader: Leader, deadline: float, *, together: bool = False) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
         the outcome.
         """
         try:
-            payloads = self.gather(phase, deadline)
+            payloads = self.gather(phase, deadline, together=together)
         except PeerError:
             return  # decided already
         try:
@@ -359,11 +368,18 @@ class Operation:
         )
 
     def _lost(
-        self, phase: str, missing: Sequence[int], seconds: float, *, known: str
+        self,
+        phase: str,
+        missing: Sequence[int],
+        seconds: float,
+        *,
+        known: str,
+        gone: Sequence[int] = (),
     ) -> PeerLostError:
         """Args:
         missing: the hosts that have not arrived; none when host 0 has not decided.
         known: the phase the primary is in, as far as that is known.
+        gone: hosts that show no sign of life, if they need not be among the missing.
         """
         silent = self._board.silent()
         there = [host for host in range(self._group.count) if host not in missing]
@@ -373,7 +389,7 @@ class Operation:
         else:
             missing = [0]
             told += "all hosts have arrived, and host 0 has not said how it ended."
-        if found := [host for host in missing if host in silent]:
+        if found := [host for host in gone or missing if host in silent]:
             missing = found
             told += f" {_no_sign(silent, found)}"
         else:

@@ -559,7 +559,7 @@ class Restorer:
             threading.Thread(target=run, name="datarax_dist-gather", daemon=True).start()
             deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
             if self._group.is_primary:
-                operation.lead("gather", _nothing, deadline)
+                operation.lead("gather", _nothing, deadline, together=True)
             operation.result("gather", deadline)
         finally:
             known.set()

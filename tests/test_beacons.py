@@ -139,6 +139,17 @@ def test_a_slow_host_is_waited_for_though_another_one_is_silent_that_has_arrived
     timer.join()
 
 
+def test_a_host_that_has_gone_after_its_part_is_named_where_the_others_need_it() -> None:
+    group, board = quiet(0, {2: Silence(11.0, "c, process 12")})
+    board.set("0/gather/2", "[0, 2]")
+    operation = group.begin("restore")
+    operation.contribute("gather", 0)
+    with pytest.raises(PeerLostError, match=r"missing: hosts 1\. Host 2: no sign of life") as lost:
+        operation.gather("gather", 1e12, together=True)
+    assert lost.value.missing == [2]
+    operation.close()
+
+
 def test_a_primary_that_is_busy_itself_leaves_it_a_moment_to_who_waits_for_that_host() -> None:
     looks: list[float] = []
 

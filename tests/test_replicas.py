@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from datarax_dist import config
 from datarax_dist.arrays import engine, replicas
-from datarax_dist.errors import InvalidArgumentError, PeerError
+from datarax_dist.beacons import Silence
+from datarax_dist.errors import InvalidArgumentError, PeerError, PeerLostError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.restore import Restorer
 from datarax_dist.telemetry import Phases
@@ -88,6 +89,29 @@ def test_other_kinds_of_shardings_are_left_alone() -> None:
     assert replicas.parted(one, (1024, 512), FLOAT, of_two_hosts) is None
 
 
+def test_what_is_not_in_the_devices_own_memory_is_read_as_it_is() -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    for kind, is_parted in (("device", True), ("pinned_host", False), ("unpinned_host", False)):
+        sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        part = replicas.parted(sharding, (1024, 512), FLOAT, of_two_hosts)
+        assert (part is not None) == is_parted, kind
+
+
+def test_what_hosts_are_to_gather_is_the_same_only_with_the_same_devices_in_the_same_order() -> (
+    None
+):
+    def told(devices: Any, *axes: Any, size: int = 8) -> str:
+        mesh = Mesh(np.array(devices), ("data",))
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        part = replicas.Part(lambda: jax.device_put(0.0), sharding, size)
+        return engine.Loaded({}, {("a",): part}).told
+
+    devices = jax.devices()[:4]
+    assert told(devices) == told(list(devices))
+    others = [told(devices[::-1]), told(devices[:2]), told(devices, "data"), told(devices, size=4)]
+    assert len({told(devices), *others}) == 5
+
+
 def test_a_mesh_that_leaves_a_host_out_is_left_alone() -> None:
     mesh = Mesh(np.array(jax.devices()[:3]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -150,9 +174,9 @@ def restore(store: Any, group: HostGroup, load: Any, silence_seconds: float = 10
 def saved() -> tuple[MemoryStore, SimulatedHosts]:
     from test_protocol import save
 
-    store, hosts = MemoryStore(), SimulatedHosts(3)
-    hosts.run(lambda group: save(store, group, 1))
-    return store, hosts
+    store = MemoryStore()
+    SimulatedHosts(3).run(lambda group: save(store, group, 1))
+    return store, SimulatedHosts(3)
 
 
 def test_all_gather_at_the_same_time_after_all_have_loaded_and_before_any_applies(
@@ -220,8 +244,14 @@ def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_erro
 
         return restore(store, group, load, silence_seconds=0.1)
 
+    uncaught: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
     results = hosts.run(on)
     over.set()
+    for thread in threading.enumerate():
+        if thread.name == "datarax_dist-gather":
+            thread.join(10)
+    assert uncaught == [], "who comes too late is no error any more"
     assert [type(result) for result in results] == [PeerError] * 3
     assert all(
         f"host {victim} failed in phase 'gather'" in str(result)
@@ -229,6 +259,38 @@ def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_erro
         for result in results
     )
     assert applied == []
+
+
+def test_a_host_that_has_gone_after_its_part_is_named_while_the_others_hang(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, hosts = saved
+    over = threading.Event()
+    board = hosts.groups[0]._board
+
+    def silent() -> Any:
+        has_passed = any(key.endswith("/gather/2") for key in board.read(""))
+        return {2: Silence(11.0)} if has_passed else {}
+
+    for group in hosts.groups:
+        monkeypatch.setattr(group._board, "silent", silent)
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, loading: Any) -> Any:
+            def gather() -> None:
+                if group.index != 2:
+                    over.wait(20)
+
+            loading.gather_later("parts of a", gather)
+            return lambda: None
+
+        return restore(store, group, load)
+
+    results = hosts.run(on)
+    over.set()
+    assert [type(result) for result in results] == [PeerLostError] * 3
+    assert all("Host 2: no sign of life" in str(result) for result in results)
+    assert all(result.missing == [2] for result in results)
 
 
 # On real processes

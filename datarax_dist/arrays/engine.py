@@ -225,13 +225,13 @@ class Loaded:
 
     values: dict[tuple[str, ...], Any]
     parts: dict[tuple[str, ...], replicas.Part]
-    _as_here: contextlib.AbstractContextManager[Any] = field(default_factory=lambda: _x64_as_here())
+    _as_here: contextlib.AbstractContextManager[Any] = field(default_factory=_x64_as_here)
 
     @property
     def told(self) -> str:
         """What is gathered, in words that are the same on every host."""
         names = ", ".join("/".join(path) for path in list(self.parts)[:3])
-        placed = "".join(f"{path}{part.size}{part.sharding}" for path, part in self.parts.items())
+        placed = "".join(f"{path}{part.told}" for path, part in self.parts.items())
         digest = fmt.digest(placed.encode())
         return f"parts of {len(self.parts)} arrays ({names}...; {digest})"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,19 @@ class Part:
     """
 
     make: Callable[[], jax.Array]
-    sharding: jax.sharding.Sharding
+    sharding: jax.sharding.NamedSharding
     size: int
+
+    @property
+    def told(self) -> str:
+        """How large it is and how it is placed, in words that are the same on every host."""
+        return f"{self.size} {self.sharding} {_devices(self.sharding.mesh)}"
+
+
+@functools.lru_cache(maxsize=16)
+def _devices(mesh: Any) -> int:
+    """Returns a number that says which devices a mesh has, and in which order."""
+    return zlib.crc32(",".join(str(device.id) for device in mesh.devices.flat).encode())
 
 
 def parted(
