@@ -107,7 +107,7 @@ def test_the_primary_names_a_silent_host_and_does_not_wait_for_the_deadline() ->
     group, board = quiet(0, {2: Silence(11.0, "c, process 12")})
     board.set("0/prepare/1", "[0, null]")
     with pytest.raises(PeerLostError) as caught:
-        group.exchange("prepare", None, timeout_seconds=40)
+        group.exchange("prepare", None, timeout_seconds=16)
     assert caught.value.missing == [2]
     assert caught.value.phase == "prepare"
     told = str(caught.value)
@@ -116,7 +116,7 @@ def test_the_primary_names_a_silent_host_and_does_not_wait_for_the_deadline() ->
     assert "Look at its log" in told
     waited = re.search(r"waited (\d+) s", told)
     assert waited is not None
-    assert int(waited[1]) < 20, "the deadline is after 40 s"
+    assert int(waited[1]) < 8, "the deadline is after 16 s"
 
 
 def test_a_silent_host_that_has_done_its_part_fails_nothing() -> None:

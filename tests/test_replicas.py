@@ -162,8 +162,8 @@ def test_64_bits_stay_on_the_threads_that_read_and_gather() -> None:
 
 def restore(store: Any, group: HostGroup, load: Any, silence_seconds: float = 10.0) -> Any:
     options = config.Options(
-        exchange_timeout_seconds=20,
-        restore_timeout_seconds=20,
+        exchange_timeout_seconds=10,
+        restore_timeout_seconds=10,
         peer_silence_seconds=silence_seconds,
     )
     found = Restorer(store, group, options).restore(None, load, Phases("restore", group.index))
