@@ -597,6 +597,7 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: it is not there.
+            StorageError: another job writes to it in this moment.
         """
         self._check_open()
         self._drain()
@@ -606,11 +607,18 @@ class Checkpointer:
         self._group.exchange(
             "delete",
             step,
-            leader=lambda steps: delete_step(
-                self._store, step, now=self._clock.now(), lease=self._saver.lease
-            ),
+            leader=lambda steps: self._delete(step),
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
+
+    def _delete(self, step: int) -> None:
+        now, lease = self._clock.now(), self._saver.lease
+        if not delete_step(self._store, step, now=now, lease=lease):
+            raise StorageError(
+                f"Step {step} of {self._store.root} was not deleted: another job writes to it in"
+                " this moment. Look again, and delete it then.",
+                errno=None,
+            )
 
     def wait_until_finished(self) -> None:
         """Waits for the save that is under way; raises its error if nobody has seen it."""

@@ -205,12 +205,15 @@ def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
     except KeyError as error:  # another job has changed the step
         retention.delete_copy(store, staged.run, staged.step, staged.aside)
         raise _other_writer(store, staged) from error
-    # Who removes the copy meanwhile writes the step's marker once more before: it is not as seen.
+    # Who removes copies of a step writes its marker once more before: then it is not as seen.
     if not store.replace(key, old, void, seen=seen):
         # Another job has changed the step. But ours may have been the first to do so, if that reply
         # was lost, and that job has cleared away what was left: then the copy is the step.
         if is_committed(store, staged.name):
             retention.delete_copy(store, staged.run, staged.step, staged.aside)
+            with contextlib.suppress(KeyError):
+                if store.get(key) == old:
+                    raise _not_aside(store, staged)
         raise _other_writer(store, staged)
 
 
@@ -223,12 +226,12 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Entry]:
     old = store.get(f"{name}/{fmt.COMMIT_NAME}")
     listing = store.list(name)
     entries = {entry.key.removeprefix(f"{name}/"): entry for entry in listing}
+    seen = entries[fmt.COMMIT_NAME]
     ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
     for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):
         store.copy(name, aside, [path for path in wave if path in entries])
     files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
-    seen = entries.get(fmt.COMMIT_NAME)
-    if seen is None or compare(store.list(aside), aside, files):
+    if compare(store.list(aside), aside, files):
         retention.delete_copy(store, staged.run, staged.step, aside)
         raise _not_aside(store, staged)
     return old, seen
@@ -299,6 +302,7 @@ def _staging_removed(store: Store, staged: Staged) -> StorageError:
 
 def _not_aside(store: Store, staged: Staged) -> StorageError:
     return StorageError(
-        f"Step {staged.step} is not saved again: what it was could not be copied to"
-        f" {store.root}/{staged.aside}, and stays as it is. Does another job write to this run?"
+        f"Step {staged.step} of {store.root} is not saved again, and stays as it is: another job"
+        f" has written to it, or to {staged.aside}, in this moment. Only one job at a time may"
+        " write to a run; when there is one, save it again."
     )

@@ -30,7 +30,7 @@ from datarax_dist import attempts
 from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError, StorageError
-from datarax_dist.inspection import Inspection, is_committed
+from datarax_dist.inspection import Inspection, inspect_step, is_committed
 from datarax_dist.lease import Right, Unguarded, is_certainly_dead, writer_identity
 from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, for_each
 
@@ -119,14 +119,14 @@ def delete_step(
     # where another job was just about to save the step again.
     names = store.children("")
     lease.check()
-    _delete_asides(store, step, names, now)
+    _delete_asides(store, step, names, now, lease)
     is_gone = True
     if f"{fmt.step_name(step)}/" in names:
         is_gone = _delete_directory(
             store, step, fmt.step_name(step), now=now, reached=reached, lease=lease
         )
     if not isinstance(store, SupportsRename):
-        _delete_asides(store, step, store.children(""), now)
+        _delete_asides(store, step, store.children(""), now, lease)
     if is_gone:
         attempts.remove_attempts(store, None, step, names)
         logger.info("deleted step %d of %s", step, store.root)
@@ -138,9 +138,14 @@ def _asides(step: int, names: Sequence[str]) -> list[str]:
     return [name for name in children if fmt.parse_aside_name(name) == (step, "replaced")]
 
 
-def _delete_asides(store: Store, step: int, names: Sequence[str], now: float) -> None:
+def _is_aside(store: Store, step: int) -> bool:
+    """Whether what was copied aside in a bucket is the step, where its own name has no marker."""
+    return any(is_committed(store, name) for name in _asides(step, store.children("")))
+
+
+def _delete_asides(store: Store, step: int, names: Sequence[str], now: float, lease: Right) -> None:
     for name in _asides(step, names):
-        _delete_directory(store, step, name, now=now)
+        _delete_directory(store, step, name, now=now, lease=lease)
 
 
 def delete_replaced(store: Store, step: int, names: Sequence[str], now: float) -> None:
@@ -222,24 +227,25 @@ def _delete_objects(
     nobody can come back who writes here.
     """
     assert isinstance(store, SupportsReplace)
-    marker = f"{name}/{fmt.COMMIT_NAME}"
+    marker, is_the_step = f"{name}/{fmt.COMMIT_NAME}", name == fmt.step_name(step)
     old: bytes | None = None
     with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         old = store.get(marker)
-    seen: Entry | None = None
-    if name == fmt.step_name(step) and old is not None:
-        seen = next(iter(store.list(marker)), None)
-        if seen is None or seen.digest != fmt.digest(old, store.digest_kind):
-            return False  # saved again, or about to be
-        lease.announce(step, seen.digest)
     stays = _may_be_copied_to(store, name, step)
     if stays and old is not None and (given_up := fmt.parse_void(old)) is not None:
         stays = now - given_up.at <= _VOID_SECONDS
         if stays and store.children(name) == [fmt.COMMIT_NAME]:
             return True
-    is_step = old is not None and fmt.parse_void(old) is None
-    if stays and is_step and not _is_kept(store, step) and replaced:
-        return False  # the save that has copied it is replacing the step, and counts on it
+    elif stays and old is not None and not _outdate(store, step):
+        if replaced:
+            return False  # the save that has copied it is replacing the step, and counts on it
+        is_the_step = True
+    seen: Entry | None = None
+    if is_the_step and old is not None:
+        seen = next(iter(store.list(marker)), None)
+        if seen is None or seen.digest != fmt.digest(old, store.digest_kind):
+            return False  # saved again, or about to be
+        lease.announce(step, seen.digest)
     run = (old and _run_in(old)) or _run_of(store, name) or _run_of(store, fmt.step_name(step))
     # One that need not stay until somebody's return is old from the start.
     void = fmt.dump_void(run or "", step, secrets.token_hex(8), now if stays else 0.0)
@@ -262,15 +268,24 @@ def _may_be_copied_to(store: Store, name: str, step: int) -> bool:
     return _nonce(store, fmt.step_name(step)) != name.rsplit("-", 1)[1]
 
 
-def _is_kept(store: Store, step: int) -> bool:
-    """Whether a step in a bucket is committed under its own name, and stays that: its marker is
-    written once more, so that a save that has copied it aside before cannot replace it.
+def _outdate(store: Store, step: int) -> bool:
+    """Writes the marker of a step in a bucket once more, the same: then a save that has listed the
+    step before, to replace it, cannot do that any more.
+
+    Returns:
+        Whether this was done; not where the step is not committed under its own name.
     """
+    found = inspect_step(store, step, fmt.step_name(step))
+    return _write_once_more(store, found.name, found.digest)  # a step that is not has none
+
+
+def _write_once_more(store: Store, name: str, digest: str) -> bool:
+    """Writes a marker once more if it is the one with this digest; returns whether it was."""
     assert isinstance(store, SupportsReplace)
-    key = f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}"
+    key = f"{name}/{fmt.COMMIT_NAME}"
     with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         marker = store.get(key)
-        return fmt.parse_void(marker) is None and store.replace(key, marker, marker)
+        return fmt.digest(marker, digest) == digest and store.replace(key, marker, marker)
     return False
 
 
@@ -280,9 +295,11 @@ def delete_copy(store: Store, run: str, step: int, name: str) -> None:
     """
     assert isinstance(store, SupportsReplace)
     key, void = f"{name}/{fmt.COMMIT_NAME}", fmt.dump_void(run, step, secrets.token_hex(8), 0.0)
-    with contextlib.suppress(KeyError, fmt.InvalidRecordError):
-        if store.create(key, void) or store.replace(key, store.get(key), void):
-            clear_given_up(store, name, void, void_too=True)
+    for _ in range(2):  # what is there may go before it is replaced
+        with contextlib.suppress(KeyError, fmt.InvalidRecordError):
+            if store.create(key, void) or store.replace(key, store.get(key), void):
+                clear_given_up(store, name, void, void_too=True)
+                return
 
 
 def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) -> None:
@@ -292,8 +309,8 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
     Args:
         older: their leases.
     """
-    begun: dict[int, list[str]] = {}
-    for name in [child[:-1] for child in store.children("") if child.endswith("/")]:
+    names, begun = store.children(""), dict[int, list[str]]()
+    for name in [child[:-1] for child in names if child.endswith("/")]:
         aside = fmt.parse_aside_name(name)
         if aside is None or aside[1] == "replaced":
             continue
@@ -301,8 +318,10 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
         if claim is not None and claim.run == run:
             begun.setdefault(aside[0], []).append(name)
     if isinstance(store, SupportsRename):
-        for step, names in begun.items():
-            for name in names:  # what is renamed cannot be given a step's name, nor take one in
+        for step, directories in begun.items():
+            for (
+                name
+            ) in directories:  # what is renamed cannot be given a step's name, nor take one in
                 with contextlib.suppress(KeyError):  # it has gone meanwhile
                     store.rename(name, fmt.aside_name(step, "deleting", secrets.token_hex(8)))
         return
@@ -311,12 +330,8 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
         if not is_committed(store, fmt.step_name(step)):
             give_up(store, run, step, secrets.token_hex(8), now)
     for step, digest in [deletion for lease in older for deletion in lease.deleting]:
-        # Written once more, it is not what they have seen.
-        key = f"{fmt.step_name(step)}/{fmt.COMMIT_NAME}"
-        with contextlib.suppress(KeyError, fmt.InvalidRecordError):
-            if [entry.digest for entry in store.list(key)] == [digest]:
-                marker = store.get(key)
-                store.replace(key, marker, marker)
+        for name in (fmt.step_name(step), *_asides(step, names)):
+            _write_once_more(store, name, digest)  # it is not what they have seen
 
 
 def give_up(store: Store, run: str, step: int, nonce: str, now: float) -> bytes | None:
@@ -509,7 +524,9 @@ def _marker_alone(
     except (KeyError, fmt.InvalidRecordError, FormatVersionError):
         return None
     old = now is not None and now - void.at > _VOID_SECONDS
-    return Leftover(name, step, True) if old else None
+    # Beside a copy that is the step it stays: the marker of a save that comes back late would hide
+    # that copy.
+    return Leftover(name, step, True) if old and not _is_aside(store, step) else None
 
 
 def read_claim(store: Store, name: str) -> fmt.StepClaim | None:
@@ -578,8 +595,9 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
     void = give_up(store, run, step, secrets.token_hex(8), now)
     if void is None or is_another():
         return False  # committed after all, or taken over
-    # Where it is abandoned, nobody is left whom the void marker would stop.
-    return clear_given_up(store, name, void, void_too=leftover.abandoned)
+    # Where it is abandoned, hardly anybody is left whom the void marker would stop.
+    void_too = leftover.abandoned and not _is_aside(store, step)
+    return clear_given_up(store, name, void, void_too=void_too)
 
 
 def _clear_staging(store: Store, name: str, *, keep_claim: bool) -> None:

@@ -737,6 +737,31 @@ def test_an_upload_of_orbax_that_fails_lets_go_of_its_buffer(gcs: FakeGCS, root:
     assert caught.value.__traceback__ is not None
 
 
+def test_what_an_error_of_an_upload_was_caused_by_lets_go_of_it_too(
+    gcs: FakeGCS, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As aiohttp tells of a connection that could not be made."""
+    save(root, 1)
+    file = epath.Path(f"{root}/state/a").open("wb")
+    file.write(b"content")
+
+    def send(data: Any) -> None:
+        raise ConnectionRefusedError
+
+    def call(*arguments: Any, data: Any, **more: Any) -> Any:
+        try:
+            send(data)
+        except OSError as error:
+            raise RuntimeError("no connection") from error
+
+    monkeypatch.setattr(file.gcsfs, "call", call)
+    file.location, file.offset = "here", 0
+    with pytest.raises(RuntimeError, match="no connection") as caught:
+        file._upload_chunk(final=True)
+    file.buffer.close()  # a BufferError while there is a view
+    assert caught.value.__cause__ is not None
+
+
 def test_a_bucket_that_does_not_answer_is_given_up_at_the_deadline(
     gcs: FakeGCS, root: str, soon: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,6 +273,20 @@ def test_policies_say_when_to_save_and_what_to_keep(tmp_path: Path) -> None:
             ckpt.delete(4)
 
 
+def test_a_step_that_is_not_gone_is_not_told_as_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": np.arange(3)}).result()
+        monkeypatch.setattr("datarax_dist.checkpointer.delete_step", lambda *_, **more: False)
+        with pytest.raises(errors.StorageError, match="was not deleted: another job"):
+            ckpt.delete(1)
+        assert ckpt.all_steps() == [1]
+        monkeypatch.undo()
+        ckpt.delete(1)
+        assert ckpt.all_steps() == []
+
+
 def test_a_root_that_cannot_be_one_is_a_storage_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with dd.Checkpointer(tmp_path / "file" / "run") as ckpt:

@@ -232,7 +232,10 @@ ACTS: dict[str, Callable[[Job], Any]] = {
 
 
 def stopped_before_each(
-    kind: Callable[[], Any], act: str, then: str
+    kind: Callable[[], Any],
+    act: str,
+    then: str,
+    prepare: Callable[[Any], None] = lambda files: None,
 ) -> Iterator[tuple[str, Any, Mapping[int, str], Any]]:
     """Yields, for each operation before which the first job stood still until the second one had
     taken the run and acted: the store, what the second one left, and how the first one ended.
@@ -244,6 +247,7 @@ def stopped_before_each(
             old.save(step)
         assert old.lease is not None
         old.lease.release()
+        prepare(files)
         left: list[Any] = []
         holds: list[bool] = []
         operations = itertools.count()
@@ -295,6 +299,24 @@ def test_the_other_hosts_wait_as_long_as_the_primary_may_wait_for_the_run() -> N
         return saver.lease.epoch
 
     assert SimulatedHosts(2).run(host) == [2, 0]
+
+
+@pytest.mark.parametrize("act", ["deletes 4", "saves 5, retires"])
+def test_who_has_lost_the_run_deletes_no_step_that_is_a_copy(act: str) -> None:
+    """The step was about to be replaced in a bucket, by a job that has died."""
+
+    def step_aside(bucket: MemoryBucket) -> None:
+        names = [entry.key.removeprefix("4/") for entry in bucket.list("4")]
+        bucket.copy("4", fmt.aside_name(4, "replaced", "a" * 16), names)
+        run = fmt.parse_run(bucket.get(fmt.RUN_NAME))
+        bucket.files["4/COMMIT.json"] = fmt.dump_void(run, 4, "b" * 16, 0.0)
+
+    tried = 0
+    stopped = stopped_before_each(MemoryBucket, act, "waits", step_aside)
+    for told, files, left, _ in stopped:
+        tried += 1
+        assert whose(files) == left, told
+    assert tried > 10
 
 
 @pytest.mark.parametrize("then", ["waits", "saves 5", "saves 4 again", "saves 5, retires"])

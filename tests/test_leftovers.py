@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from test_interleavings import Job, Killed, killer, requests, start, whose
 
 from datarax_dist import format as fmt
 from datarax_dist import publish, retention
-from datarax_dist.inspection import inspect_run
+from datarax_dist.errors import CheckpointError
+from datarax_dist.inspection import inspect_run, is_committed
+from datarax_dist.lease import writer_identity
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryBucket
+from datarax_dist.testing.simulated import stepped
+from datarax_dist.testing.turns import Scheduler
 
 ELSEWHERE = {"machine": "another", "pid": 1, "started": "1", "name": "another"}
 DAY = 24 * 3600.0
@@ -127,6 +132,83 @@ def test_a_step_is_not_replaced_once_another_job_has_begun_to_remove_its_copy(
     assert left == ({4, 5} if deletes == "the copy" else {4})
 
 
+def both(first: Callable[[Any], Any], second: Callable[[Any], Any], order: list[int]) -> Any:
+    """Runs two jobs on one bucket, request by request, in an `order` of 0 and 1; then the second
+    to its end, and the first. Returns the bucket, and how many requests each made.
+    """
+    bucket, left, made = start("5 is committed"), list(order), [0, 0]
+
+    def choose(able: int) -> int:
+        return 0 if able == 1 else left.pop(0) if left else 1
+
+    def job(number: int) -> Any:
+        def step(what: str, changes: bool) -> None:
+            made[number] += 1
+            scheduler.step(what, changes)
+
+        with contextlib.suppress(CheckpointError):
+            (first, second)[number](stepped(bucket, step))
+
+    scheduler = Scheduler(choose)
+    results, _ = scheduler.run(job, 2, {}, {})
+    assert results == [None, None], results
+    return bucket, made
+
+
+def test_a_step_stays_whatever_who_replaces_it_and_who_removes_its_copy_do_in_turn() -> None:
+    """Neither comes further: both die then."""
+    run = run_of(start("5 is committed"))
+    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+
+    def replaces(store: Any) -> None:
+        publish._step_aside(store, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+
+    def removes(store: Any) -> None:
+        for _ in range(2):  # in the first one there may be no copy yet
+            retention.delete_replaced(store, 5, store.children(""), 0.0)
+
+    _, (most, _) = both(replaces, lambda store: None, [])
+    ends = set()
+    for begin, others in itertools.product(range(most + 1), range(12)):
+        for then in range(most - begin + 2):  # the last one ends it
+            order = [0] * begin + [1] * others + [0] * then
+            bucket, _ = both(replaces, removes, order)
+            assert whose(bucket) == {4: "old", 5: "old"}, order
+            ends.add((is_committed(bucket, "5"), len(keys(bucket, staged.aside)) > 1))
+    assert ends == {(True, False), (False, True)}, "removed, or replaced"
+
+
+def test_the_void_marker_of_a_step_stays_while_a_copy_is_the_step() -> None:
+    """Its writer is gone; but another one may still be about to make a marker there."""
+    bucket = start("5 is committed")
+    marker, aside = bucket.files["5/COMMIT.json"], fmt.aside_name(5, "replaced", "a" * 16)
+    duplicate(bucket, "5", aside)
+    bucket.delete("5")
+    dead = {**writer_identity(), "pid": 4_000_000}
+    claim = fmt.StepClaim(run_of(bucket), 5, "b" * 16, 1, dead, 1000.0)
+    bucket.put("5/STEP.json", fmt.dump_claim(claim))
+    assert tidy(bucket, 1000.0) == ["5"]
+    for now in (2000.0, 1001.0 + DAY):
+        assert tidy(bucket, now) == []
+        assert keys(bucket, "5") == ["COMMIT.json"]
+        assert not bucket.create("5/COMMIT.json", marker)
+        assert whose(bucket) == {4: "old", 5: "old"}
+    retention.delete_step(bucket, 5, now=3000.0)
+    assert (keys(bucket, "5"), keys(bucket, aside)) == ([], ["COMMIT.json"])
+
+
+def test_a_marker_that_speaks_for_nothing_is_no_reason_to_remove_a_copy() -> None:
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    duplicate(bucket, "5", aside)
+    for name in keys(bucket, "5"):
+        if name != "COMMIT.json":
+            del bucket.files[f"5/{name}"]
+    before = bucket.list(aside)
+    retention.delete_replaced(bucket, 5, bucket.children(""), 0.0)
+    assert bucket.list(aside) == before
+
+
 def test_a_restore_leaves_the_copy_that_another_job_makes_before_it_replaces_a_step() -> None:
     bucket = start("5 is committed")
     aside = fmt.aside_name(5, "replaced", "a" * 16)
@@ -191,6 +273,26 @@ def test_who_drops_the_copy_it_has_made_and_dies_leaves_nothing_unknown(
     assert keys(bucket, aside)[0] == "COMMIT.json"
     assert tidy(bucket, 1.0 + DAY) == [aside]
     assert keys(bucket, aside) == []
+
+
+def test_a_void_marker_that_goes_while_the_copy_is_dropped_leaves_nothing_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    run, aside = run_of(bucket), fmt.aside_name(5, "replaced", "a" * 16)
+    bucket.copy("5", aside, ["TREE.json"])
+    bucket.put(f"{aside}/COMMIT.json", fmt.dump_void(run, 5, "0" * 16, 0.0))
+    create = bucket.create
+
+    def then_it_goes(key: str, data: bytes) -> bool:
+        made = create(key, data)
+        monkeypatch.undo()
+        del bucket.files[key]
+        return made
+
+    monkeypatch.setattr(bucket, "create", then_it_goes)
+    retention.delete_copy(bucket, run, 5, aside)
+    assert bucket.list(aside) == []
 
 
 def test_what_a_host_uploads_after_its_staging_was_removed_goes_a_day_later() -> None:
@@ -523,6 +625,6 @@ def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
         return key != "5/COMMIT.json" and replace(key, *arguments, **more)
 
     monkeypatch.setattr(bucket, "replace", another_was_first)
-    with pytest.raises(publish.StepExistsError):
+    with pytest.raises(publish.StorageError, match="stays as it is"):
         publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
     assert bucket.list(staged.aside) == []

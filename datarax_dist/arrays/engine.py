@@ -654,7 +654,10 @@ def _release_views_of_failed_uploads() -> None:
         try:
             return upload(self, final)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)
+            found: BaseException | None = error
+            while found is not None:
+                traceback.clear_frames(found.__traceback__)
+                found = found.__cause__ or found.__context__
             raise
 
     GCSFile._upload_chunk = _upload_chunk

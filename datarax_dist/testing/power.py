@@ -176,7 +176,7 @@ def _save_files(root: Path, group: HostGroup, step: int, content: bytes, **optio
         writer=_Files(root, group.index, content),
         positions={shard: b"{}"},
         shared={"TREE.json": b"{}"},
-        last={"_SIGN": b"{}"},
+        last={fmt.ORBAX_COMMIT_NAME: b"{}"},
         items=("state",),
     )
     saver.begin(step, lambda: request, Phases("save", group.index), **options).finish()
