@@ -126,7 +126,7 @@ def delete_step(
             store, step, fmt.step_name(step), now=now, reached=reached, lease=lease
         )
     if not isinstance(store, SupportsRename):
-        _delete_asides(store, step, store.children(""), now, lease)
+        is_gone = _delete_asides(store, step, store.children(""), now, lease) and is_gone
     if is_gone:
         attempts.remove_attempts(store, None, step, names)
         logger.info("deleted step %d of %s", step, store.root)
@@ -143,9 +143,9 @@ def _is_aside(store: Store, step: int) -> bool:
     return any(is_committed(store, name) for name in _asides(step, store.children("")))
 
 
-def _delete_asides(store: Store, step: int, names: Sequence[str], now: float, lease: Right) -> None:
-    for name in _asides(step, names):
-        _delete_directory(store, step, name, now=now, lease=lease)
+def _delete_asides(store: Store, step: int, names: Sequence[str], now: float, lease: Right) -> bool:
+    asides = _asides(step, names)
+    return all([_delete_directory(store, step, name, now=now, lease=lease) for name in asides])
 
 
 def delete_replaced(store: Store, step: int, names: Sequence[str], now: float) -> None:

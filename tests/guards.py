@@ -351,6 +351,13 @@ GUARDS = [
         "tests/test_lease.py -k is_a_copy",
     ),
     Guard(
+        "a step whose copy is not gone is not, either",
+        "retention.py",
+        'store.children(""), now, lease) and is_gone',
+        'store.children(""), now, lease) or is_gone',
+        "tests/test_leftovers.py -k told_as_deleted",
+    ),
+    Guard(
         "a step that is not gone is not told as deleted",
         "checkpointer.py",
         "        if not delete_step(self._store, step, now=now, lease=lease):",

@@ -197,6 +197,26 @@ def test_the_void_marker_of_a_step_stays_while_a_copy_is_the_step() -> None:
     assert (keys(bucket, "5"), keys(bucket, aside)) == ([], ["COMMIT.json"])
 
 
+def test_a_step_whose_copy_another_job_writes_to_is_not_told_as_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = start("5 is committed")
+    aside = fmt.aside_name(5, "replaced", "a" * 16)
+    duplicate(bucket, "5", aside)
+    bucket.delete("5")
+    replace = bucket.replace
+
+    def refused(key: str, *arguments: Any, **more: Any) -> bool:
+        return not key.startswith(aside) and replace(key, *arguments, **more)
+
+    monkeypatch.setattr(bucket, "replace", refused)
+    assert not retention.delete_step(bucket, 5, now=0.0)
+    monkeypatch.undo()
+    assert whose(bucket) == {4: "old", 5: "old"}
+    assert retention.delete_step(bucket, 5, now=0.0)
+    assert whose(bucket) == {4: "old"}
+
+
 def test_a_marker_that_speaks_for_nothing_is_no_reason_to_remove_a_copy() -> None:
     bucket = start("5 is committed")
     aside = fmt.aside_name(5, "replaced", "a" * 16)
