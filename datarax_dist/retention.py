@@ -145,7 +145,8 @@ def _is_aside(store: Store, step: int) -> bool:
 
 def _delete_asides(store: Store, step: int, names: Sequence[str], now: float, lease: Right) -> bool:
     asides = _asides(step, names)
-    return all([_delete_directory(store, step, name, now=now, lease=lease) for name in asides])
+    gone = [_delete_directory(store, step, name, now=now, lease=lease) for name in asides]
+    return all(gone)
 
 
 def delete_replaced(store: Store, step: int, names: Sequence[str], now: float) -> None:
