@@ -157,6 +157,11 @@ def _epochs(store: Store) -> list[int]:
     return sorted(epoch for epoch in parsed if epoch is not None)
 
 
+def _all(store: Store) -> list[_Seen]:
+    """Returns the leases of a root, oldest first."""
+    return [found for epoch in _epochs(store) if (found := _read(store, epoch)) is not None]
+
+
 def newest_lease(store: Store) -> fmt.LeaseRecord | None:
     """Returns the newest lease of a root that can be read."""
     for epoch in reversed(_epochs(store)):
@@ -257,7 +262,7 @@ class Lease:
         watched: _Seen | None = None
         since = clock.monotonic()
         while True:
-            seen = [found for epoch in _epochs(store) if (found := _read(store, epoch)) is not None]
+            seen = _all(store)
             newest = seen[-1] if seen else None
             now = clock.monotonic()
             moves = False
@@ -282,8 +287,10 @@ class Lease:
             if self._newer(mine.epoch) is not None:
                 return self._take(run, fence)
             logger.warning("%s is taken over from %s", store.root, newest.owner)
+            # Read once more: what they have announced before they could see our file is there now.
+            older = [lease.record for lease in _all(store) if lease.epoch < mine.epoch]
             # When it fails, our file runs out, and who comes next fences them too.
-            fence(run, [lease.record for lease in seen if lease.record is not None])
+            fence(run, [record for record in older if record is not None])
         self._older = [lease.epoch for lease in seen]
         self._record = mine
         return None

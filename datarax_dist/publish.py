@@ -219,19 +219,21 @@ def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
 
 def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Entry]:
     """Returns the step's marker, and how it was listed before anything was copied. The marker is
-    copied last.
+    written last, when what was copied is known to be what it speaks for.
     """
     assert isinstance(store, SupportsReplace)
     name, aside = staged.name, staged.aside
-    old = store.get(f"{name}/{fmt.COMMIT_NAME}")
-    listing = store.list(name)
-    entries = {entry.key.removeprefix(f"{name}/"): entry for entry in listing}
-    seen = entries[fmt.COMMIT_NAME]
-    ends = [fmt.STEP_NAME, fmt.COMMIT_NAME]
-    for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):
-        store.copy(name, aside, [path for path in wave if path in entries])
+    key = f"{name}/{fmt.COMMIT_NAME}"
+    old = store.get(key)
+    entries = {entry.key.removeprefix(f"{name}/"): entry for entry in store.list(name)}
+    seen, claim = entries[fmt.COMMIT_NAME], fmt.STEP_NAME
+    rest = [path for path in entries if path not in (claim, fmt.COMMIT_NAME)]
+    for wave in ([claim] if claim in entries else [], rest):
+        store.copy(name, aside, wave)
     files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
-    if compare(store.list(aside), aside, files):
+    # A step changes only after its marker has.
+    whole = store.list(key) == [seen] and store.create(f"{aside}/{fmt.COMMIT_NAME}", old)
+    if not whole or compare(store.list(aside), aside, files):
         retention.delete_copy(store, staged.run, staged.step, aside)
         raise _not_aside(store, staged)
     return old, seen

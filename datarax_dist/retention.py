@@ -579,7 +579,7 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
     if isinstance(store, SupportsRename):
         return _delete_directory(store, step, name, now=now)
     if leftover.only_marker:
-        return _delete_directory(store, step, name, now=now)
+        return _delete_lone_marker(store, name)
     if aside is not None and aside[1] == "staging":
         _clear_staging(store, name, keep_claim=leftover.keep_claim)
         return True
@@ -599,6 +599,16 @@ def _remove_leftover(store: Store, leftover: Leftover, run: str | None, now: flo
     # Where it is abandoned, hardly anybody is left whom the void marker would stop.
     void_too = leftover.abandoned and not _is_aside(store, step)
     return clear_given_up(store, name, void, void_too=void_too)
+
+
+def _delete_lone_marker(store: Store, name: str) -> bool:
+    """Deletes a marker that speaks for nothing; returns whether it still does."""
+    assert isinstance(store, SupportsReplace)
+    listed = store.list(f"{name}/{fmt.COMMIT_NAME}")
+    if store.children(name) != [fmt.COMMIT_NAME]:
+        return False
+    store.delete_listed(listed)  # unless it was written again since
+    return True
 
 
 def _clear_staging(store: Store, name: str, *, keep_claim: bool) -> None:

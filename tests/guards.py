@@ -337,6 +337,41 @@ GUARDS = [
         "tests/test_leftovers.py -k is_dropped",
     ),
     Guard(
+        "what is copied aside is what its marker speaks for",
+        "publish.py",
+        "    whole = store.list(key) == [seen] and ",
+        "    whole = ",
+        "tests/test_leftovers.py -k two_versions",
+    ),
+    Guard(
+        "a marker that stood alone is looked at again before it goes",
+        "retention.py",
+        "    if store.children(name) != [fmt.COMMIT_NAME]:\n        return False\n",
+        "",
+        "tests/test_leftovers.py -k stood_alone",
+    ),
+    Guard(
+        "it goes as it was listed before that",
+        "retention.py",
+        "    store.delete_listed(listed)  # unless",
+        "    store.delete_listed(store.list(f'{name}/{fmt.COMMIT_NAME}'))  # unless",
+        "tests/test_leftovers.py -k stood_alone",
+    ),
+    Guard(
+        "who takes the run over reads the leases when its own is there",
+        "lease.py",
+        "for lease in _all(store) if lease.epoch < mine.epoch]",
+        "for lease in seen]",
+        "tests/test_lease.py -k announced",
+    ),
+    Guard(
+        "a copy that has come meanwhile is deleted by who has the run alone",
+        "retention.py",
+        'store.children(""), now, lease) and is_gone',
+        'store.children(""), now, _UNGUARDED) and is_gone',
+        "tests/test_lease.py -k comes_while",
+    ),
+    Guard(
         "the deletion of a copy that is the step is announced",
         "retention.py",
         "        is_the_step = True\n",
@@ -374,8 +409,8 @@ GUARDS = [
     Guard(
         "the copy has its marker last",
         "publish.py",
-        "    for wave in (ends[:1], [path for path in entries if path not in ends], ends[1:]):",
-        "    for wave in (list(entries),):",
+        "    rest = [path for path in entries if path not in (claim, fmt.COMMIT_NAME)]\n",
+        "    rest = [path for path in entries if path != claim][::-1]\n",
         "tests/test_leftovers.py",
     ),
     Guard(
@@ -529,7 +564,7 @@ GUARDS = [
     Guard(
         "who takes a run over makes void what others have begun",
         "lease.py",
-        "            fence(run, [lease.record for lease in seen if lease.record is not None])\n",
+        "            fence(run, [record for record in older if record is not None])\n",
         "",
         "tests/test_lease.py -k 'fences_again or lost_the_run'",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -20,6 +21,8 @@ from datarax_dist.inspection import inspect_run
 from datarax_dist.lease import Lease, _process, newest_lease, writer_identity
 from datarax_dist.save import Saver
 from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore, SimulatedHosts
+from datarax_dist.testing.simulated import stepped
+from datarax_dist.testing.turns import Scheduler
 
 TTL = 60.0
 ELSEWHERE = {"machine": "another boot/pid:[1]", "pid": 7, "started": "1", "name": "far"}
@@ -299,6 +302,76 @@ def test_the_other_hosts_wait_as_long_as_the_primary_may_wait_for_the_run() -> N
         return saver.lease.epoch
 
     assert SimulatedHosts(2).run(host) == [2, 0]
+
+
+def test_what_is_announced_while_another_job_takes_the_run_is_not_deleted() -> None:
+    """The owner stands still before each of its requests; the other one takes the run as far as to
+    each of its own; the owner goes on for some requests, and then the other one ends.
+    """
+
+    def run(order: list[int]) -> tuple[list[int], bool]:
+        """Returns how many requests each made, and whether the other one got the run."""
+        left, made, found = list(order), [0, 0], [dict[int, str]()]
+        files, clock = MemoryBucket(), FakeClock()
+        first, second = (
+            Lease(files, clock, ttl_seconds=1.0, owner={**ELSEWHERE, "name": name})
+            for name in ("owner", "other")
+        )
+        owner = Job("owner", files, first, clock)
+        for step in (3, 4):
+            owner.save(step)
+
+        def host(number: int) -> None:
+            def step(what: str, changes: bool) -> None:
+                made[number] += 1
+                scheduler.step(what, changes)
+
+            store = stepped(files, step)
+            (first, second)[number]._store = store
+            with contextlib.suppress(LeaseError):
+                if number == 0:
+                    retention.delete_step(store, 4, now=0.0, lease=first)
+                else:
+                    saver_takes(Job("other", store, second, clock))
+                    found.append(whose(files))
+
+        scheduler = Scheduler(lambda able: 0 if able == 1 else left.pop(0) if left else 1)
+        results, _ = scheduler.run(host, 2, {}, {})
+        assert results == [None, None], results
+        if found[1:]:
+            assert whose(files) == found[1], order
+        return made, len(found) > 1
+
+    (most, others), _ = run([0] * 1000)
+    taken = 0
+    for begin, middle, then in itertools.product(range(most), range(others), range(5)):
+        _, is_taken = run([0] * begin + [1] * middle + [0] * then)
+        taken += is_taken
+    assert taken > 100
+
+
+def test_a_copy_that_comes_while_its_step_is_deleted_is_not_deleted_for_who_has_lost_the_run() -> (
+    None
+):
+    files, clock = MemoryBucket(), FakeClock()
+    owner, other = job("owner", files, clock=clock), job("other", files, clock=clock)
+    for step in (3, 4):
+        owner.save(step)
+    saved = [(key, data) for key, data in files.files.items() if key.startswith("4/")]
+    deleted: list[str] = []
+
+    def act(what: str, changes: bool) -> None:
+        if what.startswith("delete: 4/"):
+            deleted.append(what)
+        elif deleted and whose(files) == {3: "owner"}:
+            for key, data in saved:  # by a job that had lost the run before
+                files.files[key.replace("4/", fmt.aside_name(4, "replaced", "a" * 16) + "/")] = data
+            saver_takes(other)
+
+    assert owner.lease is not None
+    with pytest.raises(LeaseError):
+        retention.delete_step(stepped(files, act), 4, now=0.0, lease=owner.lease)
+    assert whose(files) == {3: "owner", 4: "owner"}
 
 
 @pytest.mark.parametrize("act", ["deletes 4", "saves 5, retires"])

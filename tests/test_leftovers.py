@@ -16,7 +16,7 @@ from datarax_dist.errors import CheckpointError
 from datarax_dist.inspection import inspect_run, is_committed
 from datarax_dist.lease import writer_identity
 from datarax_dist.telemetry import Phases
-from datarax_dist.testing import MemoryBucket
+from datarax_dist.testing import FakeClock, MemoryBucket
 from datarax_dist.testing.simulated import stepped
 from datarax_dist.testing.turns import Scheduler
 
@@ -360,8 +360,72 @@ def test_a_marker_without_anything_that_it_speaks_for_goes(name: str) -> None:
     retention.delete_step(bucket, 5, now=0.0)
     bucket.put(f"{name}/COMMIT.json", marker)
     assert tidy(bucket) == [name]
-    assert tidy(bucket, 1.0 + DAY) == ([] if name == "5" else [name])  # the void marker
     assert bucket.list(name) == []
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_step_is_not_taken_for_the_marker_that_stood_alone_there(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has found that one stands still; another job has removed it, and saved the step."""
+    bucket = start("5 is committed")
+    run, marker, children = run_of(bucket), bucket.files["5/COMMIT.json"], bucket.children
+    retention.delete_step(bucket, 5, now=0.0)
+    bucket.put("5/COMMIT.json", marker)
+    leftovers = retention.find_leftovers(bucket, run)
+    assert [(left.name, left.only_marker) for left in leftovers] == [("5", True)]
+
+    def then_it_is_saved(prefix: str) -> list[str]:
+        found = children(prefix)
+        monkeypatch.undo()
+        new = Job("new", requests(bucket))
+        assert new.save(6) == new.save(5) == "saved"
+        return found
+
+    if when == "before":
+        then_it_is_saved("")
+    else:
+        monkeypatch.setattr(bucket, "children", then_it_is_saved)
+    retention.remove_leftovers(bucket, leftovers, run=run, now=0.0)
+    assert whose(bucket) == {4: "old", 5: "new", 6: "new"}
+
+
+def test_what_was_copied_of_two_versions_is_never_the_step() -> None:
+    """Who copies the step aside stands still before; another job saves it again, and does so once
+    more, and dies when it has put its void marker. The first one is killed at each later request.
+    """
+    for number in itertools.count():
+        bucket = MemoryBucket()
+        first = Job("old", requests(bucket), clock=FakeClock(4e9))  # whose clock is wrong
+        assert first.save(4) == first.save(5) == "saved"
+        del bucket.files["5/state/ocdbt.process_0/b"]  # the new one has a file more
+        run = run_of(bucket)
+        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+        requested: list[str] = []  # since it went on
+
+        def act(
+            what: str,
+            changes: bool,
+            bucket: Any = bucket,
+            requested: list[str] = requested,
+            most: int = number,
+        ) -> None:
+            if what.startswith("copy: 5/STEP.json"):
+                assert Job("new", requests(bucket)).save(5, replace=True) == "saved"
+            elif not requested and not what.startswith("copy: "):
+                return
+            if len(requested) > most:
+                raise Killed
+            requested.append(what)
+
+        with contextlib.suppress(Killed, CheckpointError):
+            publish._step_aside(stepped(bucket, act), staged, b"")
+        duplicate(bucket, "5", fmt.aside_name(5, "replaced", "0" * 16))
+        void(bucket, 5)
+        assert whose(bucket) == {4: "old", 5: "new"}, requested
+        if len(requested) <= number:
+            break
+    assert number > 8
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
