@@ -80,7 +80,7 @@ def publish(
         return _publish_by_copying(store, staged, now, phases, check)
     except CheckpointError:
         with contextlib.suppress(CheckpointError):
-            _withdraw(store, staged)
+            _withdraw(store, staged, now)
         raise
 
 
@@ -227,6 +227,8 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Entry]:
     old = store.get(key)
     entries = {entry.key.removeprefix(f"{name}/"): entry for entry in store.list(name)}
     seen, claim = entries[fmt.COMMIT_NAME], fmt.STEP_NAME
+    if seen.digest != fmt.digest(old, store.digest_kind):
+        raise _not_aside(store, staged)
     rest = [path for path in entries if path not in (claim, fmt.COMMIT_NAME)]
     for wave in ([claim] if claim in entries else [], rest):
         store.copy(name, aside, wave)
@@ -260,20 +262,27 @@ def _check_still_there(store: Store, staged: Staged) -> None:
     )
 
 
-def _withdraw(store: Store, staged: Staged) -> None:
+def _withdraw(store: Store, staged: Staged, now: float) -> None:
     """Takes back what this save has copied to where another job has removed the rest, and the
     claim: nobody would know whose it is.
     """
     assert isinstance(store, SupportsReplace)
-    there = {entry.key.removeprefix(f"{staged.name}/"): entry for entry in store.list(staged.name)}
-    if fmt.STEP_NAME in there or fmt.COMMIT_NAME in there:
-        return  # who finds it can tell
-    ours = [
-        entry
-        for path, entry in there.items()
-        if path in staged.files and staged.files[path].digest == entry.digest
-    ]
-    store.delete_listed(ours)
+    name = staged.name
+
+    def ours() -> list[Entry]:
+        there = {entry.key.removeprefix(f"{name}/"): entry for entry in store.list(name)}
+        if fmt.STEP_NAME in there:
+            return []  # who finds it can tell
+        return [
+            entry
+            for path, entry in there.items()
+            if path in staged.files and staged.files[path].digest == entry.digest
+        ]
+
+    # Another save may have found what is there to be what it copies itself: it must not commit.
+    void = fmt.dump_void(staged.run, staged.step, staged.nonce, now)
+    if ours() and store.create(f"{name}/{fmt.COMMIT_NAME}", void):
+        store.delete_listed(ours())
 
 
 # Errors

@@ -605,7 +605,8 @@ def _delete_lone_marker(store: Store, name: str) -> bool:
     """Deletes a marker that speaks for nothing; returns whether it still does."""
     assert isinstance(store, SupportsReplace)
     listed = store.list(f"{name}/{fmt.COMMIT_NAME}")
-    if store.children(name) != [fmt.COMMIT_NAME]:
+    # A void one says something: that a save which comes back may not commit here.
+    if store.children(name) != [fmt.COMMIT_NAME] or _nonce(store, name) is None:
         return False
     store.delete_listed(listed)  # unless it was written again since
     return True

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from jobs import attempt
 from test_interleavings import Job, Killed, killer, requests, start, whose
 
 from datarax_dist import format as fmt
@@ -390,7 +392,8 @@ def test_a_step_is_not_taken_for_the_marker_that_stood_alone_there(
     assert whose(bucket) == {4: "old", 5: "new", 6: "new"}
 
 
-def test_what_was_copied_of_two_versions_is_never_the_step() -> None:
+@pytest.mark.parametrize("stands_before", ["list: 5", "copy: 5/STEP.json"])
+def test_what_was_copied_of_two_versions_is_never_the_step(stands_before: str) -> None:
     """Who copies the step aside stands still before; another job saves it again, and does so once
     more, and dies when it has put its void marker. The first one is killed at each later request.
     """
@@ -410,10 +413,10 @@ def test_what_was_copied_of_two_versions_is_never_the_step() -> None:
             requested: list[str] = requested,
             most: int = number,
         ) -> None:
-            if what.startswith("copy: 5/STEP.json"):
+            if not requested:
+                if not what.startswith(stands_before):
+                    return
                 assert Job("new", requests(bucket)).save(5, replace=True) == "saved"
-            elif not requested and not what.startswith("copy: "):
-                return
             if len(requested) > most:
                 raise Killed
             requested.append(what)
@@ -425,7 +428,7 @@ def test_what_was_copied_of_two_versions_is_never_the_step() -> None:
         assert whose(bucket) == {4: "old", 5: "new"}, requested
         if len(requested) <= number:
             break
-    assert number > 8
+    assert number > (0 if stands_before == "list: 5" else 8)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -627,6 +630,65 @@ def test_what_another_job_has_taken_is_noticed_before_everything_is_copied(
     monkeypatch.setattr(bucket, "copy", refuse)
     with pytest.raises(publish.StepExistsError):
         Job("new", requests(bucket)).save(5)
+
+
+def test_the_void_marker_of_a_save_under_way_is_not_taken_for_a_marker_that_stands_alone() -> None:
+    bucket = start("5 is committed")
+    run, marker = run_of(bucket), bucket.files["5/COMMIT.json"]
+    duplicate(bucket, "5", fmt.aside_name(5, "replaced", "a" * 16))
+    bucket.delete("5")
+    bucket.put("5/COMMIT.json", marker)
+    leftovers = retention.find_leftovers(bucket, run)
+    assert [left.only_marker for left in leftovers if left.name == "5"] == [True]
+    void(bucket, 5)
+    retention.remove_leftovers(bucket, leftovers, run=run, now=0.0)
+    assert keys(bucket, "5") == ["COMMIT.json"]
+    assert whose(bucket) == {4: "old", 5: "old"}
+
+
+def test_what_a_save_has_copied_after_its_claim_was_removed_is_taken_back() -> None:
+    bucket = start("without 5")
+    removed: list[str] = []
+
+    def act(what: str, changes: bool) -> None:
+        if what.endswith("state/manifest to 5"):
+            removed.append(what)
+            bucket.delete("5")
+
+    with pytest.raises(publish.StorageError, match="differ"):
+        Job("late", stepped(bucket, act)).save(5)
+    assert removed
+    assert keys(bucket, "5") == ["COMMIT.json"]
+    tidy(bucket, time.time() + 2 * DAY)
+    assert keys(bucket, "5") == []
+
+
+@pytest.mark.parametrize("stands_before", ["create: 5/COMMIT.json", "delete: 5/state/manifest"])
+def test_what_another_save_has_found_there_is_not_taken_back_from_it(
+    stands_before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before that was there, and copies the very same."""
+    bucket = start("without 5")
+    bucket.put("5/state/manifest", b"merged")
+    [entry] = bucket.list("5")
+    copied = {"state/manifest": fmt.FileEntry("state/manifest", entry.size, entry.digest)}
+    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", copied)
+    ends: list[Any] = []
+    children = bucket.children
+
+    def looks(prefix: str) -> list[str]:
+        return [] if prefix == "5" else [name for name in children(prefix) if name != "5/"]
+
+    def act(what: str, changes: bool) -> None:
+        if what.startswith(stands_before) and not ends:
+            monkeypatch.setattr(bucket, "children", looks)
+            ends.append(attempt(lambda: Job("new", requests(bucket)).save(5)))
+            monkeypatch.undo()
+
+    publish._withdraw(stepped(bucket, act), staged, 0.0)
+    assert len(ends) == 1
+    assert whose(bucket) == ({4: "old", 5: "new"} if ends == ["saved"] else {4: "old"})
+    assert (ends == ["saved"]) == stands_before.startswith("create")
 
 
 def test_nothing_is_copied_for_a_save_that_has_failed_already() -> None:
