@@ -234,8 +234,9 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Entry]:
         store.copy(name, aside, wave)
     files = [fmt.FileEntry(path, e.size, e.digest) for path, e in entries.items()]
     # A step changes only after its marker has.
-    whole = store.list(key) == [seen] and store.create(f"{aside}/{fmt.COMMIT_NAME}", old)
-    if not whole or compare(store.list(aside), aside, files):
+    if store.list(key) == [seen]:
+        store.create(f"{aside}/{fmt.COMMIT_NAME}", old)
+    if compare(store.list(aside), aside, files):
         retention.delete_copy(store, staged.run, staged.step, aside)
         raise _not_aside(store, staged)
     return old, seen

@@ -320,9 +320,8 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
             begun.setdefault(aside[0], []).append(name)
     if isinstance(store, SupportsRename):
         for step, directories in begun.items():
-            for (
-                name
-            ) in directories:  # what is renamed cannot be given a step's name, nor take one in
+            for name in directories:
+                # What is renamed cannot be given a step's name, nor take one in.
                 with contextlib.suppress(KeyError):  # it has gone meanwhile
                     store.rename(name, fmt.aside_name(step, "deleting", secrets.token_hex(8)))
         return
