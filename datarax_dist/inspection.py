@@ -176,14 +176,17 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
 
 
 def _one_each(found: Sequence[Candidate]) -> list[Candidate]:
-    """Of several directories that were a step, before saves that have not ended, the newest is."""
-    newest: dict[int, tuple[float, str]] = {}
+    """Of several directories that were a step, before saves that have not ended, the newest is: of
+    the last job, and by the clock of one job only.
+    """
+    newest: dict[int, tuple[int, float, str]] = {}
     for c in found:
         if c.state == "committed" and c.marker is not None:
-            newest[c.step] = max(newest.get(c.step, (0.0, "")), (c.marker.committed_at, c.name))
+            age = c.marker.epoch, c.marker.committed_at, c.name
+            newest[c.step] = max(newest.get(c.step, age), age)
     return [
         Candidate(c.step, c.name, "deleting", f"an older step {c.step}: it was saved again")
-        if c.state == "committed" and newest[c.step][1] != c.name
+        if c.state == "committed" and newest[c.step][2] != c.name
         else c
         for c in found
     ]

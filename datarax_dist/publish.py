@@ -120,6 +120,9 @@ def _publish_by_renaming(
             store.put(f"{staged.directory}/{path}", content)
         if not store.create(f"{staged.directory}/{fmt.COMMIT_NAME}", staged.marker):
             raise _other_writer(store, staged)
+        # Where another job has renamed the directory, this has made a new one.
+        if fmt.STEP_NAME not in store.children(staged.directory):
+            raise _staging_removed(store, staged)
     with phases.span("publish"):
         check()  # from here on only what is there is renamed: see `retention.fence`
         names = store.children(staged.name)
@@ -150,7 +153,7 @@ def _publish_by_copying(
     name, marker = staged.name, staged.marker
     with phases.span("publish"):
         check()
-        void = _make_room(store, staged, now)
+        void = _make_room(store, staged, now, check)
         if not store.create(f"{name}/{fmt.STEP_NAME}", staged.claim):
             raise _other_writer(store, staged)
         late = {fmt.STEP_NAME, *staged.last}
@@ -172,7 +175,7 @@ def _publish_by_copying(
     return void is not None
 
 
-def _make_room(store: Store, staged: Staged, now: float) -> bytes | None:
+def _make_room(store: Store, staged: Staged, now: float, check: Callable[[], None]) -> bytes | None:
     """Removes what is below the step's name: what a save that did not end has left, or the step
     that is saved again. Returns the void marker that is to be replaced by ours, if there is one.
     """
@@ -183,7 +186,7 @@ def _make_room(store: Store, staged: Staged, now: float) -> bytes | None:
         if not staged.replace:
             raise _other_writer(store, staged)
         void = fmt.dump_void(staged.run, staged.step, staged.nonce, now)
-        _step_aside(store, staged, void)
+        _step_aside(store, staged, void, check)
     elif not retention.is_ours(store, staged.run, name):
         raise not_ours(store, name, staged.step)
     else:
@@ -196,16 +199,21 @@ def _make_room(store: Store, staged: Staged, now: float) -> bytes | None:
     return void
 
 
-def _step_aside(store: Store, staged: Staged, void: bytes) -> None:
+def _step_aside(store: Store, staged: Staged, void: bytes, check: Callable[[], None]) -> None:
     """Copies the step aside, and then puts a void marker in the place of its own."""
     assert isinstance(store, SupportsReplace)
     key = f"{staged.name}/{fmt.COMMIT_NAME}"
     try:
         old, seen = _copy_aside(store, staged)
-    except KeyError as error:  # another job has changed the step
-        retention.delete_copy(store, staged.run, staged.step, staged.aside)
-        raise _other_writer(store, staged) from error
-    # Who removes copies of a step writes its marker once more before: then it is not as seen.
+        check()
+    except (KeyError, CheckpointError) as error:
+        with contextlib.suppress(CheckpointError):
+            retention.delete_copy(store, staged.run, staged.step, staged.aside)
+        if isinstance(error, KeyError):  # another job has changed the step
+            raise _other_writer(store, staged) from error
+        raise
+    # Who takes the run over, or removes copies of a step, writes its marker once more before: then
+    # it is not as seen.
     if not store.replace(key, old, void, seen=seen):
         # Another job has changed the step. But ours may have been the first to do so, if that reply
         # was lost, and that job has cleared away what was left: then the copy is the step.
@@ -237,7 +245,6 @@ def _copy_aside(store: Store, staged: Staged) -> tuple[bytes, Entry]:
     if store.list(key) == [seen]:
         store.create(f"{aside}/{fmt.COMMIT_NAME}", old)
     if compare(store.list(aside), aside, files):
-        retention.delete_copy(store, staged.run, staged.step, aside)
         raise _not_aside(store, staged)
     return old, seen
 

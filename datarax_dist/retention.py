@@ -149,12 +149,19 @@ def _delete_asides(store: Store, step: int, names: Sequence[str], now: float, le
     return all(gone)
 
 
-def delete_replaced(store: Store, step: int, names: Sequence[str], now: float) -> None:
+def delete_replaced(store: Store, step: int, own: str, names: Sequence[str], now: float) -> None:
     """Deletes what was this step before it was saved again, as far as it is among `names`; and the
     attempts to restore that.
+
+    Args:
+        own: what the step that was replaced is called. On a file system only that goes: another one
+            may be what the step is called now, for a job that has taken the run since. In a bucket
+            such a one is known, by the marker.
     """
+    renames = isinstance(store, SupportsRename)
     for name in _asides(step, names):
-        _delete_directory(store, step, name, now=now, replaced=True)
+        if not renames or name == own:
+            _delete_directory(store, step, name, now=now, replaced=True)
     attempts.remove_attempts(store, None, step, names)
 
 
@@ -180,8 +187,8 @@ def _delete_directory(
     if not isinstance(store, SupportsRename):
         return _delete_objects(store, step, name, now, reached, replaced, lease)
     own, aside = fmt.step_name(step), fmt.aside_name(step, "deleting", secrets.token_hex(8))
-    if name == own:
-        _move_into(store, step, aside, lease)
+    if name == own or (fmt.parse_aside_name(name) == (step, "replaced") and not replaced):
+        _move_into(store, step, name, aside, lease)
         name = aside
     elif fmt.parse_aside_name(name) != (step, "deleting"):
         store.rename(name, aside)
@@ -194,18 +201,19 @@ def _delete_directory(
     return True
 
 
-def _move_into(store: Store, step: int, directory: str, lease: Right) -> None:
-    """Moves a step into a directory that is made for it, if the run is still this job's."""
+def _move_into(store: Store, step: int, name: str, directory: str, lease: Right) -> None:
+    """Moves a step, or what it was, into a directory that is made for it, if the run is still this
+    job's.
+    """
     assert isinstance(store, SupportsRename)
-    own = fmt.step_name(step)
     try:
-        claim = read_claim(store, own)
+        claim = read_claim(store, name)
         if claim is None:  # it has lost its own
-            run = _run_in(store.get(f"{own}/{fmt.COMMIT_NAME}")) or ""
+            run = _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")) or ""
             claim = fmt.StepClaim(run, step, "", 0, writer_identity(), 0.0)
         store.put(f"{directory}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
         lease.check()
-        store.rename(own, f"{directory}/{own}")
+        store.rename(name, f"{directory}/{fmt.step_name(step)}")
     except KeyError as error:
         lease.check()  # says who has made it impossible
         raise StorageError(
@@ -327,7 +335,8 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
         return
     assert isinstance(store, SupportsReplace)
     for step in begun:
-        if not is_committed(store, fmt.step_name(step)):
+        # Whoever saves it has seen the marker, or that there was none.
+        if not _outdate(store, step):
             give_up(store, run, step, secrets.token_hex(8), now)
     for step, digest in [deletion for lease in older for deletion in lease.deleting]:
         for name in (fmt.step_name(step), *_asides(step, names)):
@@ -524,9 +533,10 @@ def _marker_alone(
     except (KeyError, fmt.InvalidRecordError, FormatVersionError):
         return None
     old = now is not None and now - void.at > _VOID_SECONDS
-    # Beside a copy that is the step it stays: the marker of a save that comes back late would hide
-    # that copy.
-    return Leftover(name, step, True) if old and not _is_aside(store, step) else None
+    # At the step's own name it stays while a copy is the step: the marker of a save that comes back
+    # late would hide that copy.
+    hides = name == fmt.step_name(step) and _is_aside(store, step)
+    return Leftover(name, step, True) if old and not hides else None
 
 
 def read_claim(store: Store, name: str) -> fmt.StepClaim | None:

@@ -568,7 +568,8 @@ class StartedSave:
                 if not renames:  # what was staged was copied
                     self._store.delete(self._staging, last=fmt.STEP_NAME)
                 names = self._store.children("")
-                retention.delete_replaced(self._store, self.step, names, now)
+                own = fmt.aside_name(self.step, "replaced", self._nonce)
+                retention.delete_replaced(self._store, self.step, own, names, now)
                 good = set(self._saver.committed_steps(names)) - self._saver.suspects
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
@@ -623,7 +624,6 @@ class StartedSave:
                 self._claim()
         if self._group.is_primary:
             with self.phases.span("tidy"):
-                self._saver.lease.check()
                 self._remove_leftovers()
         if self._write is not None:
             self._write.release()
@@ -699,12 +699,14 @@ class StartedSave:
         this one since.
         """
         store, known, now = self._store, self._saver._known, self._saver._clock.now()
-        if not isinstance(store, SupportsRename) and known.tidy:
-            return
-        committed = {step for step, is_one in known.steps.items() if is_one}
-        found = retention.find_leftovers(
-            store, self.run, known=committed, now=now, ended=writer_identity()
-        )
+        found: Sequence[retention.Leftover] = ()
+        if isinstance(store, SupportsRename) or not known.tidy:
+            committed = {step for step, is_one in known.steps.items() if is_one}
+            found = retention.find_leftovers(
+                store, self.run, known=committed, now=now, ended=writer_identity()
+            )
+        # Then nothing of it is what a job has staged that has taken the run since.
+        self._saver.lease.check()
         leftovers = [left for left in found if left.name != self._staging]
         removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
         known.tidy = len(removed) == len(leftovers)

@@ -22,6 +22,7 @@ from datarax_dist.lease import Lease, _process, newest_lease, writer_identity
 from datarax_dist.save import Saver
 from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore, SimulatedHosts
 from datarax_dist.testing.simulated import stepped
+from datarax_dist.testing.turns import Job as Turn
 from datarax_dist.testing.turns import Scheduler
 
 TTL = 60.0
@@ -309,9 +310,9 @@ def test_what_is_announced_while_another_job_takes_the_run_is_not_deleted() -> N
     each of its own; the owner goes on for some requests, and then the other one ends.
     """
 
-    def run(order: list[int]) -> tuple[list[int], bool]:
+    def run(*turns: tuple[int, float]) -> tuple[list[int], bool]:
         """Returns how many requests each made, and whether the other one got the run."""
-        left, made, found = list(order), [0, 0], [dict[int, str]()]
+        found = [dict[int, str]()]
         files, clock = MemoryBucket(), FakeClock()
         first, second = (
             Lease(files, clock, ttl_seconds=1.0, owner={**ELSEWHERE, "name": name})
@@ -321,31 +322,27 @@ def test_what_is_announced_while_another_job_takes_the_run_is_not_deleted() -> N
         for step in (3, 4):
             owner.save(step)
 
-        def host(number: int) -> None:
-            def step(what: str, changes: bool) -> None:
-                made[number] += 1
-                scheduler.step(what, changes)
-
-            store = stepped(files, step)
-            (first, second)[number]._store = store
+        def deletes(_: int) -> None:
             with contextlib.suppress(LeaseError):
-                if number == 0:
-                    retention.delete_step(store, 4, now=0.0, lease=first)
-                else:
-                    saver_takes(Job("other", store, second, clock))
-                    found.append(whose(files))
+                retention.delete_step(store, 4, now=0.0, lease=first)
 
-        scheduler = Scheduler(lambda able: 0 if able == 1 else left.pop(0) if left else 1)
-        results, _ = scheduler.run(host, 2, {}, {})
-        assert results == [None, None], results
+        def takes(_: int) -> None:
+            with contextlib.suppress(LeaseError):
+                saver_takes(Job("other", store, second, clock))
+                found.append(whose(files))
+
+        scheduler = Scheduler(lambda able: 0)
+        first._store = second._store = store = stepped(files, scheduler.step)
+        ran = scheduler.run([Turn(deletes), Turn(takes)], turns)
+        assert [one.results for one in ran] == [[None], [None]]
         if found[1:]:
-            assert whose(files) == found[1], order
-        return made, len(found) > 1
+            assert whose(files) == found[1], turns
+        return [len(one.moves) for one in ran], len(found) > 1
 
-    (most, others), _ = run([0] * 1000)
+    (most, others), _ = run((0, 1000))
     taken = 0
     for begin, middle, then in itertools.product(range(most), range(others), range(5)):
-        _, is_taken = run([0] * begin + [1] * middle + [0] * then)
+        _, is_taken = run((0, begin), (1, middle), (0, then))
         taken += is_taken
     assert taken > 100
 

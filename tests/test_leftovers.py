@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -20,10 +21,15 @@ from datarax_dist.lease import writer_identity
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import FakeClock, MemoryBucket
 from datarax_dist.testing.simulated import stepped
+from datarax_dist.testing.turns import Job as Turn
 from datarax_dist.testing.turns import Scheduler
 
 ELSEWHERE = {"machine": "another", "pid": 1, "started": "1", "name": "another"}
 DAY = 24 * 3600.0
+
+
+def goes_on() -> None:
+    """What a save asks before it does what counts; this one has not failed, nor lost the run."""
 
 
 def run_of(bucket: MemoryBucket) -> str:
@@ -70,6 +76,32 @@ def test_of_several_directories_that_were_the_step_the_newest_is_taken() -> None
     assert whose(bucket) == {4: "old", 5: "new"}
 
 
+def test_the_newest_is_of_the_last_job_whatever_the_clocks_say() -> None:
+    bucket = start("5 is committed")
+    marker = fmt.parse_marker(bucket.files["5/COMMIT.json"])
+    for name, epoch, hours in (("0", 2, -1), ("f", 1, 2), ("5", 2, -2)):
+        copy = fmt.aside_name(5, "replaced", name * 16)
+        duplicate(bucket, "5", copy)
+        later = dataclasses.replace(
+            marker, epoch=epoch, committed_at=marker.committed_at + 3600 * hours
+        )
+        bucket.files[f"{copy}/COMMIT.json"] = fmt.dump_marker(later)
+    void(bucket, 5)
+    found = [c.name for c in inspect_run(bucket).candidates if c.state == "committed"]
+    assert found == [fmt.aside_name(5, "replaced", "0" * 16), "4"]
+
+
+def test_a_void_marker_that_hides_nothing_goes_a_day_later_though_a_copy_is_the_step() -> None:
+    bucket = start("5 is committed")
+    copy, other = (fmt.aside_name(5, "replaced", letter * 16) for letter in "ab")
+    duplicate(bucket, "5", copy)
+    bucket.delete("5")
+    bucket.files[f"{other}/COMMIT.json"] = fmt.dump_void(run_of(bucket), 5, "00", 1000.0)
+    assert tidy(bucket, 1000.0 + DAY) == []
+    assert tidy(bucket, 1001.0 + DAY) == [other]
+    assert whose(bucket) == {4: "old", 5: "old"}
+
+
 def test_a_copy_of_a_step_stays_when_the_step_is_being_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -86,7 +118,7 @@ def test_a_copy_of_a_step_stays_when_the_step_is_being_replaced(
         return data
 
     monkeypatch.setattr(bucket, "get", then_the_step_goes)
-    retention.delete_replaced(bucket, 5, bucket.children(""), 0.0)
+    retention.delete_replaced(bucket, 5, "", bucket.children(""), 0.0)
     assert fmt.parse_void(bucket.files["5/COMMIT.json"])
     assert bucket.list(aside) == before
     assert whose(bucket) == {4: "old", 5: "old"}
@@ -118,7 +150,7 @@ def test_a_step_is_not_replaced_once_another_job_has_begun_to_remove_its_copy(
                 bucket.crash_after(place)
                 with contextlib.suppress(publish.StorageError):
                     if deletes == "the copy":
-                        retention.delete_replaced(bucket, 5, bucket.children(""), 0.0)
+                        retention.delete_replaced(bucket, 5, "", bucket.children(""), 0.0)
                     else:
                         retention.delete_step(bucket, 5, now=0.0)
                 bucket.crash_after(None)
@@ -128,33 +160,30 @@ def test_a_step_is_not_replaced_once_another_job_has_begun_to_remove_its_copy(
 
         monkeypatch.setattr(bucket, "list", then_another_job_acts)
         with contextlib.suppress(publish.StorageError, publish.StepExistsError):
-            publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+            publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0), goes_on)
         bucket.crash_after(None)
         assert set(whose(bucket)) == left, place
     assert left == ({4, 5} if deletes == "the copy" else {4})
 
 
-def both(first: Callable[[Any], Any], second: Callable[[Any], Any], order: list[int]) -> Any:
-    """Runs two jobs on one bucket, request by request, in an `order` of 0 and 1; then the second
-    to its end, and the first. Returns the bucket, and how many requests each made.
+def both(
+    first: Callable[[Any], Any], second: Callable[[Any], Any], turns: list[tuple[int, float]]
+) -> tuple[MemoryBucket, int]:
+    """Runs two jobs on one bucket, which take turns; then the second to its end, and the first.
+    Returns the bucket, and how many requests the first made.
     """
-    bucket, left, made = start("5 is committed"), list(order), [0, 0]
+    bucket, scheduler = start("5 is committed"), Scheduler(lambda able: 0)
 
-    def choose(able: int) -> int:
-        return 0 if able == 1 else left.pop(0) if left else 1
+    def job(act: Callable[[Any], Any]) -> Turn:
+        def host(_: int) -> None:
+            with contextlib.suppress(CheckpointError):
+                act(stepped(bucket, scheduler.step))
 
-    def job(number: int) -> Any:
-        def step(what: str, changes: bool) -> None:
-            made[number] += 1
-            scheduler.step(what, changes)
+        return Turn(host)
 
-        with contextlib.suppress(CheckpointError):
-            (first, second)[number](stepped(bucket, step))
-
-    scheduler = Scheduler(choose)
-    results, _ = scheduler.run(job, 2, {}, {})
-    assert results == [None, None], results
-    return bucket, made
+    ran = scheduler.run([job(first), job(second)], turns)
+    assert [one.results for one in ran] == [[None], [None]]
+    return bucket, len(ran[0].moves)
 
 
 def test_a_step_stays_whatever_who_replaces_it_and_who_removes_its_copy_do_in_turn() -> None:
@@ -163,19 +192,19 @@ def test_a_step_stays_whatever_who_replaces_it_and_who_removes_its_copy_do_in_tu
     staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
 
     def replaces(store: Any) -> None:
-        publish._step_aside(store, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+        publish._step_aside(store, staged, fmt.dump_void(run, 5, "c" * 16, 0.0), goes_on)
 
     def removes(store: Any) -> None:
         for _ in range(2):  # in the first one there may be no copy yet
-            retention.delete_replaced(store, 5, store.children(""), 0.0)
+            retention.delete_replaced(store, 5, "", store.children(""), 0.0)
 
-    _, (most, _) = both(replaces, lambda store: None, [])
+    _, most = both(replaces, lambda store: None, [])
     ends = set()
     for begin, others in itertools.product(range(most + 1), range(12)):
         for then in range(most - begin + 2):  # the last one ends it
-            order = [0] * begin + [1] * others + [0] * then
-            bucket, _ = both(replaces, removes, order)
-            assert whose(bucket) == {4: "old", 5: "old"}, order
+            turns: list[tuple[int, float]] = [(0, begin), (1, others), (0, then)]
+            bucket, _ = both(replaces, removes, turns)
+            assert whose(bucket) == {4: "old", 5: "old"}, turns
             ends.add((is_committed(bucket, "5"), len(keys(bucket, staged.aside)) > 1))
     assert ends == {(True, False), (False, True)}, "removed, or replaced"
 
@@ -227,7 +256,7 @@ def test_a_marker_that_speaks_for_nothing_is_no_reason_to_remove_a_copy() -> Non
         if name != "COMMIT.json":
             del bucket.files[f"5/{name}"]
     before = bucket.list(aside)
-    retention.delete_replaced(bucket, 5, bucket.children(""), 0.0)
+    retention.delete_replaced(bucket, 5, "", bucket.children(""), 0.0)
     assert bucket.list(aside) == before
 
 
@@ -253,7 +282,7 @@ def test_what_a_primary_copies_aside_after_the_copy_was_removed_goes_a_day_later
     assert keys(bucket, aside) == ["COMMIT.json"]
     void = bucket.files[f"{aside}/COMMIT.json"]
     assert tidy(bucket, 2000.0 + DAY) == []
-    retention.delete_replaced(bucket, 5, bucket.children(""), 3000.0)
+    retention.delete_replaced(bucket, 5, "", bucket.children(""), 3000.0)
     assert bucket.files[f"{aside}/COMMIT.json"] == void, "its day does not begin again"
     assert [c.state for c in inspect_run(bucket).candidates if c.name == aside] == ["void"]
     assert tidy(bucket, 2001.0 + DAY) == [aside]
@@ -264,7 +293,7 @@ def test_a_copy_that_does_not_say_whose_it_is_is_known_by_its_step() -> None:
     bucket = start("5 is committed")
     aside = fmt.aside_name(5, "replaced", "a" * 16)
     bucket.copy("5", aside, ["TREE.json"])
-    retention.delete_replaced(bucket, 5, bucket.children(""), 1000.0)
+    retention.delete_replaced(bucket, 5, "", bucket.children(""), 1000.0)
     assert keys(bucket, aside) == ["COMMIT.json"]
     bucket.copy("5", aside, ["state/manifest"])
     assert tidy(bucket, 2000.0) == [aside]
@@ -422,7 +451,7 @@ def test_what_was_copied_of_two_versions_is_never_the_step(stands_before: str) -
             requested.append(what)
 
         with contextlib.suppress(Killed, CheckpointError):
-            publish._step_aside(stepped(bucket, act), staged, b"")
+            publish._step_aside(stepped(bucket, act), staged, b"", goes_on)
         duplicate(bucket, "5", fmt.aside_name(5, "replaced", "0" * 16))
         void(bucket, 5)
         assert whose(bucket) == {4: "old", 5: "new"}, requested
@@ -499,7 +528,7 @@ def test_a_copy_that_is_not_whole_leaves_the_step_where_it_was(
     monkeypatch.setattr(bucket, "copy", lossy)
     staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
     with pytest.raises(publish.StorageError, match="stays as it is"):
-        publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
+        publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0), goes_on)
     assert whose(bucket) == {4: "old", 5: "old"}
     assert bucket.list(staged.aside) == []
 
@@ -558,7 +587,7 @@ def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
 
     monkeypatch.setattr(bucket, "replace", saved_again)
     with pytest.raises(publish.StepExistsError, match="that one stays"):
-        publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+        publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0), goes_on)
     assert whose(bucket) == {4: "old", 5: "new"}
     assert bucket.list(staged.aside) == []
 
@@ -725,7 +754,7 @@ def test_who_finds_its_copy_removed_and_dies_leaves_nothing_unknown(
 
         monkeypatch.setattr(bucket, "copy", then_it_is_removed)
         with pytest.raises((publish.StorageError, publish.StepExistsError)):
-            publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+            publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0), goes_on)
         bucket.crash_after(None)
         if not bucket.crashed:
             break
@@ -756,7 +785,7 @@ def test_the_copy_stays_when_it_is_the_step_though_another_job_was_first_to_say_
 
     monkeypatch.setattr(bucket, "replace", lost)
     with pytest.raises(publish.StepExistsError):
-        publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0))
+        publish._step_aside(bucket, staged, fmt.dump_void(run, 5, "c" * 16, 0.0), goes_on)
     assert whose(bucket) == {4: "old", 5: "old", 6: "new"}
 
 
@@ -772,5 +801,5 @@ def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
 
     monkeypatch.setattr(bucket, "replace", another_was_first)
     with pytest.raises(publish.StorageError, match="stays as it is"):
-        publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0))
+        publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0), goes_on)
     assert bucket.list(staged.aside) == []

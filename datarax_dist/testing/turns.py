@@ -1,18 +1,21 @@
 """Simulated hosts of which one moves at a time, from one operation to the next.
 
     scheduler = Scheduler(random.Random(7).randrange)
-    results, changes = scheduler.run(host, 3, crashes={1: 12})   # host 1 dies before its change 12
+    job = Job(host, 3, crashes={1: 12})       # host 1 dies before its change 12
+    other = Job(another, 1)
+    ran, also = scheduler.run([job, other], turns=[(0, 40), (1, 7), (0, 3)])
 
 Whose turn is next is chosen at each operation and each wait; so a run can be had again, whatever
-the machine does.
+the machine does. Of several jobs only one moves: the hosts of the others stand still, as if they
+were stopped, between two operations.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datarax_dist.beacons import Silence
@@ -22,7 +25,7 @@ try:
 except ImportError:
     greenlet = None  # type: ignore[assignment,unused-ignore]
 
-__all__ = ["Crash", "Scheduler", "SteppedBoard", "StuckError", "coroutine", "current"]
+__all__ = ["Crash", "Job", "Ran", "Scheduler", "SteppedBoard", "StuckError", "coroutine", "current"]
 
 _BEGIN = 1_700_000_000.0
 _LONGEST_SECONDS = 3600.0  # of one run; every wait in it ends long before
@@ -80,14 +83,48 @@ coroutine: Any = _Thread if greenlet is None else greenlet.greenlet
 current: Callable[[], Any] = _thread_here if greenlet is None else greenlet.getcurrent
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Hosts that belong together.
+
+    Attributes:
+        target: called with the index of each host, on it.
+        hosts: how many.
+        name: what it is called where it is told of.
+        crashes: host -> before which of its changes it dies.
+        lost: host -> the changes of which it does not hear that they were done.
+    """
+
+    target: Callable[[int], Any]
+    hosts: int = 1
+    crashes: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[int, Container[int]] = field(default_factory=dict)
+    name: str = "the job"
+
+
+@dataclass(slots=True)
+class Ran:
+    """How a job went.
+
+    Attributes:
+        results: what each host has returned or raised; `Crash` where it died.
+        changes: how many changes each has made.
+        moves: the operations of its hosts, in order, in words; and whether they change anything.
+    """
+
+    results: list[Any]
+    changes: list[int]
+    moves: list[tuple[str, bool]] = field(default_factory=list)
+
+
 @dataclass(slots=True, eq=False)
 class _Actor:
     """A host: it runs only when it has the turn."""
 
+    job: int
     index: int
-    crash_at: int | None = None
-    lost: Container[int] = ()
-    pause: tuple[int, Callable[[str], bool]] | None = None
+    crash_at: int | None
+    lost: Container[int]
     changes: int = 0
     is_dead: bool = False
     until: Callable[[], bool] | None = None
@@ -96,15 +133,19 @@ class _Actor:
 
 
 class Scheduler:
-    """Hosts of which one runs at a time. Also their clock, which moves when all of them wait."""
+    """Hosts of which one runs at a time. Also their clock, which moves when all of a job wait."""
 
     def __init__(self, choose: Callable[[int], int]) -> None:
         self._choose = choose
         self._time = _BEGIN
         self._actors: list[_Actor] = []
-        self._live: list[_Actor] = []
+        self._live: list[list[_Actor]] = []  # of each job
         self._actor: _Actor | None = None  # who has the turn
+        self._turns: Iterator[tuple[int, float]] = iter(())
+        self._job, self._left = 0, 0.0  # whose turn it is, and for how many operations
         self._end = 0.0
+        self._jobs: Sequence[Job] = ()
+        self._ran: list[Ran] = []
         self.trace: list[tuple[float, str]] = []
         self.operations = 0
         self.crashes = 0
@@ -120,11 +161,21 @@ class Scheduler:
     def sleep(self, seconds: float) -> None:
         self.wait(lambda: False, seconds)
 
+    def pass_time(self, seconds: float) -> None:
+        """Lets time go by while nothing runs."""
+        self._time += seconds
+
     def silent(self) -> dict[int, Silence]:
-        """Returns the hosts that are dead: sooner than any real beacon tells."""
-        return {actor.index: Silence(10.0) for actor in self._actors if actor.is_dead}
+        """Returns the hosts of the job that are dead: sooner than any real beacon tells."""
+        job = self.job
+        return {a.index: Silence(10.0) for a in self._actors if a.job == job and a.is_dead}
 
     # What hosts call
+
+    @property
+    def job(self) -> int | None:
+        """Whose turn it is, by its place among those that run; None where nothing runs."""
+        return None if self._actor is None else self._actor.job
 
     def step(self, what: str, changes: bool = True) -> None:
         """Another host may move, or this one may die, before it does `what`."""
@@ -140,12 +191,10 @@ class Scheduler:
                 self.crashes += 1
                 self.tell(f"DIES before this: {what}")
                 raise Crash
-            if actor.pause is not None and actor.pause[0] <= actor.changes:
-                (_, meanwhile), actor.pause = actor.pause, None
-                if not meanwhile(what):
-                    actor.pause = actor.changes + 1, meanwhile
             actor.changes += 1
         self._pass(actor)
+        self._left -= 1
+        self._ran[actor.job].moves.append((what, changes))
         self.tell(what)
 
     def reply_is_lost(self) -> bool:
@@ -155,7 +204,10 @@ class Scheduler:
 
     def tell(self, what: str) -> None:
         """Adds to what is told of the world if it breaks a promise."""
-        who = "" if self._actor is None else f"host {self._actor.index}  "
+        who = ""
+        if (actor := self._actor) is not None:
+            who = f"{self._jobs[actor.job].name} " if len(self._jobs) > 1 else ""
+            who += f"host {actor.index}  "
         self.trace.append((self._time - _BEGIN, f"{who}{what}"))
 
     def wait(self, until: Callable[[], bool], seconds: float) -> None:
@@ -177,57 +229,59 @@ class Scheduler:
             chosen.coroutine.switch()
 
     def _next(self) -> _Actor:
-        live = self._live
         while True:
-            time = self._time
+            live, time = self._live[self._job], self._time
+            if self._left < 1 or not live:
+                before, (self._job, self._left) = self._job, next(self._turns)
+                if self._job != before and self._live[self._job] and self._left:
+                    how = "stands still" if live else "has ended"
+                    one, other = self._jobs[before].name, self._jobs[self._job].name
+                    self.trace.append((time - _BEGIN, f"-- {one} {how}, {other} moves"))
+                continue
             able = [a for a in live if a.until is None or a.deadline <= time or a.until()]
             if able:
                 return able[self._choose(len(able))]
             self._time = min(actor.deadline for actor in live)
 
-    def run(
-        self,
-        target: Callable[[int], Any],
-        count: int,
-        crashes: Mapping[int, int],
-        lost: Mapping[int, Container[int]],
-        pause: tuple[int, Callable[[str], bool]] | None = None,
-    ) -> tuple[list[Any], list[int]]:
-        """Runs `target(index)` on each host; returns what each returned or raised, and how many
-        changes each made.
+    def run(self, jobs: Sequence[Job], turns: Iterable[tuple[int, float]] = ()) -> list[Ran]:
+        """Runs jobs on all of their hosts, and returns how each went.
 
         Args:
-            crashes: host -> before which of its changes it dies.
-            lost: host -> the changes of which it does not hear that they were done.
-            pause: before which change of host 0 all of them stand still, and what happens
-                meanwhile: another run of this scheduler, say. It returns False when the time has
-                not come yet.
+            turns: which job moves, and for how many operations; then which one, and so on. After
+                the last of them each job in turn comes to its end, the last one first.
         """
-        outside = self._actors, self._live, self._actor, self._end
-        actors = [_Actor(i, crashes.get(i), lost.get(i, ())) for i in range(count)]
-        actors[0].pause = pause
-        results: list[Any] = [None] * count
+        self._jobs = jobs
+        self._ran = [Ran([None] * job.hosts, []) for job in jobs]
+        self._live = [
+            [_Actor(n, i, job.crashes.get(i), job.lost.get(i, ())) for i in range(job.hosts)]
+            for n, job in enumerate(jobs)
+        ]
+        self._actors = [actor for live in self._live for actor in live]
 
         def host(actor: _Actor) -> None:
+            results = self._ran[actor.job].results
             try:
-                results[actor.index] = target(actor.index)
+                results[actor.index] = jobs[actor.job].target(actor.index)
             except Crash:
                 results[actor.index] = Crash
             except BaseException as error:
                 results[actor.index] = error
-            self._live = [other for other in self._live if other is not actor]
+            self._live[actor.job].remove(actor)
 
         here = current()
-        for actor in actors:
+        for actor in self._actors:
             actor.coroutine = coroutine(functools.partial(host, actor), here)
-        self._actors, self._live = actors, list(actors)
+        ends = [(number, float("inf")) for number in reversed(range(len(jobs)))]
+        self._turns = iter([*turns, *ends])
+        self._job, self._left = 0, 0.0
         self._end = self._time + _LONGEST_SECONDS
-        while self._live:  # here again whenever a host has ended
+        while any(self._live):  # here again whenever a host has ended
             self._actor = self._next()
             self._actor.coroutine.switch()
             self._actor = None
-        self._actors, self._live, self._actor, self._end = outside
-        return results, [actor.changes for actor in actors]
+        for actor in self._actors:
+            self._ran[actor.job].changes.append(actor.changes)
+        return self._ran
 
 
 class SteppedBoard:

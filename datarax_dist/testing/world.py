@@ -1,0 +1,565 @@
+"""A run in memory, and jobs that do to it what jobs do: the real protocol code, on hosts of which
+one moves at a time.
+
+    >>> with World("one", in_bucket=True, choose=lambda able: 0, seed=0) as world:
+    ...     world.run([Plan(2, [(1, False)], crashes={1: 9})])
+    ...     world.finish()
+    ...     print(world.committed)
+    {1: 1, 2: 1}
+
+After each operation that could change what counts as a step, the world looks at what does, and
+after each job at every byte. What must hold:
+
+- a committed step does not vanish or change, but for who owns the run, and as that job was told:
+  to save the step again, to keep only so many, to delete it;
+- nothing becomes a step but what the owner of the run saves, whole;
+- all hosts of a job that live end alike; what was reported as saved was a step then;
+- a restore gives what was the newest step in that time;
+- a job in whose way nobody is succeeds; it leaves nothing behind, and nothing of others is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import random
+import secrets
+import types
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from unittest import mock
+
+from datarax_dist import attempts, config, lease, retention, save, telemetry
+from datarax_dist import format as fmt
+from datarax_dist.clock import Clock
+from datarax_dist.errors import (
+    CheckpointError,
+    CorruptStepError,
+    StepExistsError,
+    StepNotFoundError,
+    StorageError,
+)
+from datarax_dist.hosts import HostGroup
+from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
+from datarax_dist.lease import Lease
+from datarax_dist.restore import Loading, Restorer
+from datarax_dist.save import Saver, SaveRequest
+from datarax_dist.telemetry import Phases
+from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore, stepped
+from datarax_dist.testing.turns import Crash, Job, Ran, Scheduler, SteppedBoard
+
+__all__ = ["BreachError", "Plan", "World"]
+
+_OPTIONS = config.Options(
+    exchange_timeout_seconds=30,
+    save_timeout_seconds=60,
+    restore_timeout_seconds=60,
+    lease_ttl_seconds=2,
+)
+_NO_TIME = types.SimpleNamespace(monotonic=lambda: 0.0)
+_FOREIGN = {"tensorboard/events": b"not ours", "3.orbax-checkpoint-tmp/x": b"nor this"}
+_DAY = 24 * 3600.0
+_LATE = 3600.0  # more than clocks are wrong by
+_HOSTS = 100  # of a job, at most: process numbers
+# The same files are read again and again, in all worlds; half of the time would go into this.
+_PARSERS = {
+    name: functools.lru_cache(1 << 13)(getattr(fmt, name))
+    for name in (
+        "parse_marker",
+        "parse_void",
+        "parse_claim",
+        "parse_run",
+        "parse_record",
+        "parse_lease",
+    )
+}
+
+
+class BreachError(AssertionError):
+    """An invariant does not hold. The text says which, of which world, and what happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One job.
+
+    Attributes:
+        steps: (step, whether it may be there already) in order.
+        keep: how many of the newest steps; None keeps all.
+        deletes: steps that are deleted then.
+        crashes: host -> before which of its changes it dies. What a host tells is a change, too.
+        lost: host -> after which of its changes, of a bucket, it does not hear that they were done.
+        clock: by how many seconds its clocks are wrong.
+    """
+
+    hosts: int
+    steps: Sequence[tuple[int, bool]]
+    keep: int | None = None
+    deletes: Sequence[int] = ()
+    crashes: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[int, Container[int]] = field(default_factory=dict)
+    clock: float = 0.0
+
+    def __str__(self) -> str:
+        saves = [f"step {step}{' again' if replace else ''}" for step, replace in self.steps]
+        kept = "every step" if self.keep is None else f"the newest {self.keep}"
+        told = [
+            f"{self.hosts} {'host' if self.hosts == 1 else 'hosts'}",
+            f"restores, saves {' and '.join(saves)}, keeps {kept}",
+        ]
+        told += [f"deletes step {step}" for step in self.deletes]
+        told += [f"host {h} dies before its change {n}" for h, n in sorted(self.crashes.items())]
+        told += [f"some replies to host {h} are lost" for h in sorted(self.lost)]
+        told += [f"its clock is wrong by {self.clock:.0f} s"] if self.clock else []
+        return "; ".join(told)
+
+
+View = Mapping[int, int]  # step -> which job has saved it
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A job that runs or has run.
+
+    Attributes:
+        lease: of its primary.
+        epoch: of the run, once it has held it.
+        begun: whether it has made an operation.
+        alone: whether nobody else has moved between its first operation and its last.
+        after: the committed steps when it last moved.
+    """
+
+    number: int
+    plan: Plan
+    lease: Lease | None = None
+    epoch: int = 0
+    begun: bool = False
+    alone: bool = True
+    after: View = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+
+    def may_change(self, step: int, old: int | None, new: int | None, view: View) -> bool:
+        """Whether it was told to do this, as the owner of the run."""
+        plan = self.plan
+        if new is None:
+            newest = sorted(view)[-plan.keep :] if plan.keep is not None else view
+            return step in plan.deletes or step not in newest
+        told = (step, True) in plan.steps or (old is None and (step, False) in plan.steps)
+        return new == self.number and told
+
+
+class _WrongClock:
+    """A clock that is wrong by some seconds."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.monotonic, self.sleep = clock.monotonic, clock.sleep
+        self._now, self._seconds = clock.now, seconds
+
+    def now(self) -> float:
+        return self._now() + self._seconds
+
+
+def _content(job: int, step: int, host: int) -> bytes:
+    return f"step {step}, as job {job} has saved it, of host {host}".encode()
+
+
+class World:
+    """A run, and what has become of it. A context: in it nothing is left to chance.
+
+    Args:
+        choose: picks one of so many hosts that could move.
+        seed: of names that are drawn by chance.
+        one_machine: whether all jobs run on one, where a process that has gone is known to have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_bucket: bool,
+        choose: Callable[[int], int],
+        seed: int,
+        one_machine: bool = False,
+    ) -> None:
+        self.name, self._seed = name, seed
+        self.scheduler = Scheduler(choose)
+        self.files: Any = MemoryBucket() if in_bucket else MemoryStore()
+        for key, data in _FOREIGN.items():
+            self.files.files[key] = data
+        self.store: Any = stepped(self.files, self._step, self.scheduler.reply_is_lost)
+        self._machine = "simulated" if one_machine else ""
+        self._jobs: list[_Job] = []  # all there have been
+        self._moving: Sequence[_Job] = ()  # that run now
+        self._moved: tuple[_Job, str] | None = None  # by whom and what, since it was looked
+        self._last: _Job | None = None  # who has moved last
+        self._broken: BreachError | None = None
+        self._found: Sequence[Candidate] = ()  # when every byte was looked at
+        self.committed: View = {}
+        self._views: list[View] = [{}]  # all there have been
+
+    def __enter__(self) -> World:
+        """Names drawn by chance are drawn from the seed, so that a world is the same each time, on
+        every machine.
+        """
+        self._context = contextlib.ExitStack()
+        chance = random.Random(self._seed)
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        self._context.callback(logging.disable, level)
+
+        def token(n: int = 16) -> str:
+            return f"{chance.getrandbits(8 * n):0{2 * n}x}"
+
+        nobody = {"machine": "", "pid": 0, "started": "", "name": "simulated"}
+        for module, name, instead in (
+            (secrets, "token_hex", token),
+            (telemetry, "time", _NO_TIME),
+            (lease, "_machine", lambda: self._machine),
+            (lease, "_process", self._process),
+            (lease, "writer_identity", self._writer),
+            (retention, "writer_identity", self._writer),
+            (save, "writer_identity", self._writer),
+            # What a crash of a restore is believed to tell is not what these worlds are about.
+            (attempts, "writer_identity", lambda: nobody),
+            *((fmt, name, parser) for name, parser in _PARSERS.items()),
+        ):
+            self._context.enter_context(mock.patch.object(module, name, instead))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.close()
+
+    # Who is who
+
+    def _here(self) -> _Job | None:
+        """Returns whose turn it is."""
+        index = self.scheduler.job
+        return None if index is None else self._moving[index]
+
+    def _writer(self) -> dict[str, Any]:
+        job = self._here()
+        number = -1 if job is None else job.number
+        pid = (number + 1) * _HOSTS
+        return {"machine": self._machine, "pid": pid, "started": "1", "name": f"job {number}"}
+
+    def _process(self, pid: int) -> tuple[str, str]:
+        """Returns of a primary what the kernel says of it: when it began, and its state."""
+        job = self._jobs[pid // _HOSTS - 1]
+        if job not in self._moving or 0 in job.ended:
+            return "", ""
+        return "1", "S" if job is self._here() else "T"
+
+    # What is done, and what it has changed
+
+    def _step(self, what: str, changes: bool) -> None:
+        self.scheduler.step(what, changes)
+        self._look()
+        if (job := self._here()) is None:
+            return
+        if self._last is not job:
+            self._leave()
+            job.alone = job.alone and not job.begun
+            job.begun = True
+            self._last = job
+        if changes and (fmt.COMMIT_NAME in what or what.startswith("rename")):
+            self._moved = job, what
+
+    def _look(self) -> None:
+        """Checks what the last operation has done to the steps."""
+        if self._broken is not None:
+            raise self._broken
+        for job in self._moving:
+            job.epoch = max(job.epoch, 0 if job.lease is None else job.lease.epoch)
+        if self._moved is None:
+            return
+        (job, what), self._moved = self._moved, None
+        before, after = self.committed, self._markers()
+        if after == before:
+            return
+        for step in sorted({*before, *after}):
+            old, new = before.get(step), after.get(step)
+            if old == new:
+                continue
+            told = f"step {step}, of job {old}," if old is not None else f"step {step}"
+            becomes = "vanishes" if new is None else f"becomes that of job {new}"
+            if any(other.epoch > job.epoch for other in self._moving) or not job.epoch:
+                self._breach(
+                    f"{told} {becomes} by job {job.number}, which has lost the run: {what}"
+                )
+            if not job.may_change(step, old, new, before):
+                self._breach(f"{told} {becomes}, which job {job.number} was not to do: {what}")
+        self.committed = after
+        self._views.append(after)
+
+    def _leave(self) -> None:
+        """Looks at every byte, when another job moves from now on."""
+        if self._last is not None:
+            self._last.after = self.committed
+        if self._contents() != self.committed:
+            self._breach(f"steps of jobs {self._contents()} where {self.committed} were committed")
+
+    def _markers(self) -> dict[int, int]:
+        """Returns which job has saved each committed step."""
+        found: dict[int, int] = {}
+        self._found = inspect_run(self.files).candidates
+        for candidate in self._found:
+            if candidate.state == "damaged":
+                # Of a step that was deleted, in a bucket: it goes with the next save.
+                is_lone = self.files.children(candidate.name) == [fmt.COMMIT_NAME]
+                if not (is_lone and isinstance(self.files, MemoryBucket)):
+                    self._breach(f"{candidate.name} is damaged: {candidate.reason}")
+            if candidate.state == "committed":
+                if candidate.step in found:
+                    self._breach(f"step {candidate.step} is there twice")
+                try:
+                    found[candidate.step] = json.loads(
+                        self.files.get(f"{candidate.name}/TREE.json")
+                    )
+                except KeyError:
+                    self._breach(f"step {candidate.step} is committed and not whole")
+        return found
+
+    def _contents(self) -> dict[int, int]:
+        """The same, after looking at every byte."""
+        found = self._markers()
+        for candidate in self._found:
+            marker, step, name = candidate.marker, candidate.step, candidate.name
+            if candidate.state != "committed" or marker is None:
+                continue
+            try:
+                files = read_records(self.files, name, marker.records, marker.run, step)
+            except CorruptStepError as error:
+                self._breach(f"committed step {step}: {error}")
+            if wrong := verify_files(self.files, name, files, "full"):
+                self._breach(f"committed step {step} is torn: {wrong}")
+            for host in range(marker.hosts):
+                part = self.files.get(f"{name}/state/ocdbt.process_{host}/a")
+                if part != _content(found[step], step, host):
+                    self._breach(
+                        f"step {step} is of job {found[step]}, and of host {host} {part!r}"
+                    )
+        return found
+
+    # Jobs
+
+    def run(
+        self,
+        plans: Sequence[Plan],
+        turns: Iterable[tuple[int, float]] = (),
+        *,
+        power: bool = False,
+    ) -> list[Ran]:
+        """Runs jobs at the same time, of which one moves, and checks the invariants.
+
+        Args:
+            turns: see `Scheduler.run`.
+            power: whether the power goes at the end: what was not synced is lost.
+        """
+        first = len(self._jobs)
+        self._moving = [_Job(first + n, plan) for n, plan in enumerate(plans)]
+        self._jobs += self._moving
+        for job in self._moving:
+            self.scheduler.tell(f"-- job {job.number}: {job.plan}")
+        self._last = None
+        ran = self.scheduler.run([self._job(job) for job in self._moving], turns)
+        self._look()
+        self._leave()
+        if power:
+            emptied = self.files.lose_power()
+            self.scheduler.tell(f"the power goes; empty now: {', '.join(emptied) or 'nothing'}")
+            self._leave()
+        for job, how in zip(self._moving, ran, strict=True):
+            self._check(job, how.results)
+        for key, data in _FOREIGN.items():
+            if self.files.files.get(key) != data:
+                self._breach(f"{key}, which is not ours, was touched")
+        steps = [f"step {step} of job {of}" for step, of in sorted(self.committed.items())]
+        self.scheduler.tell(f"committed: {', '.join(steps) or 'nothing'}")
+        self._moving = ()
+        return ran
+
+    def _job(self, job: _Job) -> Job:
+        plan, values = job.plan, dict[str, str]()
+        clock: Clock = _WrongClock(self.scheduler, plan.clock) if plan.clock else self.scheduler
+
+        def host(index: int) -> list[tuple[str, Any]]:
+            board = SteppedBoard(self.scheduler, index, plan.hosts, values)
+            group = HostGroup(board, clock=clock, names=["simulated"] * plan.hosts)
+            try:
+                return list(self._host(job, group, clock))
+            finally:
+                job.ended.add(index)
+
+        return Job(host, plan.hosts, plan.crashes, plan.lost, f"job {job.number}")
+
+    def _host(self, job: _Job, group: HostGroup, clock: Clock) -> Iterator[tuple[str, Any]]:
+        """Does what a host of the job does; tells what, and what came of it."""
+        plan = job.plan
+        keep = None if plan.keep is None else config.latest(plan.keep)
+        if group.is_primary:
+            ttl = _OPTIONS.lease_ttl_seconds
+            job.lease = Lease(self.store, clock, ttl_seconds=ttl, owner=self._writer())
+        saver = Saver(
+            self.store, group, clock, _OPTIONS, keep, job.lease if group.is_primary else None
+        )
+        restorer = Restorer(self.store, group, _OPTIONS, clock, seen=saver.learn)
+        yield self._act("restore", functools.partial(self._restore, restorer, group))
+        for step, replace in plan.steps:
+            save = functools.partial(self._save, job, saver, group, step, replace)
+            yield self._act(f"save step {step}", save)
+        for step in plan.deletes:
+            delete = functools.partial(self._delete, saver, group, clock, step)
+            yield self._act(f"delete step {step}", delete)
+        if group.is_primary:
+            assert job.lease is not None
+            job.lease.release()
+
+    def _act(self, what: str, act: Callable[[], Any]) -> tuple[str, Any]:
+        try:
+            how = act()
+        except CheckpointError as error:
+            self.scheduler.tell(f"is done: {what}, but: {type(error).__name__}: {error}")
+            return what, error
+        self.scheduler.tell(f"is done: {what}{'' if how is None else f' ({how})'}")
+        return what, how
+
+    def _restore(self, restorer: Restorer, group: HostGroup) -> str:
+        self._look()
+        begin = len(self._views) - 1
+        found = restorer.restore(None, self._load, Phases("restore", group.index))
+        self._look()
+        newest = {max(view.items(), default=None) for view in self._views[begin:]}
+        got = None if found is None else found[0]
+        if got not in newest:
+            self._breach(f"restored {got} where the newest step was {newest}")
+        return "nothing there" if got is None else f"step {got[0]} of job {got[1]}"
+
+    def _load(self, candidate: Candidate, _: Loading) -> Callable[[], tuple[int, int]]:
+        try:
+            job = json.loads(self.store.get(f"{candidate.name}/TREE.json"))
+            parts = {
+                self.store.get(f"{candidate.name}/state/ocdbt.process_{host}/a")
+                == _content(job, candidate.step, host)
+                for host in range(candidate.marker.hosts if candidate.marker else 0)
+            }
+        except KeyError as error:
+            raise CorruptStepError("missing", step=candidate.step, files=[str(error)]) from None
+        if parts - {True}:
+            raise CorruptStepError("mixed", step=candidate.step, files=["?"])
+        return lambda: (candidate.step, job)
+
+    def _save(self, job: _Job, saver: Saver, group: HostGroup, step: int, replace: bool) -> None:
+        mine = _content(job.number, step, group.index)
+        shard = f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json"
+        request = SaveRequest(
+            step=step,
+            writer=MemoryArrays(self.store, group.index, {"a": mine}),
+            positions={shard: json.dumps(mine.decode()).encode()},
+            shared={"TREE.json": json.dumps(job.number).encode()},
+            last={} if isinstance(self.files, MemoryStore) else {fmt.ORBAX_COMMIT_NAME: b"x"},
+            items=("state",),
+        )
+        started = saver.begin(step, lambda: request, Phases("save", group.index), replace=replace)
+        try:
+            started.finish()
+        except CheckpointError:
+            started.clean_up()
+            raise
+        self._look()
+        if not any((step, job.number) in view.items() for view in self._views):
+            self._breach(f"step {step} is reported as saved, and was not committed")
+
+    def _delete(self, saver: Saver, group: HostGroup, clock: Clock, step: int) -> None:
+        def delete(_: Any) -> None:
+            if step not in inspect_run(self.store).committed:
+                raise StepNotFoundError("it is not there", step=step)
+            if not retention.delete_step(self.store, step, now=clock.now(), lease=saver.lease):
+                raise StorageError("another job writes to it")
+
+        saver.take()
+        saver.forget()
+        timeout = _OPTIONS.exchange_timeout_seconds
+        group.exchange("delete", step, leader=delete, timeout_seconds=timeout)
+
+    def _check(self, job: _Job, results: Sequence[Any]) -> None:
+        for index, result in enumerate(results):
+            if isinstance(result, BaseException):
+                self._breach(f"host {index} of job {job.number}: {type(result).__name__}: {result}")
+        lived = [result for result in results if result is not Crash]
+        for ends in zip(*lived, strict=True):
+            if len({isinstance(how, Exception) for _, how in ends}) > 1:
+                self._breach(f"hosts of job {job.number} do not agree: {ends}")
+        if not job.alone or len(lived) < len(results) or not lived:
+            return
+        for what, how in lived[0]:
+            if isinstance(how, Exception) and not self._is_refused(job, what, how):
+                self._breach(f"job {job.number}, though nobody died: {what}: {how!r}")
+
+    def _is_refused(self, job: _Job, what: str, how: Exception) -> bool:
+        """Whether a job was told that there is such a step already, or none, and rightly so."""
+        step = int(what.rpartition(" ")[2]) if what != "restore" else -1
+        if what.startswith("delete"):
+            return isinstance(how, StepNotFoundError) and step not in job.after
+        is_there = any(view.get(step, job.number) != job.number for view in self._views)
+        return isinstance(how, StepExistsError) and (step, False) in job.plan.steps and is_there
+
+    # The end
+
+    def finish(self, hosts: int = 2) -> None:
+        """A job that nothing happens to: it restores, saves, and nothing is left behind; nor, a day
+        later, what was left for a while.
+        """
+        last = max(self.committed, default=0)
+        self.run([Plan(hosts, [(last + 1, False)])])
+        if self._rest(of_today=True):
+            self.scheduler.pass_time(_DAY + _LATE)
+            self.scheduler.tell("-- a day later")
+            self.run([Plan(1, [(last + 2, False)])])
+            self._rest(of_today=False)
+
+    def _rest(self, of_today: bool) -> bool:
+        """Checks what is left. Returns whether something is that may stay for a day, so that what
+        comes back late is known by it: of a bucket, a void marker, or a claim.
+        """
+        # Beside a copy that is the step a void marker stays.
+        hides = {fmt.step_name(step) for step in self.committed}
+        late = [
+            c.name
+            for c in self._found
+            if (c.state == "void" and c.name not in hides)
+            or (c.state == "staged" and self.files.children(c.name) == [fmt.STEP_NAME])
+        ]
+        may = [c.name for c in self._found if c.state in ("committed", "refused")]
+        may += hides if isinstance(self.files, MemoryBucket) else ()
+        may += late if of_today and isinstance(self.files, MemoryBucket) else []
+        known = {*may, fmt.RUN_NAME, fmt.LEASE_NAME, *(key.split("/")[0] for key in _FOREIGN)}
+        left = {key.split("/")[0] for key in self.files.files} - known
+        # Restores that have crashed count as long as their step is there.
+        tried = {name: fmt.parse_attempt_name(name) for name in left}
+        left -= {name for name, at in tried.items() if at is not None and at[0] in self.committed}
+        if left:
+            self._breach(f"left over: {sorted(left)}")
+        return bool(late)
+
+    # What is told
+
+    def _breach(self, what: str) -> NoReturn:
+        self._broken = BreachError(f"{self.told()}\n{self.name} breaks a promise: {what}")
+        raise self._broken
+
+    def told(self) -> str:
+        """Returns what has happened, for a reader who has not seen such a world before."""
+        lines = [
+            f"{self.name}: {self.files.told}",
+            f"It holds {' and '.join(_FOREIGN)} of others from the start.",
+            "Host 0 is the primary. Who dies does so before a change, if it comes so far: what"
+            " writes, deletes, renames or copies, or tells the others something; counted from 0.",
+            "An agreement is an exchange of the hosts, or a save. `children` lists a directory,"
+            " `list` all below it; `write` is what TensorStore writes, and does not sync.",
+            "The seconds are virtual: they go by only while every host waits.",
+        ]
+        for when, line in self.scheduler.trace:
+            lines += ["", line[3:]] if line.startswith("-- ") else [f"{when:8.2f} s  {line}"]
+        return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""Two jobs in each other's way, of which one has lost the run: schedules that were found to do
+harm, once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from jobs import Job
+
+from datarax_dist.errors import LeaseError, StorageError
+from datarax_dist.inspection import inspect_run
+from datarax_dist.testing import MemoryStore
+from datarax_dist.testing.turns import Ran
+from datarax_dist.testing.world import Plan, World
+
+AGAIN = Plan(1, [(1, True)])
+NEWER = Plan(1, [(2, True)], keep=1)
+DELETES = Plan(1, [(2, True)], deletes=[1])
+
+
+def run(
+    in_bucket: bool, before: Sequence[Plan], plans: Sequence[Plan], turns: Any
+) -> tuple[World, list[Ran]]:
+    order = itertools.count()
+    with World("a meeting", in_bucket, lambda able: next(order) % able, 0) as world:
+        for plan in (Plan(1, [(1, False)]), *before):
+            world.run([plan])
+        ran = world.run(plans, turns)
+        world.finish(1)
+    return world, ran
+
+
+def meet(
+    plans: Sequence[Plan],
+    stops: Sequence[tuple[int, Sequence[str]]],
+    *,
+    in_bucket: bool = False,
+    before: Sequence[Plan] = (),
+) -> tuple[World, list[Ran]]:
+    """Runs two jobs in a world that checks what is promised.
+
+    Args:
+        stops: which one moves, and then stands still before the first operation like the last of
+            these, after one like the one before it, and so on. Then the other one comes to its end,
+            and the first.
+    """
+    turns: list[tuple[int, float]] = []
+    for job, patterns in stops:
+        _, ran = run(in_bucket, before, plans, [*turns, (job, float("inf"))])
+        done = sum(int(count) for who, count in turns if who == job)
+        place = done - 1
+        for pattern in patterns:
+            place = next(
+                n
+                for n, (what, _) in enumerate(ran[job].moves)
+                if n > place and fnmatch.fnmatch(what, pattern)
+            )
+        turns.append((job, place - done))
+    return run(in_bucket, before, plans, [*turns, (1 - stops[-1][0], float("inf"))])
+
+
+def ends(ran: Ran) -> dict[str, Any]:
+    """Returns what came of what the job's host did."""
+    return dict(ran.results[0])
+
+
+def has_lost(ran: Ran, what: str) -> bool:
+    return isinstance(ends(ran)[what], LeaseError)
+
+
+def test_who_has_lost_the_run_does_not_remove_what_its_owner_has_staged() -> None:
+    """It was about to look what is left of earlier saves."""
+    _, [stale, owner] = meet(
+        [NEWER, NEWER],
+        [(0, ["put: 2.staging*", "children: the root"]), (1, ["create: 2.staging*"])],
+    )
+    assert has_lost(stale, "save step 2")
+    assert ends(owner)["save step 2"] is None
+
+
+def test_who_has_lost_the_run_does_not_remove_what_its_owner_lets_step_aside() -> None:
+    """It had saved the step, and was about to remove what that was before."""
+    _, [stale, owner] = meet(
+        [AGAIN, AGAIN],
+        [
+            (0, ["rename: 1.staging*", "children: the root"]),
+            (1, ["rename: 1 to *", "rename: 1.staging*"]),
+        ],
+    )
+    assert ends(stale)["save step 1"] is ends(owner)["save step 1"] is None
+
+
+def test_who_has_lost_the_run_does_not_delete_a_step_that_has_only_stepped_aside() -> None:
+    _, [alone] = run(False, [], [AGAIN], [])
+    upto = itertools.takewhile(
+        lambda move: not move[0].startswith("rename: 1.staging"), alone.moves
+    )
+    cut = Plan(1, [(1, True)], crashes={0: sum(changes for _, changes in upto)})
+    world, [stale, _] = meet(
+        [DELETES, NEWER], [(0, ["put: 1.deleting*", "rename: 1.replaced*"])], before=[cut]
+    )
+    assert has_lost(stale, "delete step 1")
+    assert world.committed[2] == 3, "the owner's"
+
+
+@pytest.mark.parametrize("stands_before", ["list: 1", "replace: 1/COMMIT.json"])
+def test_who_has_lost_the_run_does_not_replace_a_step_of_a_bucket(stands_before: str) -> None:
+    """It was about to list the step that it saves again, or to put a void marker there."""
+    _, [stale, owner] = meet(
+        [AGAIN, AGAIN],
+        [(0, ["children: 1", "get: 1/COMMIT.json", stands_before]), (1, ["put: 1.staging*"])],
+        in_bucket=True,
+    )
+    assert has_lost(stale, "save step 1")
+    assert not [what for what, _ in stale.moves if what.startswith("delete: 1/")]
+    assert ends(owner)["save step 1"] is None
+
+
+def test_a_marker_for_which_there_is_nothing_left_is_not_given_the_name_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever has removed what was staged, by hand maybe: the marker would make its directory."""
+    create = MemoryStore.create
+
+    def after_its_directory_went(store: MemoryStore, key: str, data: bytes) -> bool:
+        if key.startswith("1.staging") and key.endswith("COMMIT.json"):
+            store.delete(key.partition("/")[0])
+        return create(store, key, data)
+
+    monkeypatch.setattr(MemoryStore, "create", after_its_directory_went)
+    store = MemoryStore()
+    with pytest.raises(StorageError, match="has removed what this one staged"):
+        Job("one", store).save(1)
+    assert inspect_run(store).committed == []
+    monkeypatch.undo()
+    assert Job("one", store).save(1) == "saved"
+    assert [c.name for c in inspect_run(store).candidates] == ["1"]
