@@ -25,6 +25,7 @@ import functools
 import itertools
 import multiprocessing
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from datarax_dist.testing.world import BreachError, Plan, World
 __all__ = ["BreachError", "Explored", "exhaust", "explore", "interleave", "meetings", "run_world"]
 
 _PART_SECONDS = 1800.0  # of the machine, for one piece of work; a few are enough
+_LONG_SECONDS = 300.0
+_TELLING = re.compile(r"COMMIT|STEP|rename|lease|(list|children): \d+$|children: the root")
 _DEATHS = 23  # of the worlds in which two jobs meet and one dies, one in so many
 
 
@@ -81,8 +84,8 @@ def run_world(seed: int, *, show: bool = False) -> Explored:
         for _ in range(chance.randint(1, 2)):
             count = chance.choice([1, 1, 2, 2, 3])
             plans = [_plan(chance, step, share) for _ in range(count)]
-            turns = _turns(chance, count) if count > 1 else []
-            world.run(plans, turns, power=chance.random() < 0.3)
+            turns, counts = _turns(chance, count)
+            world.run(plans, turns, counts, power=chance.random() < 0.3)
             step = max([step, *world.committed])
         world.finish(chance.choice([1, 2]))
     if show:
@@ -106,8 +109,15 @@ def _plan(chance: random.Random, step: int, share: float) -> Plan:
         deletes=[step] if chance.random() < 0.2 else [],
         crashes={host: chance.randint(0, 25 * len(steps)) for host in dying},
         lost=_lost_replies(chance, share, hosts, 100 * len(steps)) if share else {},
+        stands=_stands(chance, hosts),
         clock=chance.choice([0.0, 0.0, -600.0, 600.0]),
     )
+
+
+def _stands(chance: random.Random, hosts: int) -> dict[int, tuple[int, float]]:
+    if chance.random() < 0.8:
+        return {}
+    return {chance.randrange(hosts): (chance.randint(0, 80), chance.choice([1.0, 40.0, 200.0]))}
 
 
 def _lost_replies(
@@ -117,13 +127,23 @@ def _lost_replies(
     return {host: numbers for host, numbers in lost.items() if numbers}
 
 
-def _turns(chance: random.Random, jobs: int) -> list[tuple[int, float]]:
-    """Returns a few turns, most of them long enough to come to where jobs meet."""
-    turns: list[tuple[int, float]] = []
-    for _ in range(chance.randint(1, 6)):
-        most = chance.choice([5, 30, 100, 200])
-        turns.append((chance.randrange(jobs), chance.randint(0, most)))
-    return turns
+def _turns(
+    chance: random.Random, jobs: int
+) -> tuple[list[tuple[int, float]], Callable[[str], bool]]:
+    """Returns a few turns, most of them long enough to come to where jobs meet; and which
+    operations count: all, or those that say and ask what is a step, and whose.
+    """
+    telling = chance.random() < 0.5
+    lengths = [3, 10, 25, 40] if telling else [5, 30, 100, 200]
+    many = chance.randint(1, 8) if jobs > 1 else 0
+    turns: list[tuple[int, float]] = [
+        (chance.randrange(jobs), chance.randint(0, chance.choice(lengths))) for _ in range(many)
+    ]
+    return turns, _tells if telling else lambda what: True
+
+
+def _tells(what: str) -> bool:
+    return _TELLING.search(what) is not None
 
 
 def explore(seeds: Iterable[int]) -> Explored:
@@ -164,9 +184,9 @@ def _crash_cases(hosts: int, changes: Sequence[int], most: int) -> Iterator[dict
 def exhaust(
     hosts: int, in_bucket: bool, *, again: bool = False, most: int = 2, every: int = 1
 ) -> Explored:
-    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, and
-    once for each reply of a bucket that can be lost: they save step 2 (or step 1 again), and keep
-    one step.
+    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, once
+    for each operation before which one can stand still for longer than any deadline, and once for
+    each reply of a bucket that can be lost: they save step 2 (or step 1 again), and keep one step.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
@@ -175,19 +195,23 @@ def exhaust(
     name = f"{hosts} hosts, {kind}, again={again}"
     plan = Plan(hosts, [(1 if again else 2, again)], None if again else 1)
     _, [alone] = _run(name, in_bucket, [plan])
-    cases: Iterator[tuple[Any, Any]] = itertools.chain(
-        ((crashes, {}) for crashes in _crash_cases(hosts, alone.changes, most)),
+    cases: Iterator[dict[str, Any]] = itertools.chain(
+        ({"crashes": crashes} for crashes in _crash_cases(hosts, alone.changes, most)),
         (
-            ({}, {host: {place}})
+            {"lost": {host: {place}}}
             for host in range(hosts if in_bucket else 0)
             for place in range(alone.changes[host])
         ),
+        (
+            {"stands": {host: (place, _LONG_SECONDS)}}
+            for host in range(hosts if most else 0)
+            for place in range(alone.operations[host])
+        ),
     )
     total = Explored()
-    for crashes, lost in itertools.islice(cases, 0, None, every):
-        told = f"{name}, crashes {crashes}, lost {lost}"
-        case = dataclasses.replace(plan, crashes=crashes, lost=lost)
-        total.add(_explored(_run(told, in_bucket, [case])[0]))
+    for case in itertools.islice(cases, 0, None, every):
+        told = dataclasses.replace(plan, **case)
+        total.add(_explored(_run(f"{name}, {case}", in_bucket, [told])[0]))
     return total
 
 

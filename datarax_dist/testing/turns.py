@@ -99,6 +99,7 @@ class Job:
     hosts: int = 1
     crashes: Mapping[int, int] = field(default_factory=dict)
     lost: Mapping[int, Container[int]] = field(default_factory=dict)
+    stands: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     name: str = "the job"
 
 
@@ -109,12 +110,16 @@ class Ran:
     Attributes:
         results: what each host has returned or raised; `Crash` where it died.
         changes: how many changes each has made.
+        operations: how many operations, changes or not.
         moves: the operations of its hosts, in order, in words; and whether they change anything.
+        stood: whether it stood still, once it had begun, while another job moved.
     """
 
     results: list[Any]
     changes: list[int]
+    operations: list[int]
     moves: list[tuple[str, bool]] = field(default_factory=list)
+    stood: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -125,8 +130,11 @@ class _Actor:
     index: int
     crash_at: int | None
     lost: Container[int]
+    stands: tuple[int, float] | None
     changes: int = 0
+    moves: int = 0
     is_dead: bool = False
+    is_silent: bool = False
     until: Callable[[], bool] | None = None
     deadline: float = 0.0
     coroutine: Any = None
@@ -145,7 +153,9 @@ class Scheduler:
         self._job, self._left = 0, 0.0  # whose turn it is, and for how many operations
         self._end = 0.0
         self._jobs: Sequence[Job] = ()
+        self._counts: Callable[[str], bool] = lambda what: True
         self._ran: list[Ran] = []
+        self._mover: int | None = None
         self.trace: list[tuple[float, str]] = []
         self.operations = 0
         self.crashes = 0
@@ -166,9 +176,11 @@ class Scheduler:
         self._time += seconds
 
     def silent(self) -> dict[int, Silence]:
-        """Returns the hosts of the job that are dead: sooner than any real beacon tells."""
+        """Returns the hosts of the job that are dead, or stand still: sooner than any real beacon
+        tells.
+        """
         job = self.job
-        return {a.index: Silence(10.0) for a in self._actors if a.job == job and a.is_dead}
+        return {a.index: Silence(10.0) for a in self._actors if a.job == job and a.is_silent}
 
     # What hosts call
 
@@ -185,15 +197,25 @@ class Scheduler:
         if actor.is_dead:
             raise Crash
         self.operations += 1
+        if actor.stands is not None and actor.stands[0] == actor.moves:
+            self.tell(f"stands still for {actor.stands[1]:.0f} s before this: {what}")
+            actor.is_silent = True
+            self.wait(lambda: False, actor.stands[1])
+            actor.is_silent = False
+        actor.moves += 1
         if changes:
             if actor.crash_at == actor.changes:
-                actor.is_dead = True
+                actor.is_dead = actor.is_silent = True
                 self.crashes += 1
                 self.tell(f"DIES before this: {what}")
                 raise Crash
             actor.changes += 1
         self._pass(actor)
-        self._left -= 1
+        counts = self._counts(what)
+        while counts and self._left < 1:
+            self._job, self._left = next(self._turns)
+            self._pass(actor)
+        self._left -= counts
         self._ran[actor.job].moves.append((what, changes))
         self.tell(what)
 
@@ -231,29 +253,47 @@ class Scheduler:
     def _next(self) -> _Actor:
         while True:
             live, time = self._live[self._job], self._time
-            if self._left < 1 or not live:
-                before, (self._job, self._left) = self._job, next(self._turns)
-                if self._job != before and self._live[self._job] and self._left:
-                    how = "stands still" if live else "has ended"
-                    one, other = self._jobs[before].name, self._jobs[self._job].name
-                    self.trace.append((time - _BEGIN, f"-- {one} {how}, {other} moves"))
+            if not live:
+                self._job, self._left = next(self._turns)
                 continue
             able = [a for a in live if a.until is None or a.deadline <= time or a.until()]
             if able:
+                if self._job != self._mover:
+                    self._change()
                 return able[self._choose(len(able))]
             self._time = min(actor.deadline for actor in live)
 
-    def run(self, jobs: Sequence[Job], turns: Iterable[tuple[int, float]] = ()) -> list[Ran]:
+    def _change(self) -> None:
+        """Another job moves from here on."""
+        before, self._mover = self._mover, self._job
+        if before is None:
+            return
+        stands = bool(self._live[before])
+        self._ran[before].stood |= stands
+        how, name = "stands still" if stands else "has ended", self._jobs[self._job].name
+        now = self._time - _BEGIN
+        self.trace.append((now, f"-- {self._jobs[before].name} {how}, {name} moves"))
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        turns: Iterable[tuple[int, float]] = (),
+        counts: Callable[[str], bool] = lambda what: True,
+    ) -> list[Ran]:
         """Runs jobs on all of their hosts, and returns how each went.
 
         Args:
             turns: which job moves, and for how many operations; then which one, and so on. After
                 the last of them each job in turn comes to its end, the last one first.
+            counts: which operations these are; a turn ends before the next one of them.
         """
-        self._jobs = jobs
-        self._ran = [Ran([None] * job.hosts, []) for job in jobs]
+        self._jobs, self._counts = jobs, counts
+        self._ran = [Ran([None] * job.hosts, [], []) for job in jobs]
         self._live = [
-            [_Actor(n, i, job.crashes.get(i), job.lost.get(i, ())) for i in range(job.hosts)]
+            [
+                _Actor(n, i, job.crashes.get(i), job.lost.get(i, ()), job.stands.get(i))
+                for i in range(job.hosts)
+            ]
             for n, job in enumerate(jobs)
         ]
         self._actors = [actor for live in self._live for actor in live]
@@ -273,7 +313,7 @@ class Scheduler:
             actor.coroutine = coroutine(functools.partial(host, actor), here)
         ends = [(number, float("inf")) for number in reversed(range(len(jobs)))]
         self._turns = iter([*turns, *ends])
-        self._job, self._left = 0, 0.0
+        self._job, self._left, self._mover = 0, 0.0, None
         self._end = self._time + _LONGEST_SECONDS
         while any(self._live):  # here again whenever a host has ended
             self._actor = self._next()
@@ -281,6 +321,7 @@ class Scheduler:
             self._actor = None
         for actor in self._actors:
             self._ran[actor.job].changes.append(actor.changes)
+            self._ran[actor.job].operations.append(actor.moves)
         return self._ran
 
 

@@ -92,6 +92,7 @@ class Plan:
         deletes: steps that are deleted then.
         crashes: host -> before which of its changes it dies. What a host tells is a change, too.
         lost: host -> after which of its changes, of a bucket, it does not hear that they were done.
+        stands: host -> before which of its operations it stands still, and for how many seconds.
         clock: by how many seconds its clocks are wrong.
     """
 
@@ -101,6 +102,7 @@ class Plan:
     deletes: Sequence[int] = ()
     crashes: Mapping[int, int] = field(default_factory=dict)
     lost: Mapping[int, Container[int]] = field(default_factory=dict)
+    stands: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     clock: float = 0.0
 
     def __str__(self) -> str:
@@ -113,6 +115,7 @@ class Plan:
         told += [f"deletes step {step}" for step in self.deletes]
         told += [f"host {h} dies before its change {n}" for h, n in sorted(self.crashes.items())]
         told += [f"some replies to host {h} are lost" for h in sorted(self.lost)]
+        told += [f"host {h} stands still once" for h in sorted(self.stands)]
         told += [f"its clock is wrong by {self.clock:.0f} s"] if self.clock else []
         return "; ".join(told)
 
@@ -127,8 +130,6 @@ class _Job:
     Attributes:
         lease: of its primary.
         epoch: of the run, once it has held it.
-        begun: whether it has made an operation.
-        alone: whether nobody else has moved between its first operation and its last.
         after: the committed steps when it last moved.
     """
 
@@ -136,8 +137,6 @@ class _Job:
     plan: Plan
     lease: Lease | None = None
     epoch: int = 0
-    begun: bool = False
-    alone: bool = True
     after: View = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
 
@@ -260,8 +259,6 @@ class World:
             return
         if self._last is not job:
             self._leave()
-            job.alone = job.alone and not job.begun
-            job.begun = True
             self._last = job
         if changes and (fmt.COMMIT_NAME in what or what.startswith("rename")):
             self._moved = job, what
@@ -348,13 +345,14 @@ class World:
         self,
         plans: Sequence[Plan],
         turns: Iterable[tuple[int, float]] = (),
+        counts: Callable[[str], bool] = lambda what: True,
         *,
         power: bool = False,
     ) -> list[Ran]:
         """Runs jobs at the same time, of which one moves, and checks the invariants.
 
         Args:
-            turns: see `Scheduler.run`.
+            turns, counts: see `Scheduler.run`.
             power: whether the power goes at the end: what was not synced is lost.
         """
         first = len(self._jobs)
@@ -363,7 +361,7 @@ class World:
         for job in self._moving:
             self.scheduler.tell(f"-- job {job.number}: {job.plan}")
         self._last = None
-        ran = self.scheduler.run([self._job(job) for job in self._moving], turns)
+        ran = self.scheduler.run([self._job(job) for job in self._moving], turns, counts)
         self._look()
         self._leave()
         if power:
@@ -371,7 +369,7 @@ class World:
             self.scheduler.tell(f"the power goes; empty now: {', '.join(emptied) or 'nothing'}")
             self._leave()
         for job, how in zip(self._moving, ran, strict=True):
-            self._check(job, how.results)
+            self._check(job, how)
         for key, data in _FOREIGN.items():
             if self.files.files.get(key) != data:
                 self._breach(f"{key}, which is not ours, was touched")
@@ -392,7 +390,8 @@ class World:
             finally:
                 job.ended.add(index)
 
-        return Job(host, plan.hosts, plan.crashes, plan.lost, f"job {job.number}")
+        name = f"job {job.number}"
+        return Job(host, plan.hosts, plan.crashes, plan.lost, plan.stands, name)
 
     def _host(self, job: _Job, group: HostGroup, clock: Clock) -> Iterator[tuple[str, Any]]:
         """Does what a host of the job does; tells what, and what came of it."""
@@ -483,15 +482,17 @@ class World:
         timeout = _OPTIONS.exchange_timeout_seconds
         group.exchange("delete", step, leader=delete, timeout_seconds=timeout)
 
-    def _check(self, job: _Job, results: Sequence[Any]) -> None:
+    def _check(self, job: _Job, ran: Ran) -> None:
+        results = ran.results
         for index, result in enumerate(results):
             if isinstance(result, BaseException):
                 self._breach(f"host {index} of job {job.number}: {type(result).__name__}: {result}")
-        lived = [result for result in results if result is not Crash]
+        # Who is taken for dead may be told another thing, or hear of it too late.
+        lived = [r for h, r in enumerate(results) if r is not Crash and h not in job.plan.stands]
         for ends in zip(*lived, strict=True):
             if len({isinstance(how, Exception) for _, how in ends}) > 1:
                 self._breach(f"hosts of job {job.number} do not agree: {ends}")
-        if not job.alone or len(lived) < len(results) or not lived:
+        if ran.stood or len(lived) < len(results) or not lived:
             return
         for what, how in lived[0]:
             if isinstance(how, Exception) and not self._is_refused(job, what, how):
