@@ -37,6 +37,7 @@ __all__ = [
 logger = logging.getLogger("datarax_dist")
 
 _TRIES = 20
+_LOOKS = 5  # at what a job that is saving may have moved: each would have to meet another save
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class Candidate:
         version: the format version, where it is newer than ours.
         suspect: why a restore passes over a committed one; empty when it does not
             (`attempts.mark_suspects`).
+        void: the digest of a void marker; empty where there is none.
+        moves: a job that saves or deletes may have changed it while it was looked at.
     """
 
     step: int
@@ -66,6 +69,8 @@ class Candidate:
     digest: str = ""
     version: int = 0
     suspect: str = ""
+    void: str = ""
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +112,8 @@ def inspect_run(store: Store) -> Inspection:
         # In a bucket markers come and go inside the directories. Looked at one after another, the
         # new step may have had none yet, and the old one none any more.
         steps = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
-        states = [(c.name, c.state, c.digest) for c in inspection.candidates]
-        settled = (
+        states = [(c.name, c.state, c.digest, c.void) for c in inspection.candidates]
+        settled = not any(c.moves for c in inspection.candidates) and (
             isinstance(store, SupportsRename)
             or states == before
             or all(c.state == "committed" for c in steps)
@@ -243,6 +248,28 @@ def _look_inside(store: Store, name: str) -> tuple[set[str], set[str]]:
     return {key.split("/")[0] for key in keys}, records
 
 
+def _is_empty(store: Store, name: str) -> bool:
+    """Whether there is a directory, and nothing in it. A step has another name for a moment while
+    it is saved again.
+    """
+    return all(f"{name}/" in store.children("") and not store.children(name) for _ in range(_LOOKS))
+
+
+def _lacks(store: Store, name: str, marker: bytes, records: Sequence[str]) -> bool:
+    """Whether none of these host records is beside a marker. Another version may have taken the
+    place of the one that they were looked for in.
+    """
+    for _ in range(_LOOKS):
+        _, there = _look_inside(store, name)
+        try:
+            stays = _read(store, f"{name}/{fmt.COMMIT_NAME}") == marker
+        except (KeyError, fmt.InvalidRecordError):
+            stays = False
+        if not stays or not there.isdisjoint(records):
+            return False
+    return True
+
+
 def inspect_step(store: Store, step: int, name: str) -> Candidate:
     """Returns what one directory is, for all that its name says."""
     inside, there = _look_inside(store, name)
@@ -250,17 +277,21 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
         try:
             data = _read(store, f"{name}/{fmt.COMMIT_NAME}")
             if fmt.parse_void(data) is not None:
-                state = "void" if inside == {fmt.COMMIT_NAME} else "staged"
                 return Candidate(
-                    step, name, state, "no marker: its save was given up, or it is being deleted"
+                    step,
+                    name,
+                    "void" if inside == {fmt.COMMIT_NAME} else "staged",
+                    "no marker: its save was given up, or it is being deleted",
+                    void=fmt.digest(data),
                 )
             marker = fmt.parse_marker(data)
         except FormatVersionError as error:
             return Candidate(step, name, "refused", str(error), version=error.found)
         except KeyError as error:
             if fmt.COMMIT_NAME not in store.children(name):
-                return Candidate(step, name, "deleting", "it is being deleted")
-            return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
+                return Candidate(step, name, "deleting", "it is being deleted", moves=True)
+            files = (fmt.COMMIT_NAME,)
+            return Candidate(step, name, "damaged", f"{error}", files=files, moves=True)
         except fmt.InvalidRecordError as error:
             return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
         if marker.step != step:
@@ -273,6 +304,7 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
                 "damaged",
                 f"host records are missing: {', '.join(missing[:5])}",
                 files=tuple(missing),
+                moves=not _lacks(store, name, data, [path.rsplit("/", 1)[1] for path in missing]),
             )
         return Candidate(step, name, "committed", marker=marker, digest=fmt.digest(data))
     if fmt.STEP_NAME in inside:
@@ -290,7 +322,11 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
             "written by plain Orbax: no marker of ours, so nothing can be verified",
         )
     return Candidate(
-        step, name, "refused", f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours"
+        step,
+        name,
+        "refused",
+        f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours",
+        moves=not inside and not _is_empty(store, name),
     )
 
 

@@ -58,7 +58,8 @@ _RENEWALS = 6  # in the time that a lease lasts
 _LOOK_SECONDS = 0.5
 _UNREADABLE_SECONDS = 60.0  # how long a lease lasts that does not say it
 
-Fence = Callable[[str, Sequence[fmt.LeaseRecord]], None]
+# Is given the run, the older leases, and what says whether there is none newer than ours.
+Fence = Callable[[str, Sequence[fmt.LeaseRecord], Callable[[], bool]], None]
 
 
 @functools.cache
@@ -239,7 +240,7 @@ class Lease:
 
         Args:
             fence: given the run and the older leases, keeps their owners from finishing what they
-                have begun.
+                have begun. It may ask whether this job is still the newest.
 
         Raises:
             LeaseError: another job holds it, or has taken it from this one.
@@ -290,7 +291,13 @@ class Lease:
             # Read once more: what they have announced before they could see our file is there now.
             older = [lease.record for lease in _all(store) if lease.epoch < mine.epoch]
             # When it fails, our file runs out, and who comes next fences them too.
-            fence(run, [record for record in older if record is not None])
+            fence(
+                run,
+                [record for record in older if record is not None],
+                lambda: self._newer(mine.epoch) is None,
+            )
+            if self._newer(mine.epoch) is not None:
+                return self._take(run, fence)
         self._older = [lease.epoch for lease in seen]
         self._record = mine
         return None

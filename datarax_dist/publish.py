@@ -124,13 +124,13 @@ def _publish_by_renaming(
         if fmt.STEP_NAME not in store.children(staged.directory):
             raise _staging_removed(store, staged)
     with phases.span("publish"):
-        check()  # from here on only what is there is renamed: see `retention.fence`
         names = store.children(staged.name)
         committed = fmt.COMMIT_NAME in names
         if committed and not staged.replace:
             raise _other_writer(store, staged)
         # What has lost its marker steps aside, too.
         aside = committed or retention.is_ours(store, staged.run, staged.name)
+        check()  # from here on only what is there is renamed: see `retention.fence`
         if aside:
             store.rename(staged.name, staged.aside)
         try:

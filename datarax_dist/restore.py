@@ -398,10 +398,19 @@ class Restorer:
         """Returns the candidate with its marker, what is wrong with it on any host, and the files
         whose content this host has still to verify.
 
+        What is wrong is so twice: on a file system a job that has lost the run, and stood still,
+        may have moved the step away for a moment.
+
         Args:
             read_all: leave nothing for later, and read what a bucket's listing tells a digest of,
                 too.
         """
+        found = self._verify_once(candidate, phases, level, read_all)
+        return self._verify_once(candidate, phases, level, read_all) if found[1] else found
+
+    def _verify_once(
+        self, candidate: Candidate, phases: Phases, level: str, read_all: bool
+    ) -> tuple[Candidate, dict[str, str], list[fmt.FileEntry]]:
         with phases.span("verify"):
             wrong: dict[str, str] = {}
             failure: BaseException | None = None

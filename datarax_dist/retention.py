@@ -311,12 +311,19 @@ def delete_copy(store: Store, run: str, step: int, name: str) -> None:
                 return
 
 
-def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) -> None:
+def fence(
+    store: Store,
+    run: str,
+    older: Sequence[fmt.LeaseRecord],
+    now: float,
+    is_newest: Callable[[], bool],
+) -> None:
     """Keeps jobs that have lost the run from finishing what they have begun, should they go on. For
     the job that has taken it.
 
     Args:
         older: their leases.
+        is_newest: whether nobody has taken it since.
     """
     names, begun = store.children(""), dict[int, list[str]]()
     for name in [child[:-1] for child in names if child.endswith("/")]:
@@ -326,6 +333,8 @@ def fence(store: Store, run: str, older: Sequence[fmt.LeaseRecord], now: float) 
         claim = read_claim(store, name)
         if claim is not None and claim.run == run:
             begun.setdefault(aside[0], []).append(name)
+    if not is_newest():  # or what was found may be the next owner's
+        return
     if isinstance(store, SupportsRename):
         for step, directories in begun.items():
             for name in directories:

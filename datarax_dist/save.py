@@ -255,8 +255,10 @@ class Saver:
         run = self._known.run or self._claim_run(self._store.children(""))
         self.lease.hold(run, self._fence)
 
-    def _fence(self, run: str, older: Sequence[fmt.LeaseRecord]) -> None:
-        retention.fence(self._store, run, older, self._clock.now())
+    def _fence(
+        self, run: str, older: Sequence[fmt.LeaseRecord], is_newest: Callable[[], bool]
+    ) -> None:
+        retention.fence(self._store, run, older, self._clock.now(), is_newest)
         self.forget()
 
     def begin(

@@ -50,7 +50,7 @@ def lease(store: Any, clock: FakeClock | None = None, **more: Any) -> Lease:
 
 
 def take(one: Lease) -> None:
-    one.hold("run", lambda run, older: None)
+    one.hold("run", lambda run, older, is_newest: None)
 
 
 @pytest.fixture(params=[MemoryStore, MemoryBucket], ids=["file system", "bucket"])
@@ -177,7 +177,7 @@ def test_who_cannot_finish_taking_over_has_not_and_the_next_one_fences_again(sto
     take(lease(store))
     fenced: list[list[int]] = []
 
-    def fence(run: str, older: Any) -> None:
+    def fence(run: str, older: Any, is_newest: Any) -> None:
         fenced.append([one.epoch for one in older])
         if len(fenced) == 1:
             raise OSError("no")
@@ -191,6 +191,22 @@ def test_who_cannot_finish_taking_over_has_not_and_the_next_one_fences_again(sto
     third = lease(store)
     third.hold("run", fence)
     assert fenced == [[1], [1, 2]]
+
+
+def test_who_is_overtaken_while_it_takes_the_run_does_not_hold_it(store: Any) -> None:
+    take(lease(store))
+    third, told = lease(store), list[bool]()
+
+    def overtaken(run: str, older: Any, is_newest: Callable[[], bool]) -> None:
+        if not told:
+            told.append(is_newest())
+            take(third)
+        told.append(is_newest())
+
+    second = lease(store, NoWallClock(lambda: third.renew() if third.epoch else None))
+    with pytest.raises(LeaseError, match="epoch 3"):
+        second.hold("run", overtaken)
+    assert (second.epoch, third.epoch, told) == (0, 3, [True, False])
 
 
 def test_several_deletions_at_once_all_stand_in_the_lease(store: Any) -> None:
@@ -287,7 +303,9 @@ def saver_takes(one: Job) -> None:
     """Takes the run, as the first save does, but for the time it takes: nobody else moves."""
     assert one.lease is not None
     run = fmt.parse_run(one.store.get(fmt.RUN_NAME))
-    one.lease.hold(run, lambda run, older: retention.fence(one.store, run, older, 0.0))
+    one.lease.hold(
+        run, lambda run, older, newest: retention.fence(one.store, run, older, 0.0, newest)
+    )
 
 
 def test_the_other_hosts_wait_as_long_as_the_primary_may_wait_for_the_run() -> None:

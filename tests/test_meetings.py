@@ -21,6 +21,7 @@ from datarax_dist.testing.world import Plan, World
 AGAIN = Plan(1, [(1, True)])
 NEWER = Plan(1, [(2, True)], keep=1)
 DELETES = Plan(1, [(2, True)], deletes=[1])
+READS = Plan(1, [])
 
 
 def run(
@@ -41,13 +42,15 @@ def meet(
     *,
     in_bucket: bool = False,
     before: Sequence[Plan] = (),
+    then: Sequence[int] = (),
 ) -> tuple[World, list[Ran]]:
-    """Runs two jobs in a world that checks what is promised.
+    """Runs jobs in a world that checks what is promised.
 
     Args:
         stops: which one moves, and then stands still before the first operation like the last of
-            these, after one like the one before it, and so on. Then the other one comes to its end,
-            and the first.
+            these, after one like the one before it, and so on.
+        then: which ones come to their end after that, in this order; of two jobs the one that did
+            not move last.
     """
     turns: list[tuple[int, float]] = []
     for job, patterns in stops:
@@ -61,7 +64,8 @@ def meet(
                 if n > place and fnmatch.fnmatch(what, pattern)
             )
         turns.append((job, place - done))
-    return run(in_bucket, before, plans, [*turns, (1 - stops[-1][0], float("inf"))])
+    ends = [(job, float("inf")) for job in then or [1 - stops[-1][0]]]
+    return run(in_bucket, before, plans, [*turns, *ends])
 
 
 def ends(ran: Ran) -> dict[str, Any]:
@@ -119,6 +123,84 @@ def test_who_has_lost_the_run_does_not_replace_a_step_of_a_bucket(stands_before:
     assert has_lost(stale, "save step 1")
     assert not [what for what, _ in stale.moves if what.startswith("delete: 1/")]
     assert ends(owner)["save step 1"] is None
+
+
+@pytest.mark.parametrize(
+    "stands_before", ["children: 1", "children: 1/hosts", "get: 1/COMMIT.json"]
+)
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_step_that_is_saved_again_while_a_reader_looks_at_it_is_there(
+    stands_before: str, hosts: int
+) -> None:
+    """The reader has listed the root before, and lists it once more after it: it is the same."""
+    _, [reader, _] = meet(
+        [READS, Plan(hosts, [(1, True)])],
+        [
+            (0, ["children: the root", stands_before]),
+            (1, ["rename: 1 to *", "rename: 1.staging*"]),
+            (0, ["children: the root"]),
+        ],
+    )
+    assert ends(reader)["restore"].startswith("step 1 of job ")
+
+
+@pytest.mark.parametrize("stands_before", ["children: 1/hosts", "get: 1/COMMIT.json"])
+def test_a_step_that_was_saved_again_by_more_hosts_while_a_reader_looks_is_not_damaged(
+    stands_before: str,
+) -> None:
+    _, [reader, _] = meet(
+        [READS, Plan(3, [(1, True)])], [(0, ["children: the root", stands_before])]
+    )
+    assert ends(reader)["restore"] == "step 1 of job 2"
+
+
+def test_two_saves_of_a_step_in_a_bucket_are_not_taken_for_one_by_a_reader() -> None:
+    """At both looks it sees a void marker; the directory that was the step then was not listed."""
+    owner = [
+        (1, ["replace: 1/COMMIT.json", "delete: 1/*"]),
+        (1, ["replace: 1/COMMIT.json", "children: the root", "put: 1.staging*"]),
+    ]
+    looks = [(0, ["children: the root", "list: 1"]), (0, ["children: the root"])]
+    _, [reader, _] = meet(
+        [READS, Plan(1, [(1, True), (1, True)])],
+        [looks[0], owner[0], looks[1], owner[1], looks[0], owner[0], looks[1]],
+        in_bucket=True,
+    )
+    assert ends(reader)["restore"].startswith("step 1 of job ")
+
+
+def test_a_step_that_a_job_which_has_lost_the_run_moves_for_a_moment_is_not_damaged() -> None:
+    _, [_, _, reader] = meet(
+        [AGAIN, NEWER, READS],
+        [
+            (0, ["create: 1.staging*", "rename: 1 to *"]),
+            (1, ["put: 2.staging*"]),
+            (2, ["create: 1.restoring*", "digest: 1/TREE.json"]),
+            (0, ["rename: 1.staging*", "rename: 1.replaced*"]),
+            (2, ["digest: 1/TREE.json", "tells*"]),
+        ],
+        then=[0, 2, 1],
+    )
+    assert ends(reader)["restore"] == "step 1 of job 0"
+
+
+@pytest.mark.parametrize("in_bucket", [False, True], ids=["file system", "bucket"])
+def test_who_is_overtaken_while_it_takes_the_run_takes_nothing_from_the_next_owner(
+    in_bucket: bool,
+) -> None:
+    owner_stands = "create: 2/commit_success.txt" if in_bucket else "rename: 2.staging*"
+    _, [_, _, owner] = meet(
+        [NEWER, NEWER, NEWER],
+        [
+            (0, ["put: 2.staging*", "tells*"]),
+            (1, ["create: lease*", "children: the root"]),
+            (2, ["create: lease*", "put: 2.staging*", owner_stands]),
+            (1, ["children: lease", "children: lease"]),
+        ],
+        in_bucket=in_bucket,
+        then=[2, 1, 0],
+    )
+    assert ends(owner)["save step 2"] is None
 
 
 def test_a_marker_for_which_there_is_nothing_left_is_not_given_the_name_of_a_step(

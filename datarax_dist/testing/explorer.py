@@ -32,6 +32,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import Any
 
+from datarax_dist import format as fmt
 from datarax_dist.testing.turns import Ran
 from datarax_dist.testing.world import BreachError, Plan, World
 
@@ -218,8 +219,9 @@ def exhaust(
 def meetings() -> dict[str, list[Plan]]:
     """Returns what two jobs do that are in each other's way."""
     again, newer, older = Plan(1, [(1, True)]), Plan(1, [(2, True)], keep=1), Plan(1, [(1, True)])
-    deletes = Plan(1, [(2, True)], deletes=[1])
+    deletes, reads = Plan(1, [(2, True)], deletes=[1]), Plan(1, [])
     return {
+        "one restores the step that the other saves again": [reads, again],
         "both save the same new step, and keep one": [newer, newer],
         "both save a step again": [again, again],
         "one saves the step again that the other does not keep": [again, newer],
@@ -294,30 +296,36 @@ def interleave(
     return total
 
 
+# Which operations can stand in each other's way
+
+
 @dataclass(frozen=True, slots=True)
 class _Touched:
-    """What an operation reads and writes: paths, and paths below which it looks or acts."""
+    """What an operation reads and writes: keys (`at`), all `below` one, or what is there `in` one,
+    by name.
+    """
 
-    reads: tuple[tuple[str, bool], ...] = ()
-    writes: tuple[tuple[str, bool], ...] = ()
+    reads: tuple[tuple[str, str], ...] = ()
+    writes: tuple[tuple[str, str], ...] = ()
 
 
 @functools.lru_cache(1 << 14)
 def _touched(what: str) -> _Touched:
     method, _, rest = what.partition(",")[0].partition(": ")
     key, _, other = rest.partition(" to ")
-    if method in ("children", "list"):
-        return _Touched(reads=(("" if key == "the root" else key, True),))
+    if method == "list":
+        return _Touched(reads=((key, "below"),))
+    if method == "children":
+        return _Touched(reads=(("" if key == "the root" else key, "in"),))
     if method in ("get", "digest"):
-        return _Touched(reads=((key, False),))
+        return _Touched(reads=((key, "at"),))
     if method in ("put", "write", "create", "delete", "replace"):
-        return _Touched(writes=((key, False),))
+        return _Touched(writes=((key, "at"),))
     if method == "copy":
-        return _Touched(
-            reads=((key, False),), writes=((f"{other}/{key.partition('/')[2]}", False),)
-        )
+        copied = f"{other}/{key.partition('/')[2]}"
+        return _Touched(reads=((key, "at"),), writes=((copied, "at"),))
     if method == "rename":
-        return _Touched(writes=((key, True), (other, True)))
+        return _Touched(writes=((key, "below"), (other, "below")))
     return _Touched()  # between the hosts of a job
 
 
@@ -325,19 +333,23 @@ def _touched(what: str) -> _Touched:
 def _conflict(one: str, other: str) -> bool:
     """Whether it matters in which order two operations of different jobs are done."""
     a, b = _touched(one), _touched(other)
-    pairs = itertools.chain(
-        itertools.product(a.writes, b.writes + b.reads), itertools.product(a.reads, b.writes)
+    return any(
+        _overlap(written, touched) or _overlap(touched, written)
+        for writes, both in ((a.writes, b.writes + b.reads), (b.writes, a.reads))
+        for written, touched in itertools.product(writes, both)
     )
-    return any(itertools.starmap(_overlap, pairs))
 
 
-def _overlap(one: tuple[str, bool], other: tuple[str, bool]) -> bool:
-    (a, a_below), (b, b_below) = one, other
-    return (
-        a == b
-        or (a_below and (not a or b.startswith(f"{a}/")))
-        or (b_below and (not b or a.startswith(f"{b}/")))
-    )
+def _overlap(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    (a, how), (b, _) = one, other
+    if a == b or how == "at":
+        return a == b
+    is_below = not a or b.startswith(f"{a}/")
+    if how == "below" or not is_below:
+        return is_below
+    # Whether a directory is there changes with what is first in it, or last.
+    rest = b[len(a) :].strip("/")
+    return "/" not in rest or rest.endswith((fmt.STEP_NAME, fmt.COMMIT_NAME))
 
 
 # The command
@@ -353,6 +365,9 @@ def _all(every: int) -> Iterator[Callable[[], Explored]]:
     """Returns the worlds of each kind, the largest first."""
     for in_bucket in (True, False):
         for plans in meetings().values():
+            if not plans[0].steps:  # it has to be met twice
+                yield functools.partial(interleave, plans, in_bucket, switches=3)
+                continue
             yield functools.partial(
                 interleave, plans, in_bucket, every=every, deaths=_DEATHS * every
             )

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from unittest import mock
 
-from datarax_dist import attempts, config, lease, retention, save, telemetry
+from datarax_dist import attempts, config, lease, restore, retention, save, telemetry
 from datarax_dist import format as fmt
 from datarax_dist.clock import Clock
 from datarax_dist.errors import (
@@ -108,10 +108,8 @@ class Plan:
     def __str__(self) -> str:
         saves = [f"step {step}{' again' if replace else ''}" for step, replace in self.steps]
         kept = "every step" if self.keep is None else f"the newest {self.keep}"
-        told = [
-            f"{self.hosts} {'host' if self.hosts == 1 else 'hosts'}",
-            f"restores, saves {' and '.join(saves)}, keeps {kept}",
-        ]
+        does = f", saves {' and '.join(saves)}, keeps {kept}" if saves else ""
+        told = [f"{self.hosts} {'host' if self.hosts == 1 else 'hosts'}", f"restores{does}"]
         told += [f"deletes step {step}" for step in self.deletes]
         told += [f"host {h} dies before its change {n}" for h, n in sorted(self.crashes.items())]
         told += [f"some replies to host {h} are lost" for h in sorted(self.lost)]
@@ -220,8 +218,9 @@ class World:
             (lease, "writer_identity", self._writer),
             (retention, "writer_identity", self._writer),
             (save, "writer_identity", self._writer),
-            # What a crash of a restore is believed to tell is not what these worlds are about.
+            # What crashes of restores are believed to tell is not what these worlds are about.
             (attempts, "writer_identity", lambda: nobody),
+            (restore, "mark_suspects", lambda store, inspection, now: inspection),
             *((fmt, name, parser) for name, parser in _PARSERS.items()),
         ):
             self._context.enter_context(mock.patch.object(module, name, instead))
