@@ -398,7 +398,7 @@ class Restorer:
         """Returns the candidate with its marker, what is wrong with it on any host, and the files
         whose content this host has still to verify.
 
-        What is wrong is so twice: on a file system a job that has lost the run, and stood still,
+        On a file system what is wrong is so twice: a job that has lost the run, and stood still,
         may have moved the step away for a moment.
 
         Args:
@@ -406,7 +406,9 @@ class Restorer:
                 too.
         """
         found = self._verify_once(candidate, phases, level, read_all)
-        return self._verify_once(candidate, phases, level, read_all) if found[1] else found
+        if found[1] and isinstance(self._store, SupportsRename):
+            found = self._verify_once(candidate, phases, level, read_all)
+        return found
 
     def _verify_once(
         self, candidate: Candidate, phases: Phases, level: str, read_all: bool

@@ -592,8 +592,8 @@ GUARDS = [
     Guard(
         "who takes a run over makes void what others have begun",
         "lease.py",
-        "            fence(run, [record for record in older if record is not None])\n",
-        "",
+        "            fence(\n                run,\n                [record for record in older if record is not None],\n",
+        "            (lambda *_: None)(\n                run,\n                [record for record in older if record is not None],\n",
         "tests/test_lease.py -k 'fences_again or lost_the_run'",
     ),
     Guard(
@@ -697,8 +697,8 @@ GUARDS = [
     Guard(
         "a step is damaged where it is so twice",
         "restore.py",
-        "        return self._verify_once(candidate, phases, level, read_all) if found[1] else found\n",
-        "        return found\n",
+        "        if found[1] and isinstance(self._store, SupportsRename):\n",
+        "        if False:\n",
         "tests/test_meetings.py -k moves_for_a_moment",
     ),
     Guard(
