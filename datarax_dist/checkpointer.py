@@ -35,7 +35,7 @@ from datarax_dist.errors import (
     StorageError,
 )
 from datarax_dist.hosts import HostGroup, current_group
-from datarax_dist.inspection import Candidate, Inspection, read_marker
+from datarax_dist.inspection import Candidate, Inspection, inspect_run
 from datarax_dist.restore import Loading, Restorer, RestoreReport
 from datarax_dist.retention import delete_step
 from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
@@ -584,12 +584,24 @@ class Checkpointer:
         Raises:
             StepNotFoundError: it is not there.
         """
-        for candidate in self.inspect().candidates:
-            if candidate.step == step and candidate.state == "committed":
-                marker = read_marker(self._store, candidate)
-                return StepInfo(
-                    step, marker.hosts, marker.bytes, tuple(marker.items), marker.committed_at
-                )
+        self._check_open()
+        hosts, size, items, committed_at = self._group.exchange(
+            "info",
+            step,
+            leader=self._describe,
+            timeout_seconds=self._options.exchange_timeout_seconds,
+        )
+        return StepInfo(step, hosts, size, tuple(items), committed_at)
+
+    def _describe(self, steps: Sequence[int]) -> list[Any]:
+        """On the primary, that all hosts may be told the same."""
+        [step, *others] = sorted(set(steps))
+        if others:
+            raise InvalidArgumentError(f"Hosts ask for different steps: {step}, {others[0]}.")
+        for candidate in inspect_run(self._store).candidates:
+            marker = candidate.marker
+            if (candidate.step, candidate.state) == (step, "committed") and marker is not None:
+                return [marker.hosts, marker.bytes, list(marker.items), marker.committed_at]
         raise StepNotFoundError(f"There is no committed step {step} in {self._root}.", step=step)
 
     def delete(self, step: int) -> None:
@@ -607,11 +619,13 @@ class Checkpointer:
         self._group.exchange(
             "delete",
             step,
-            leader=lambda steps: self._delete(step),
+            leader=self._delete,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
 
-    def _delete(self, step: int) -> None:
+    def _delete(self, steps: Sequence[int]) -> None:
+        self._describe(steps)  # the run is this job's by now, and was another's before, maybe
+        step = steps[0]
         now, lease = self._clock.now(), self._saver.lease
         if not delete_step(self._store, step, now=now, lease=lease):
             raise StorageError(

@@ -104,6 +104,9 @@ def find_run(store: Store) -> str | None:
 def inspect_run(store: Store) -> Inspection:
     """Returns every directory of a root that looks like a step, newest first, with what it is and
     why. Reads markers only.
+
+    Raises:
+        StorageError: steps are moved all the time while it looks.
     """
     before: Any = None
     for _ in range(_TRIES):
@@ -123,6 +126,13 @@ def inspect_run(store: Store) -> Inspection:
         if settled and _lasting(store.children("")) == _lasting(names):
             break
         before = states
+    else:
+        if any(c.moves for c in inspection.candidates):
+            raise StorageError(
+                f"{store.root} changed {_TRIES} times while it was looked at. Is a job saving and"
+                " deleting steps faster than they can be read?",
+                errno=None,
+            )
     attempts = [name for name in names if fmt.parse_attempt_name(name) is not None]
     return dataclasses.replace(inspection, attempts=tuple(attempts))
 
@@ -307,27 +317,18 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
                 moves=not _lacks(store, name, data, [path.rsplit("/", 1)[1] for path in missing]),
             )
         return Candidate(step, name, "committed", marker=marker, digest=fmt.digest(data))
+    # What was listed may be a step that was moved, and is being deleted under another name.
+    moves = not _is_empty(store, name) if not inside else inside != _look_inside(store, name)[0]
     if fmt.STEP_NAME in inside:
-        return Candidate(
-            step,
-            name,
-            "staged",
-            f"no {fmt.COMMIT_NAME}: never committed, or the marker is lost",
-        )
-    if "_CHECKPOINT_METADATA" in inside or "_METADATA" in inside:
-        return Candidate(
-            step,
-            name,
-            "foreign",
-            "written by plain Orbax: no marker of ours, so nothing can be verified",
-        )
-    return Candidate(
-        step,
-        name,
-        "refused",
-        f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours",
-        moves=not inside and not _is_empty(store, name),
-    )
+        state = "staged"
+        reason = f"no {fmt.COMMIT_NAME}: never committed, or the marker is lost"
+    elif "_CHECKPOINT_METADATA" in inside or "_METADATA" in inside:
+        state = "foreign"
+        reason = "written by plain Orbax: no marker of ours, so nothing can be verified"
+    else:
+        state = "refused"
+        reason = f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours"
+    return Candidate(step, name, state, reason, moves=moves)
 
 
 def verify_files(

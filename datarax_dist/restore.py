@@ -388,6 +388,11 @@ class Restorer:
         if moved:
             raise _MovedError
 
+    def _stop_if_away(self, candidate: Candidate) -> None:
+        """The same, before a second look at what had something wrong."""
+        if candidate.state == "committed":
+            self._stop_if_moved(candidate)
+
     def _go_on(self, inspection: Inspection, candidates: Sequence[Candidate]) -> None:
         """From the first candidate, which is damaged, to the next one, if there is one."""
         self._stop_if_moved(candidates[0], lambda: self._begin(inspection, candidates[1:]))
@@ -407,6 +412,7 @@ class Restorer:
         """
         found = self._verify_once(candidate, phases, level, read_all)
         if found[1] and isinstance(self._store, SupportsRename):
+            self._stop_if_away(candidate)
             found = self._verify_once(candidate, phases, level, read_all)
         return found
 
@@ -493,9 +499,14 @@ class Restorer:
             return {"wrong": wrong, "moved": moved}
 
         # What comes from a bucket may be damaged on its way: it is damaged there if it is so twice.
-        tries = 1 if isinstance(self._store, SupportsRename) else 2
+        # What is not there on a file system may have been moved away for a moment.
+        renames = isinstance(self._store, SupportsRename)
         with phases.span("load"):
-            for _ in range(tries):
+            for number in range(2):
+                if number and renames:
+                    if _is_checksum(wrong):
+                        break
+                    self._stop_if_away(candidate)
                 if attempt.apply is None:
                     attempt = self._try_load(candidate, load, unverified)
                 told = self._group.exchange(

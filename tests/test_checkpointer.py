@@ -24,6 +24,8 @@ from flax.training import train_state
 import datarax_dist as dd
 from datarax_dist import errors, telemetry
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
+from datarax_dist.retention import delete_step
+from datarax_dist.storage import LocalStore
 from datarax_dist.testing import fail_at
 
 
@@ -285,6 +287,22 @@ def test_a_step_that_is_not_gone_is_not_told_as_deleted(
         monkeypatch.undo()
         ckpt.delete(1)
         assert ckpt.all_steps() == []
+
+
+def test_a_step_that_the_owner_before_has_deleted_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": np.arange(3)}).result()
+        take = ckpt._saver.take
+
+        def then_it_is_gone() -> None:
+            delete_step(LocalStore(str(tmp_path / "run")), 1, now=0.0)
+            take()
+
+        monkeypatch.setattr(ckpt._saver, "take", then_it_is_gone)
+        with pytest.raises(errors.StepNotFoundError):
+            ckpt.delete(1)
 
 
 def test_a_root_that_cannot_be_one_is_a_storage_error_that_says_what_to_do(tmp_path: Path) -> None:

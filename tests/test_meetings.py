@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from jobs import Job
 
+from datarax_dist import cli, retention
+from datarax_dist.cli import reading
 from datarax_dist.errors import LeaseError, StorageError
 from datarax_dist.inspection import inspect_run
-from datarax_dist.testing import MemoryStore
+from datarax_dist.testing import MemoryBucket, MemoryStore
 from datarax_dist.testing.turns import Ran
 from datarax_dist.testing.world import Plan, World
 
@@ -222,3 +224,112 @@ def test_a_marker_for_which_there_is_nothing_left_is_not_given_the_name_of_a_ste
     monkeypatch.undo()
     assert Job("one", store).save(1) == "saved"
     assert [c.name for c in inspect_run(store).candidates] == ["1"]
+
+
+def moved_away(*then: tuple[int, Sequence[str]]) -> Ran:
+    """A job that has lost the run moves a step away and back, while another one restores it; `then`
+    is how they take turns. Returns how the restore went.
+    """
+    stale_and_owner = [(0, ["create: 1.staging*", "rename: 1 to *"]), (1, ["put: 2.staging*"])]
+    _, ran = meet([AGAIN, NEWER, READS], [*stale_and_owner, *then], then=[2, 0, 1])
+    return ran[2]
+
+
+def test_a_step_that_is_away_at_every_look_is_not_damaged() -> None:
+    reader = moved_away(
+        (2, ["create: 1.restoring*", "get: 1/COMMIT.json"]), (0, ["rename: 1.staging*"])
+    )
+    assert ends(reader)["restore"] == "step 1 of job 0"
+
+
+def test_a_step_that_was_away_when_it_was_loaded_is_not_damaged() -> None:
+    reader = moved_away(
+        (2, ["create: 1.restoring*", "get: 1/TREE.json"]),
+        (0, ["rename: 1.staging*"]),
+        (2, ["get: 1/TREE.json", "tells*"]),
+        (0, ["rename: 1.replaced*", "tells*"]),
+    )
+    assert ends(reader)["restore"] == "step 1 of job 0"
+
+
+def test_a_listing_of_a_directory_that_was_moved_meanwhile_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a real file system it was opened before, and read when its marker was gone already."""
+    store, children, late = MemoryStore(), MemoryStore.children, ["1"]
+    assert Job("one", store).save(1) == "saved"
+
+    def is_late(files: MemoryStore, prefix: str) -> list[str]:
+        names = children(files, prefix)
+        if prefix in late:
+            late.remove(prefix)
+            names.remove("COMMIT.json")
+        return names
+
+    monkeypatch.setattr(MemoryStore, "children", is_late)
+    assert inspect_run(store).committed == [1]
+
+
+def test_a_root_that_changes_whenever_it_is_looked_at_is_no_empty_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, children = MemoryStore(), MemoryStore.children
+    assert Job("one", store).save(1) == "saved"
+    looks = itertools.count()
+
+    def changing(files: MemoryStore, prefix: str) -> list[str]:
+        names = children(files, prefix)
+        return [n for n in names if n != "COMMIT.json"] + [f"{next(looks)}"] * (prefix == "1")
+
+    monkeypatch.setattr(MemoryStore, "children", changing)
+    with pytest.raises(StorageError, match="changed 20 times while it was looked at"):
+        inspect_run(store)
+
+
+@pytest.mark.parametrize("make", [MemoryStore, MemoryBucket])
+@pytest.mark.parametrize("command", ["verify", "show"])
+@pytest.mark.parametrize("then", ["is saved again", "is deleted"])
+def test_the_command_line_does_not_call_a_step_damaged_that_changes_while_it_is_read(
+    make: Any, command: str, then: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    store = make()
+    Job("one", store).save(1)
+    Job("one", store).save(2)
+    acts = [lambda: Job("two", store).save(2, replace=True)]
+    if then == "is deleted":
+        acts = [lambda: retention.delete_step(store, 2, now=0.0)]
+    read_records = reading.read_records
+
+    def late(*arguments: Any) -> Any:
+        if acts:
+            acts.pop()()
+        return read_records(*arguments)
+
+    monkeypatch.setattr(reading, "read_records", late)
+    monkeypatch.setattr(reading, "open_root", lambda root: store)
+    assert cli.main([command, "root"]) == 0
+    told = capsys.readouterr()
+    assert "damaged" not in told.out + told.err
+
+
+@pytest.mark.parametrize("command", ["verify", "show"])
+def test_the_command_line_does_not_call_a_step_damaged_that_is_away_for_a_moment(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    store = MemoryStore()
+    Job("one", store).save(1)
+    looks, read_records = itertools.count(), reading.read_records
+
+    def away(*arguments: Any) -> Any:
+        if next(looks):
+            return read_records(*arguments)
+        store.rename("1", "1.replaced-0123456789abcdef")
+        try:
+            return read_records(*arguments)
+        finally:
+            store.rename("1.replaced-0123456789abcdef", "1")
+
+    monkeypatch.setattr(reading, "read_records", away)
+    monkeypatch.setattr(reading, "open_root", lambda root: store)
+    assert cli.main([command, "root"]) == 0
+    assert "damaged" not in capsys.readouterr().out

@@ -30,13 +30,16 @@ from datarax_dist.errors import CorruptStepError, FormatVersionError, StepNotFou
 from datarax_dist.inspection import (
     Candidate,
     Inspection,
+    has_moved,
     inspect_run,
     read_records,
     verify_files,
 )
-from datarax_dist.storage import Store, open_store
+from datarax_dist.storage import Store, SupportsRename, open_store
 
 __all__ = ["ls", "open_root", "show", "split_target", "verify"]
+
+_TRIES = 20  # at a step that a job saves again while it is read
 
 
 def open_root(root: str) -> Store:
@@ -166,11 +169,29 @@ def _reason(row: Mapping[str, Any]) -> str:
 def show(arguments: argparse.Namespace) -> int:
     root, step = split_target(arguments.target)
     store = open_root(root)
-    inspection = mark_suspects(store, inspect_run(store), time.time())
-    candidate = _choose(store, inspection, step or "latest")
-    newer = _newer_format(store, candidate)
-    if newer is not None:
-        raise newer
+    for number in range(_TRIES):
+        inspection = mark_suspects(store, inspect_run(store), time.time())
+        candidate = _choose(store, inspection, step or "latest")
+        newer = _newer_format(store, candidate)
+        if newer is not None:
+            raise newer
+        body, damage = _describe(store, candidate, arguments.tree)
+        if not damage or candidate.state != "committed":
+            break
+        # Not because a job has saved it again meanwhile, or moved it away for a moment.
+        if number and not has_moved(store, candidate):
+            break
+    if arguments.json:
+        print_json(body)
+    else:
+        _print_step(body)
+    if damage:
+        note(f"step {candidate.step} of {store.root} is damaged: {damage}")
+    return FINDINGS if damage else OK
+
+
+def _describe(store: Store, candidate: Candidate, tree: bool) -> tuple[dict[str, Any], str]:
+    """Returns what is to be told of a directory, and why it is damaged, if it is."""
     marker = candidate.marker
     body: dict[str, Any] = {**_row(candidate, time.time()), "root": store.root}
     damage = candidate.reason if candidate.state == "damaged" else ""
@@ -187,24 +208,16 @@ def show(arguments: argparse.Namespace) -> int:
             first = marker.records[0].path
             record = fmt.parse_record(store.get(f"{candidate.name}/{first}"), first)
             body["notes"] = dict(record.notes)
-        except (CorruptStepError, FormatVersionError) as error:
-            if isinstance(error, FormatVersionError):
-                raise
+        except (CorruptStepError, KeyError) as error:
             damage = str(error)
-        if arguments.tree:
+        if tree:
             try:
                 body["leaves"] = _leaves(store, candidate.name, body.get("files", []))
             except fmt.InvalidRecordError as error:
                 damage = damage or str(error)
-    elif arguments.tree:
+    elif tree:
         note(f"{candidate.name} is {candidate.state}: its tree is not read.")
-    if arguments.json:
-        print_json(body)
-    else:
-        _print_step(body)
-    if damage:
-        note(f"step {candidate.step} of {store.root} is damaged: {damage}")
-    return FINDINGS if damage else OK
+    return body, damage
 
 
 def _leaves(
@@ -338,23 +351,39 @@ def _result(
 
 
 def _verify_step(store: Store, candidate: Candidate, level: str) -> dict[str, Any]:
+    """Verifies a step, which a job may save again or delete meanwhile: then what it is now."""
+    is_twice = not isinstance(store, SupportsRename)  # in a bucket nothing is away for a moment
+    for _ in range(_TRIES):
+        files, wrong = _verify_once(store, candidate, level)
+        if not wrong:
+            break
+        if has_moved(store, candidate):
+            found = inspect_run(store).candidates
+            now = [c for c in found if (c.step, c.state) == (candidate.step, "committed")]
+            if not now:
+                return _result(candidate, files, {}, "gone")
+            [candidate] = now
+        elif is_twice:
+            break
+        else:
+            is_twice = True
+    return _result(candidate, files, wrong)
+
+
+def _verify_once(store: Store, candidate: Candidate, level: str) -> tuple[int, dict[str, str]]:
+    """Returns how many files a step has, and what is wrong with them."""
     marker = candidate.marker
     assert marker is not None
-    files: Sequence[fmt.FileEntry] = ()
     show = _Meter(candidate.step) if level == "full" and sys.stderr.isatty() else None
     try:
         files = read_records(store, candidate.name, marker.records, marker.run, marker.step)
         advance = _nothing if show is None else show.start(sum(file.size for file in files))
-        wrong = verify_files(store, candidate.name, files, level, progress=advance)
+        return len(files), verify_files(store, candidate.name, files, level, progress=advance)
     except CorruptStepError as error:
-        wrong = dict.fromkeys(error.files, "missing, or not the record that was committed")
+        return 0, dict.fromkeys(error.files, "missing, or not the record that was committed")
     finally:
         if show is not None:
             show.clear()
-    # A training job may delete old steps while this reads; it removes the marker before the files.
-    if wrong and fmt.COMMIT_NAME not in store.children(candidate.name):
-        return _result(candidate, len(files), {}, "gone")
-    return _result(candidate, len(files), wrong)
 
 
 def _nothing(count: int) -> None:

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datarax_dist import format as fmt
+from datarax_dist.testing.simulated import ONCE_MORE
 from datarax_dist.testing.turns import Ran
 from datarax_dist.testing.world import BreachError, Plan, World
 
@@ -98,10 +99,12 @@ def _plan(chance: random.Random, step: int, share: float) -> Plan:
     """Returns a job that goes on from about this step."""
     hosts = chance.choice([1, 1, 2, 2, 3, 4])
     steps = []
-    for _ in range(chance.randint(1, 2)):
+    for _ in range(chance.choice([0, 1, 1, 2, 2])):
         again = step > 0 and chance.random() < 0.4
         step += 0 if again else 1
         steps.append((step, again))
+    if not steps:
+        return Plan(hosts, steps)  # it only reads
     dying = chance.sample(range(hosts), chance.choice([0, 0, chance.randint(0, hosts)]))
     return Plan(
         hosts,
@@ -218,14 +221,14 @@ def exhaust(
 
 def meetings() -> dict[str, list[Plan]]:
     """Returns what two jobs do that are in each other's way."""
-    again, newer, older = Plan(1, [(1, True)]), Plan(1, [(2, True)], keep=1), Plan(1, [(1, True)])
+    again, newer = Plan(1, [(1, True)]), Plan(1, [(2, True)], keep=1)
     deletes, reads = Plan(1, [(2, True)], deletes=[1]), Plan(1, [])
     return {
         "one restores the step that the other saves again": [reads, again],
         "both save the same new step, and keep one": [newer, newer],
         "both save a step again": [again, again],
         "one saves the step again that the other does not keep": [again, newer],
-        "one does not keep the step that the other saves again": [newer, older],
+        "one does not keep the step that the other saves again": [newer, again],
         "one deletes the step that the other saves again": [deletes, again],
         "one saves the step again that the other deletes": [again, deletes],
     }
@@ -235,7 +238,8 @@ def interleave(
     plans: Sequence[Plan], in_bucket: bool, *, switches: int = 2, every: int = 1, deaths: int = 0
 ) -> Explored:
     """Runs two jobs that take turns, up to so many times, once for each place where one of them can
-    stand still for the other; but of orders that can make no difference only one.
+    stand still for the other; but of orders that can make no difference only one. In a bucket also
+    once for each reply that the first does not get: it stands still before it asks once more.
 
     Args:
         every: of the places where the second job stands still, the first one again, and so on,
@@ -249,10 +253,13 @@ def interleave(
     total, kind = Explored(), "bucket" if in_bucket else "file system"
     ends, dying = itertools.count(), itertools.count()
 
-    def run(turns: Sequence[tuple[int, float]], crashes: Sequence[Mapping[int, int]]) -> list[Ran]:
-        told = [dataclasses.replace(p, crashes=c) for p, c in zip(plans, crashes, strict=True)]
-        name = f"{kind}, turns {turns}, deaths {crashes}"
-        world, ran = _run(name, in_bucket, told, turns)
+    def run(turns: Sequence[tuple[int, float]], **more: Mapping[int, Any]) -> list[Ran]:
+        """Runs the jobs; `more` is what happens to each, by its number, as `Plan` has it."""
+        jobs = list(plans)
+        for what, happens in more.items():
+            for job, how in happens.items():
+                jobs[job] = dataclasses.replace(jobs[job], **{what: how})
+        world, ran = _run(f"{kind}, turns {turns}, {more}", in_bucket, jobs, turns)
         total.add(_explored(world))
         return ran
 
@@ -270,9 +277,9 @@ def interleave(
         for there in (None, *range(made[job] - left[job], made[job])):
             for both in (True, False):
                 if (there is not None or both) and next(dying) % deaths == 0:
-                    crashes = {job: {} if there is None else {0: there}}
-                    crashes[1 - job] = {0: here} if both else {}
-                    run([*turns, (job, float("inf"))], [crashes[0], crashes[1]])
+                    crashes = {} if there is None else {job: {0: there}}
+                    crashes |= {1 - job: {0: here}} if both else {}
+                    run([*turns, (job, float("inf"))], crashes=crashes)
 
     def preempt(turns: list[tuple[int, float]], job: int, ran: Sequence[Ran], left: int) -> None:
         """After these turns this job came to its end, in `ran`, and then the other one."""
@@ -285,14 +292,21 @@ def interleave(
             if turns and next(ends) % every:
                 continue
             here = [*turns, (job, place)]
-            ran_here = run([*here, (other, float("inf"))], [{}, {}])
+            ran_here = run([*here, (other, float("inf"))])
             theirs = tail(ran_here, here, other)
             if deaths:
                 let_die(here, other, ran_here)
             if left > 1:
                 preempt(here, other, ran_here, left - 1)
 
-    preempt([], 0, run([(0, float("inf"))], [{}, {}]), switches)
+    [first, _] = alone = run([(0, float("inf"))])
+    preempt([], 0, alone, switches)
+    for place in range(sum(changes for _, changes in first.moves) if in_bucket else 0):
+        lost = {0: {0: {place}}}
+        [first, _] = run([(0, float("inf"))], lost=lost)
+        again = [n for n, (what, _) in enumerate(first.moves) if what.endswith(ONCE_MORE)]
+        for stands_before in again:
+            run([(0, stands_before)], lost=lost)
     return total
 
 

@@ -21,6 +21,7 @@ from datarax_dist.hosts import HostGroup
 from datarax_dist.storage import Entry
 
 __all__ = [
+    "ONCE_MORE",
     "FakeClock",
     "MemoryArrays",
     "MemoryBucket",
@@ -31,6 +32,8 @@ __all__ = [
 
 
 _Result = TypeVar("_Result")
+
+ONCE_MORE = ", once more, as no reply came"  # ends what is told of such a request
 
 
 class FakeClock:
@@ -379,7 +382,7 @@ class _SteppedBucket(_Stepped):
         self._step(what, True)
         result = request()
         while self._is_lost():
-            self._step(f"{what}, once more, as no reply came", True)
+            self._step(f"{what}{ONCE_MORE}", True)
             result = (again or request)()
         return result
 
