@@ -669,7 +669,7 @@ GUARDS = [
     Guard(
         "a directory that was listed and is not there is looked for again",
         "inspection.py",
-        "        moves=not inside and not _is_empty(store, name),\n",
+        "    moves = not _is_empty(store, name) if not inside else ",
         "",
         "tests/test_meetings.py -k reader",
     ),

@@ -192,6 +192,7 @@ class World:
         self._moved: tuple[_Job, str] | None = None  # by whom and what, since it was looked
         self._last: _Job | None = None  # who has moved last
         self._broken: BreachError | None = None
+        self._stray: set[int] = set()  # steps whose marker is of a save that came too late
         self._found: Sequence[Candidate] = ()  # when every byte was looked at
         self.committed: View = {}
         self._views: list[View] = [{}]  # all there have been
@@ -302,10 +303,9 @@ class World:
         self._found = inspect_run(self.files).candidates
         for candidate in self._found:
             if candidate.state == "damaged":
-                # Of a step that was deleted, in a bucket: it goes with the next save.
-                is_lone = self.files.children(candidate.name) == [fmt.COMMIT_NAME]
-                if not (is_lone and isinstance(self.files, MemoryBucket)):
+                if not self._is_stray(candidate.name):
                     self._breach(f"{candidate.name} is damaged: {candidate.reason}")
+                self._stray.add(candidate.step)
             if candidate.state == "committed":
                 if candidate.step in found:
                     self._breach(f"step {candidate.step} is there twice")
@@ -316,6 +316,16 @@ class World:
                 except KeyError:
                     self._breach(f"step {candidate.step} is committed and not whole")
         return found
+
+    def _is_stray(self, name: str) -> bool:
+        """Whether a marker in a bucket is of a step that has been deleted meanwhile: its save stood
+        still before it made it. It goes as soon as that save looks, unless it dies before.
+        """
+        if not isinstance(self.files, MemoryBucket):
+            return False
+        claim = retention.read_claim(self.files, name)
+        marker = fmt.parse_marker(self.files.get(f"{name}/{fmt.COMMIT_NAME}"))
+        return claim is None or claim.nonce != marker.nonce
 
     def _contents(self) -> dict[int, int]:
         """The same, after looking at every byte."""
@@ -503,6 +513,7 @@ class World:
         if what.startswith("delete"):
             return isinstance(how, StepNotFoundError) and step not in job.after
         is_there = any(view.get(step, job.number) != job.number for view in self._views)
+        is_there = is_there or step in self._stray
         return isinstance(how, StepExistsError) and (step, False) in job.plan.steps and is_there
 
     # The end
@@ -533,6 +544,7 @@ class World:
         ]
         may = [c.name for c in self._found if c.state in ("committed", "refused")]
         may += hides if isinstance(self.files, MemoryBucket) else ()
+        may += map(fmt.step_name, self._stray)
         may += late if of_today and isinstance(self.files, MemoryBucket) else []
         known = {*may, fmt.RUN_NAME, fmt.LEASE_NAME, *(key.split("/")[0] for key in _FOREIGN)}
         left = {key.split("/")[0] for key in self.files.files} - known
