@@ -254,12 +254,12 @@ class Saver:
     def _hold(self) -> None:
         run = self._known.run or self._claim_run(self._store.children(""))
         self.lease.hold(run, self._fence)
+        self.forget()  # another job may have held it since a restore of this one has looked
 
     def _fence(
         self, run: str, older: Sequence[fmt.LeaseRecord], is_newest: Callable[[], bool]
     ) -> None:
         retention.fence(self._store, run, older, self._clock.now(), is_newest)
-        self.forget()
 
     def begin(
         self,

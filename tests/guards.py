@@ -653,6 +653,13 @@ GUARDS = [
         "tests/test_meetings.py",
     ),
     Guard(
+        "what was learnt before the run was taken is forgotten",
+        "save.py",
+        "        self.forget()  # another job may",
+        "        # another job may",
+        "tests/test_meetings.py -k learnt",
+    ),
+    Guard(
         "who is overtaken while it takes the run fences nobody",
         "retention.py",
         "    if not is_newest():  # or what was found may be the next owner's\n        return\n",
@@ -670,7 +677,7 @@ GUARDS = [
         "a directory that was listed and is not there is looked for again",
         "inspection.py",
         "    moves = not _is_empty(store, name) if not inside else ",
-        "",
+        "    moves = False if not inside else ",
         "tests/test_meetings.py -k reader",
     ),
     Guard(

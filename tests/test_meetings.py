@@ -14,7 +14,7 @@ from jobs import Job
 
 from datarax_dist import cli, retention
 from datarax_dist.cli import reading
-from datarax_dist.errors import LeaseError, StorageError
+from datarax_dist.errors import LeaseError, StepExistsError, StorageError
 from datarax_dist.inspection import inspect_run
 from datarax_dist.testing import MemoryBucket, MemoryStore
 from datarax_dist.testing.turns import Ran
@@ -224,6 +224,23 @@ def test_a_marker_for_which_there_is_nothing_left_is_not_given_the_name_of_a_ste
     monkeypatch.undo()
     assert Job("one", store).save(1) == "saved"
     assert [c.name for c in inspect_run(store).candidates] == ["1"]
+
+
+def test_what_was_learnt_before_the_run_was_taken_does_not_count() -> None:
+    """A job has looked at a bucket. Before it takes the run, another one has saved the step, one
+    has died that had copied it aside, and a third one has come and gone.
+    """
+    new, order = Plan(1, [(1, False)]), itertools.count()
+    _, [alone] = run(True, [], [AGAIN], [])
+    upto = itertools.takewhile(lambda move: move[0] != "create: 1/STEP.json", alone.moves)
+    dies = Plan(1, [(1, True)], crashes={0: sum(changes for _, changes in upto)})
+    with World("learnt", True, lambda able: next(order) % able, 0) as world:
+        world.run([Plan(1, [(1, False)], deletes=[1])])
+        turns = [(0, 6), *((job, float("inf")) for job in (1, 2, 3))]
+        late, *_ = world.run([new, new, dies, new], turns)
+        assert late.moves[5][0] == "tells the others (agreement 1): prepare"
+        assert isinstance(ends(late)["save step 1"], StepExistsError)
+        assert world.committed == {1: 2}
 
 
 def moved_away(*then: tuple[int, Sequence[str]]) -> Ran:
