@@ -587,15 +587,15 @@ class Checkpointer:
         self._check_open()
         hosts, size, items, committed_at = self._group.exchange(
             "info",
-            step,
+            _whole_number(step),
             leader=self._describe,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
         return StepInfo(step, hosts, size, tuple(items), committed_at)
 
-    def _describe(self, steps: Sequence[int]) -> list[Any]:
+    def _describe(self, steps: Sequence[int | None]) -> list[Any]:
         """On the primary, that all hosts may be told the same."""
-        [step, *others] = sorted(set(steps))
+        [step, *others] = sorted(set(steps), key=str)
         if others:
             raise InvalidArgumentError(f"Hosts ask for different steps: {step}, {others[0]}.")
         for candidate in inspect_run(self._store).candidates:
@@ -618,7 +618,7 @@ class Checkpointer:
         self._saver.forget()
         self._group.exchange(
             "delete",
-            step,
+            _whole_number(step),
             leader=self._delete,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )

@@ -269,8 +269,11 @@ def test_policies_say_when_to_save_and_what_to_keep(tmp_path: Path) -> None:
         assert ckpt.all_steps() == [0, 4, 8, 11]
         info = ckpt.step_info(8)
         assert (info.step, info.hosts, info.items) == (8, 1, ("state",))
-        ckpt.delete(4)
+        assert ckpt.step_info(np.int64(8)) == info  # type: ignore[arg-type]
+        ckpt.delete(np.int64(4))  # type: ignore[arg-type]
         assert ckpt.all_steps() == [0, 8, 11]
+        with pytest.raises(errors.StepNotFoundError):
+            ckpt.step_info("8")  # type: ignore[arg-type]
         with pytest.raises(errors.StepNotFoundError):
             ckpt.delete(4)
 
