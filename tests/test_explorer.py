@@ -20,7 +20,7 @@ again = pytest.mark.parametrize("again", [False, True], ids=["new step", "saved 
 def test_random_worlds_hold_what_is_promised(first: int) -> None:
     tried = explorer.explore(range(first, first + 100))
     assert tried.worlds == 100
-    assert tried.crashes > 30
+    assert tried.crashes > 15
 
 
 @again
@@ -41,7 +41,7 @@ def test_two_hosts_may_die_at_different_places(in_bucket: bool, again: bool) -> 
 @kinds
 def test_two_jobs_take_turns_and_may_die(plans: list[worlds.Plan], in_bucket: bool) -> None:
     """A part of the orders; `python -m datarax_dist.testing.explorer --exhaust` tries more."""
-    tried = explorer.interleave(plans, in_bucket, every=53, deaths=997)
+    tried = explorer.interleave(plans, in_bucket, every=53, deaths=397)
     assert tried.worlds > (60 if plans[0].steps else 15)
     assert tried.crashes > 2
 

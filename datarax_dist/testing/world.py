@@ -324,7 +324,10 @@ class World:
         if not isinstance(self.files, MemoryBucket):
             return False
         claim = retention.read_claim(self.files, name)
-        marker = fmt.parse_marker(self.files.get(f"{name}/{fmt.COMMIT_NAME}"))
+        try:
+            marker = fmt.parse_marker(self.files.get(f"{name}/{fmt.COMMIT_NAME}"))
+        except fmt.InvalidRecordError:
+            return False
         return claim is None or claim.nonce != marker.nonce
 
     def _contents(self) -> dict[int, int]:
