@@ -618,14 +618,15 @@ def test_a_commit_and_a_deletion_between_two_looks_leave_no_reader_with_nothing(
     Job("new", requests(bucket)).save(6)
     marker = bucket.files.pop("6/COMMIT.json")
     gone = fmt.dump_void(run_of(bucket), 5, "00", 0.0)
-    new, listing, looked = bucket.list("6"), bucket.list, set()
+    new, listing = bucket.list("6"), bucket.list
+    looks = {"5": 1, "6": 2}  # at what has no marker it looks twice
 
     def late(prefix: str) -> Any:
-        first = prefix in ("5", "6") and prefix not in looked
-        looked.add(prefix)
-        if prefix == "6" and first:
+        early = looks.get(prefix, 0) > 0
+        looks[prefix] = looks.get(prefix, 0) - 1
+        if prefix == "6" and early:
             return new
-        if prefix == "5" and first:
+        if prefix == "5" and early:
             bucket.files["6/COMMIT.json"] = marker
             bucket.files["5/COMMIT.json"] = gone
         return listing(prefix)

@@ -254,7 +254,10 @@ def moved_away(*then: tuple[int, Sequence[str]]) -> Ran:
 
 def test_a_step_that_is_away_at_every_look_is_not_damaged() -> None:
     reader = moved_away(
-        (2, ["create: 1.restoring*", "get: 1/COMMIT.json"]), (0, ["rename: 1.staging*"])
+        (2, ["create: 1.restoring*", "get: 1/COMMIT.json"]),
+        (0, ["rename: 1.staging*"]),
+        (2, ["get: 1/COMMIT.json", "get: 1/COMMIT.json", "tells*"]),
+        (0, ["rename: 1.replaced*", "tells*"]),
     )
     assert ends(reader)["restore"] == "step 1 of job 0"
 
