@@ -42,7 +42,16 @@ def test_the_code_in_the_docs_that_needs_a_bucket_runs(gcs: FakeGCS, place: str,
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpointer", "config", "data.adapters", "data.streams", "testing.exactly_once", "trees"],
+    [
+        "checkpointer",
+        "config",
+        "data.adapters",
+        "data.streams",
+        "testing.exactly_once",
+        "testing.explorer",
+        "testing.world",
+        "trees",
+    ],
 )
 def test_the_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(f"datarax_dist.{name}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from datarax_dist import publish, retention
+from datarax_dist import publish, restore, retention
 from datarax_dist.errors import StorageError
 from datarax_dist.testing import MemoryBucket, MemoryStore, explorer, turns
 from datarax_dist.testing import world as worlds
@@ -130,6 +130,13 @@ def test_a_marker_that_is_made_before_the_copies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(MemoryBucket, "copy", early)
     with pytest.raises(explorer.BreachError):
         explorer.exhaust(2, True, most=1)
+
+
+def test_a_restore_of_two_versions_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "has_moved", lambda *_: False)
+    plans = explorer.meetings()["one restores the step that the other saves again"]
+    with pytest.raises(explorer.BreachError, match="of several versions"):
+        explorer.interleave(plans, True, switches=1)
 
 
 def test_a_restore_that_fails_though_nobody_died(monkeypatch: pytest.MonkeyPatch) -> None:
