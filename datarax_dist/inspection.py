@@ -249,13 +249,22 @@ def _read(store: Store, key: str) -> bytes:
         raise fmt.InvalidRecordError(f"{key} cannot be read: {error}") from error
 
 
-def _look_inside(store: Store, name: str) -> tuple[set[str], set[str]]:
-    """Returns the names in a step's directory, and in its `hosts`; of a bucket in one listing."""
-    if isinstance(store, SupportsRename):
-        return set(store.children(name)), set(store.children(f"{name}/hosts"))
-    keys = [entry.key.removeprefix(f"{name}/") for entry in store.list(name)]
-    records = {key.removeprefix("hosts/") for key in keys if key.startswith("hosts/")}
-    return {key.split("/")[0] for key in keys}, records
+# Says what is wrong with the host records that a marker names, as far as a listing tells.
+_Wrong = Callable[[Sequence[fmt.FileEntry]], dict[str, str]]
+
+
+def _look_inside(store: Store, name: str) -> tuple[set[str], _Wrong]:
+    """Returns the names in a step's directory, and what tells of its host records; of a bucket in
+    one listing, which has their sizes and digests, too.
+    """
+    if not isinstance(store, SupportsRename):
+        entries = store.list(name)
+        keys = [entry.key.removeprefix(f"{name}/") for entry in entries]
+        return {key.split("/")[0] for key in keys}, lambda rows: compare(entries, name, rows)
+    inside, there = set(store.children(name)), set(store.children(f"{name}/hosts"))
+    return inside, lambda rows: {
+        row.path: "missing" for row in rows if row.path.removeprefix("hosts/") not in there
+    }
 
 
 def _is_empty(store: Store, name: str) -> bool:
@@ -265,24 +274,35 @@ def _is_empty(store: Store, name: str) -> bool:
     return all(f"{name}/" in store.children("") and not store.children(name) for _ in range(_LOOKS))
 
 
-def _lacks(store: Store, name: str, marker: bytes, records: Sequence[str]) -> bool:
-    """Whether none of these host records is beside a marker. Another version may have taken the
-    place of the one that they were looked for in.
+def _lacks(store: Store, name: str, data: bytes, records: Sequence[fmt.FileEntry]) -> bool:
+    """Whether all of these host records are missing, or are others, beside a marker. Another
+    version may have taken the place of the one that they were looked for in.
     """
     for _ in range(_LOOKS):
-        _, there = _look_inside(store, name)
+        _, wrong = _look_inside(store, name)
         try:
-            stays = _read(store, f"{name}/{fmt.COMMIT_NAME}") == marker
+            stays = _read(store, f"{name}/{fmt.COMMIT_NAME}") == data
         except (KeyError, fmt.InvalidRecordError):
             stays = False
-        if not stays or not there.isdisjoint(records):
+        if not stays or len(wrong(records)) < len(records):
             return False
     return True
 
 
+def _is_unreadable(store: Store, name: str) -> bool:
+    """Whether a marker cannot be read, or is none, at another look, too."""
+    try:
+        fmt.parse_marker(_read(store, f"{name}/{fmt.COMMIT_NAME}"))
+    except fmt.InvalidRecordError:
+        return True
+    except (KeyError, FormatVersionError):
+        pass
+    return False
+
+
 def inspect_step(store: Store, step: int, name: str) -> Candidate:
     """Returns what one directory is, for all that its name says."""
-    inside, there = _look_inside(store, name)
+    inside, wrong_of = _look_inside(store, name)
     if fmt.COMMIT_NAME in inside:
         try:
             data = _read(store, f"{name}/{fmt.COMMIT_NAME}")
@@ -303,18 +323,22 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
             files = (fmt.COMMIT_NAME,)
             return Candidate(step, name, "damaged", f"{error}", files=files, moves=True)
         except fmt.InvalidRecordError as error:
-            return Candidate(step, name, "damaged", f"{error}", files=(fmt.COMMIT_NAME,))
+            moves = not _is_unreadable(store, name)
+            files = (fmt.COMMIT_NAME,)
+            return Candidate(step, name, "damaged", f"{error}", files=files, moves=moves)
         if marker.step != step:
             return Candidate(step, name, "refused", f"its marker is that of step {marker.step}")
-        missing = [e.path for e in marker.records if e.path.rsplit("/", 1)[1] not in there]
-        if missing:
+        if wrong := wrong_of(marker.records):
+            # Others: a marker that came late, when another save of this step had begun here.
+            how = "missing" if set(wrong.values()) == {"missing"} else "not those of its marker"
+            rows = [row for row in marker.records if row.path in wrong]
             return Candidate(
                 step,
                 name,
                 "damaged",
-                f"host records are missing: {', '.join(missing[:5])}",
-                files=tuple(missing),
-                moves=not _lacks(store, name, data, [path.rsplit("/", 1)[1] for path in missing]),
+                f"host records are {how}: {', '.join(list(wrong)[:5])}",
+                files=tuple(wrong),
+                moves=not _lacks(store, name, data, rows),
             )
         return Candidate(step, name, "committed", marker=marker, digest=fmt.digest(data))
     # What was listed may be a step that was moved, and is being deleted under another name.

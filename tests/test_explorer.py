@@ -158,6 +158,47 @@ def test_a_lost_reply_that_is_not_read_back(
         explorer.exhaust(2, True, again=operation == "replace", most=0)
 
 
+BUCKET_MEETINGS = [plans for plans in explorer.meetings().values() if plans[0].steps]
+
+
+@pytest.mark.parametrize(
+    "plans", BUCKET_MEETINGS, ids=[str(n) for n in range(len(BUCKET_MEETINGS))]
+)
+def test_requests_may_arrive_late(plans: list[worlds.Plan]) -> None:
+    assert explorer.late(plans, every=29).worlds > 70
+
+
+@pytest.mark.parametrize("unconditional", ["create", "delete_listed", "replace"])
+def test_what_a_late_request_breaks_is_noticed(
+    unconditional: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket that honours no condition when a request is late."""
+    is_late = False
+    honest = getattr(worlds.MemoryBucket, unconditional)
+    arrive = worlds.World._arrive
+
+    def act(files: Any, key: Any, *rest: Any, **more: Any) -> bool:
+        if not is_late:
+            return honest(files, key, *rest, **more)
+        if unconditional != "delete_listed":
+            files.files[key] = rest[-1]
+        for entry in key if unconditional == "delete_listed" else ():
+            if entry.key in files.files:
+                del files.files[entry.key]
+        return True
+
+    def let_arrive(world: Any, until: float) -> None:
+        nonlocal is_late
+        is_late = True
+        arrive(world, until)
+        is_late = False
+
+    monkeypatch.setattr(worlds.MemoryBucket, unconditional, act)
+    monkeypatch.setattr(worlds.World, "_arrive", let_arrive)
+    with pytest.raises(worlds.BreachError, match=r"\(late, of job"):
+        explorer.late(explorer.meetings()["both save a step again"])
+
+
 def test_random_worlds_lose_replies_of_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryBucket, "holds", lambda *_: False)
     with pytest.raises(explorer.BreachError, match="no reply came"):

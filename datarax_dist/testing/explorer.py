@@ -3,9 +3,10 @@
 A *world* (`testing.world`) is a run in memory, on a file system or in a bucket, on which jobs of
 several hosts follow each other: each restores, saves a few steps, and may lose hosts at any of
 their operations. In a bucket replies can be lost, too: what was asked for is done, and is asked for
-again. And several jobs can be there at once, of which one moves while the others stand still,
-between any two of their operations. A seed decides everything: who moves next, who dies where, what
-is saved. A seed that breaks a promise prints what happened, in order, and does the same again.
+again; and any request may arrive once more, late. And several jobs can be there at once, of which
+one moves while the others stand still, between any two of their operations. A seed decides
+everything: who moves next, who dies where, what is saved. A seed that breaks a promise prints what
+happened, in order, and does the same again.
 
     python -m datarax_dist.testing.explorer --seeds 20000      # random worlds
     python -m datarax_dist.testing.explorer --exhaust          # every crash, pair, lost reply, ...
@@ -37,7 +38,16 @@ from datarax_dist.testing.simulated import ONCE_MORE
 from datarax_dist.testing.turns import Ran
 from datarax_dist.testing.world import BreachError, Plan, World
 
-__all__ = ["BreachError", "Explored", "exhaust", "explore", "interleave", "meetings", "run_world"]
+__all__ = [
+    "BreachError",
+    "Explored",
+    "exhaust",
+    "explore",
+    "interleave",
+    "late",
+    "meetings",
+    "run_world",
+]
 
 _PART_SECONDS = 1800.0  # of the machine, for one piece of work; a few are enough
 _LONG_SECONDS = 300.0
@@ -113,6 +123,7 @@ def _plan(chance: random.Random, step: int, share: float) -> Plan:
         deletes=[step] if chance.random() < 0.2 else [],
         crashes={host: chance.randint(0, 25 * len(steps)) for host in dying},
         lost=_lost_replies(chance, share, hosts, 100 * len(steps)) if share else {},
+        late=_late_requests(chance, share, hosts, 100 * len(steps)) if share else {},
         stands=_stands(chance, hosts),
         clock=chance.choice([0.0, 0.0, -600.0, 600.0]),
     )
@@ -129,6 +140,20 @@ def _lost_replies(
 ) -> dict[int, Container[int]]:
     lost = {host: [n for n in range(changes) if chance.random() < share] for host in range(hosts)}
     return {host: numbers for host, numbers in lost.items() if numbers}
+
+
+def _late_requests(
+    chance: random.Random, share: float, hosts: int, changes: int
+) -> dict[int, dict[int, int]]:
+    lengths = [10, 100, 500]
+    return {
+        host: {
+            n: chance.randint(1, chance.choice(lengths))
+            for n in range(changes)
+            if chance.random() < share
+        }
+        for host in range(hosts)
+    }
 
 
 def _turns(
@@ -310,6 +335,39 @@ def interleave(
     return total
 
 
+def late(plans: Sequence[Plan], every: int = 1) -> Explored:
+    """Runs two jobs, one after the other, in a bucket, once for each request of the first and each
+    place where it matters that it arrives there, once more; and the same where the first job dies
+    after it had sent it, and it arrives there for the first time.
+
+    Args:
+        every: of these places only one in so many.
+
+    Raises:
+        BreachError: as soon as an invariant does not hold in one.
+    """
+    total, places = Explored(), itertools.count()
+
+    def run(**more: Any) -> list[Ran]:
+        jobs = [dataclasses.replace(plans[0], **more), *plans[1:]]
+        world, ran = _run(f"late requests, {more}", True, jobs, [(0, float("inf"))])
+        total.add(_explored(world))
+        return ran
+
+    [first, _] = run()
+    changes = [(n, what) for n, (what, is_change) in enumerate(first.moves) if is_change]
+    for number, (sent_at, what) in enumerate(changes):
+        dying: Mapping[int, int] = {0: number}
+        for crashes in ({}, dying):
+            ran = run(crashes=crashes) if crashes else [first, _]
+            rest = [*ran[0].moves[sent_at + 1 :], *ran[1].moves]
+            for after, (their, _is_change) in enumerate(rest, 1):
+                if _conflict(what, their) and next(places) % every == 0:
+                    run(crashes=crashes, late={0: {number: after}})
+            run(crashes=crashes, late={0: {number: len(rest) + 1}})
+    return total
+
+
 # Which operations can stand in each other's way
 
 
@@ -385,6 +443,8 @@ def _all(every: int) -> Iterator[Callable[[], Explored]]:
             yield functools.partial(
                 interleave, plans, in_bucket, every=every, deaths=_DEATHS * every
             )
+            if in_bucket:
+                yield functools.partial(late, plans, every)
     for hosts, in_bucket, again in itertools.product((3, 2), (True, False), (True, False)):
         yield functools.partial(exhaust, hosts, in_bucket, again=again)
 

@@ -369,17 +369,27 @@ class _SteppedFiles(_Stepped):
 
 class _SteppedBucket(_Stepped):
     """Where a reply is lost, the request was done, and is made again as `BucketStore` makes it:
-    with the condition that it had. Others may act in between.
+    with the condition that it had. Others may act in between. Each request is also `sent`: with the
+    same condition it may arrive once more, or only after its host has died.
     """
 
     def __init__(
-        self, files: MemoryBucket, step: Callable[[str, bool], None], is_lost: Callable[[], bool]
+        self,
+        files: MemoryBucket,
+        step: Callable[[str, bool], None],
+        is_lost: Callable[[], bool],
+        sent: Callable[[str, Callable[[], object]], None],
     ) -> None:
         super().__init__(files, step)
-        self._is_lost = is_lost
+        self._is_lost, self._sent = is_lost, sent
 
-    def _change(self, what: str, request: Callable[[], _Result], again: Any = None) -> _Result:
-        self._step(what, True)
+    def _change(
+        self, what: str, request: Callable[[], _Result], again: Any = None, late: Any = None
+    ) -> _Result:
+        try:
+            self._step(what, True)
+        finally:
+            self._sent(what, late or request)
         result = request()
         while self._is_lost():
             self._step(f"{what}{ONCE_MORE}", True)
@@ -393,11 +403,16 @@ class _SteppedBucket(_Stepped):
         return self._change(f"{method}: {key}", request)
 
     def replace(self, key: str, expected: bytes, data: bytes, *, seen: Entry | None = None) -> bool:
+        if seen is None and key in self._files.files:
+            [at] = (entry for entry in self._files.list(key) if entry.key == key)
+        else:
+            at = seen
         # Once done, it is refused: what it was to replace, by its generation, is gone.
         return self._change(
             f"replace: {key}",
             lambda: self._files.replace(key, expected, data, seen=seen),
             lambda: self._files.holds(key, data),
+            lambda: at is not None and self._files.replace(key, expected, data, seen=at),
         )
 
     def copy(self, source: str, destination: str, names: Sequence[str]) -> None:
@@ -418,14 +433,15 @@ def stepped(
     files: MemoryStore | MemoryBucket,
     step: Callable[[str, bool], None],
     is_lost: Callable[[], bool] = lambda: False,
+    sent: Callable[[str, Callable[[], object]], None] = lambda what, request: None,
 ) -> Any:
     """Returns a store over `files` of which each operation is a step of its own: `step(what,
     changes)` is called before it, and may raise, wait, or let others act. In a bucket `is_lost()`
     is asked after each change; where it says so, its reply is lost, and the change is asked for
-    again.
+    again. `sent(what, request)` is told of each change; who calls `request` lets it arrive late.
     """
     if isinstance(files, MemoryBucket):
-        return _SteppedBucket(files, step, is_lost)
+        return _SteppedBucket(files, step, is_lost, sent)
     return _SteppedFiles(files, step)
 
 

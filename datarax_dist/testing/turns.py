@@ -93,12 +93,15 @@ class Job:
         name: what it is called where it is told of.
         crashes: host -> before which of its changes it dies.
         lost: host -> the changes of which it does not hear that they were done.
+        late: host -> the changes that were asked for once more than it knows, and after how many
+            operations of any host that request arrives.
     """
 
     target: Callable[[int], Any]
     hosts: int = 1
     crashes: Mapping[int, int] = field(default_factory=dict)
     lost: Mapping[int, Container[int]] = field(default_factory=dict)
+    late: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     stands: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     name: str = "the job"
 
@@ -130,6 +133,7 @@ class _Actor:
     index: int
     crash_at: int | None
     lost: Container[int]
+    late: dict[int, int]
     stands: tuple[int, float] | None
     changes: int = 0
     moves: int = 0
@@ -224,6 +228,15 @@ class Scheduler:
         actor = self._actor
         return actor is not None and actor.changes - 1 in actor.lost
 
+    def is_late(self) -> int | None:
+        """Returns after how many operations the last change arrives once more, or that before which
+        the host has died; None where it does not.
+        """
+        actor = self._actor
+        if actor is None:
+            return None
+        return actor.late.pop(actor.changes - (not actor.is_dead), None)
+
     def tell(self, what: str) -> None:
         """Adds to what is told of the world if it breaks a promise."""
         who = ""
@@ -291,7 +304,14 @@ class Scheduler:
         self._ran = [Ran([None] * job.hosts, [], []) for job in jobs]
         self._live = [
             [
-                _Actor(n, i, job.crashes.get(i), job.lost.get(i, ()), job.stands.get(i))
+                _Actor(
+                    n,
+                    i,
+                    job.crashes.get(i),
+                    job.lost.get(i, ()),
+                    dict(job.late.get(i, {})),
+                    job.stands.get(i),
+                )
                 for i in range(job.hosts)
             ]
             for n, job in enumerate(jobs)

@@ -92,6 +92,8 @@ class Plan:
         deletes: steps that are deleted then.
         crashes: host -> before which of its changes it dies. What a host tells is a change, too.
         lost: host -> after which of its changes, of a bucket, it does not hear that they were done.
+        late: host -> which of its changes, of a bucket, arrive once more, and after how many
+            operations of any host. That before which it dies arrives then for the first time.
         stands: host -> before which of its operations it stands still, and for how many seconds.
         clock: by how many seconds its clocks are wrong.
     """
@@ -102,6 +104,7 @@ class Plan:
     deletes: Sequence[int] = ()
     crashes: Mapping[int, int] = field(default_factory=dict)
     lost: Mapping[int, Container[int]] = field(default_factory=dict)
+    late: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     stands: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     clock: float = 0.0
 
@@ -113,6 +116,7 @@ class Plan:
         told += [f"deletes step {step}" for step in self.deletes]
         told += [f"host {h} dies before its change {n}" for h, n in sorted(self.crashes.items())]
         told += [f"some replies to host {h} are lost" for h in sorted(self.lost)]
+        told += [f"some requests of host {h} arrive late" for h in sorted(self.late)]
         told += [f"host {h} stands still once" for h in sorted(self.stands)]
         told += [f"its clock is wrong by {self.clock:.0f} s"] if self.clock else []
         return "; ".join(told)
@@ -146,6 +150,16 @@ class _Job:
             return step in plan.deletes or step not in newest
         told = (step, True) in plan.steps or (old is None and (step, False) in plan.steps)
         return new == self.number and told
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A request that is under way, and arrives before this operation."""
+
+    at: int
+    job: _Job
+    what: str
+    request: Callable[[], object]
 
 
 class _WrongClock:
@@ -185,10 +199,13 @@ class World:
         self.files: Any = MemoryBucket() if in_bucket else MemoryStore()
         for key, data in _FOREIGN.items():
             self.files.files[key] = data
-        self.store: Any = stepped(self.files, self._step, self.scheduler.reply_is_lost)
+        self.store: Any = stepped(self.files, self._step, self.scheduler.reply_is_lost, self._sent)
         self._machine = "simulated" if one_machine else ""
         self._jobs: list[_Job] = []  # all there have been
         self._moving: Sequence[_Job] = ()  # that run now
+        self._late: list[_Late] = []
+        self._came_late: set[str] = set()  # files that were made by such a request
+        self._is_disturbed = False  # whether one of them has changed anything
         self._moved: tuple[_Job, str] | None = None  # by whom and what, since it was looked
         self._last: _Job | None = None  # who has moved last
         self._broken: BreachError | None = None
@@ -255,6 +272,7 @@ class World:
     def _step(self, what: str, changes: bool) -> None:
         self.scheduler.step(what, changes)
         self._look()
+        self._arrive(self.scheduler.operations)
         if (job := self._here()) is None:
             return
         if self._last is not job:
@@ -262,6 +280,23 @@ class World:
             self._last = job
         if changes and (fmt.COMMIT_NAME in what or what.startswith("rename")):
             self._moved = job, what
+
+    def _sent(self, what: str, request: Callable[[], object]) -> None:
+        if (after := self.scheduler.is_late()) is not None and (job := self._here()) is not None:
+            self._late.append(_Late(self.scheduler.operations + after, job, what, request))
+
+    def _arrive(self, until: float) -> None:
+        """Lets requests arrive that are late."""
+        for late in [late for late in self._late if late.at <= until]:
+            self._late.remove(late)
+            self.scheduler.tell(f"(late, of job {late.job.number}: {late.what})")
+            before = dict(self.files.files)
+            with contextlib.suppress(KeyError):  # what it would copy is not there any more
+                late.request()
+            self._came_late |= set(self.files.files) - set(before)
+            self._is_disturbed |= self.files.files != before
+            self._moved = late.job, f"{late.what}, late"
+            self._look()
 
     def _look(self) -> None:
         """Checks what the last operation has done to the steps."""
@@ -323,6 +358,8 @@ class World:
         """
         if not isinstance(self.files, MemoryBucket):
             return False
+        if any(key.startswith(f"{name}/") for key in self._came_late):
+            return True
         claim = retention.read_claim(self.files, name)
         try:
             marker = fmt.parse_marker(self.files.get(f"{name}/{fmt.COMMIT_NAME}"))
@@ -403,7 +440,7 @@ class World:
                 job.ended.add(index)
 
         name = f"job {job.number}"
-        return Job(host, plan.hosts, plan.crashes, plan.lost, plan.stands, name)
+        return Job(host, plan.hosts, plan.crashes, plan.lost, plan.late, plan.stands, name)
 
     def _host(self, job: _Job, group: HostGroup, clock: Clock) -> Iterator[tuple[str, Any]]:
         """Does what a host of the job does; tells what, and what came of it."""
@@ -509,7 +546,7 @@ class World:
         for ends in zip(*lived, strict=True):
             if len({isinstance(how, Exception) for _, how in ends}) > 1:
                 self._breach(f"hosts of job {job.number} do not agree: {ends}")
-        if ran.stood or len(lived) < len(results) or not lived:
+        if ran.stood or self._is_disturbed or len(lived) < len(results) or not lived:
             return
         for what, how in lived[0]:
             if isinstance(how, Exception) and not self._is_refused(job, what, how):
@@ -531,6 +568,12 @@ class World:
         later, what was left for a while.
         """
         last = max(self.committed, default=0)
+        last += self._is_disturbed  # below the next number may be what came late
+        if self._late:
+            last += 1
+            self.run([Plan(hosts, [(last, False)])])
+            self._arrive(float("inf"))
+            self._leave()
         self.run([Plan(hosts, [(last + 1, False)])])
         if self._rest(of_today=True):
             self.scheduler.pass_time(_DAY + _LATE)
@@ -556,6 +599,7 @@ class World:
         may += late if of_today and isinstance(self.files, MemoryBucket) else []
         known = {*may, fmt.RUN_NAME, fmt.LEASE_NAME, *(key.split("/")[0] for key in _FOREIGN)}
         left = {key.split("/")[0] for key in self.files.files} - known
+        left -= {key.split("/")[0] for key in self._came_late}
         # Restores that have crashed count as long as their step is there.
         tried = {name: fmt.parse_attempt_name(name) for name in left}
         left -= {name for name, at in tried.items() if at is not None and at[0] in self.committed}
