@@ -29,6 +29,7 @@ from datarax_dist.config import KeepPolicy, Options, SavePolicy
 from datarax_dist.data import Checkpointable
 from datarax_dist.data import positions as data_io
 from datarax_dist.errors import (
+    CheckpointError,
     CorruptStepError,
     InvalidArgumentError,
     StepNotFoundError,
@@ -178,6 +179,7 @@ class Checkpointer:
         self._store = open_store(self._root)
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
+        self._let_go: Callable[[], Any] = _nothing  # so that another job may write
         # Reading needs no lease: it is taken by the first `save`.
         self._saver = Saver(
             self._store, self._group, self._clock, self._options, keep, self._borrow_lease()
@@ -188,8 +190,8 @@ class Checkpointer:
         )
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
-        self._running: Future[None] | None = None
-        self._started: StartedSave | None = None  # what runs
+        self._running: _Running | None = None
+        self._process = os.getpid()
         _left_open.add(self)
         _drain_at_exit()
         self._handle: SaveHandle | None = None
@@ -207,7 +209,11 @@ class Checkpointer:
             wait_seconds=options.lease_wait_seconds,
             renews=True,
         )
-        return leases.borrow(self._root, make)
+        lease = leases.borrow(self._root, make)
+        # Once, be it here or when this object is dropped.
+        self._let_go = give_back = weakref.finalize(self, leases.give_back, self._root)
+        give_back.atexit = False  # see `_drain_at_exit`
+        return lease
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -287,7 +293,7 @@ class Checkpointer:
             self._drain()
         except StorageError as error:
             refused = error
-        previous, self._handle = self._handle, None
+        previous = self._handle
         unseen = previous._unseen_error() if previous is not None else None
         phases = Phases("save", self._group.index)
 
@@ -296,25 +302,33 @@ class Checkpointer:
                 raise refused
             return self._capture(step if number is None else number, state, data, metadata)
 
-        started = self._saver.begin(
-            step if number is None else number,
-            capture,
-            phases,
-            replace=replace,
-            previous_error=unseen,
-        )
-        handle = SaveHandle(step, phases)
-        self._handle = handle
-        self._started = started
-        self._running = self._worker.submit(self._finish, started, handle)
-        return handle
+        started: StartedSave | None = None
+        running: _Running | None = None
+        try:
+            started = self._saver.begin(
+                step if number is None else number,
+                capture,
+                phases,
+                replace=replace,
+                previous_error=unseen,
+            )
+            running = _Running(started, SaveHandle(started.step, phases))
+            self._running, self._handle = running, running.handle
+            self._worker.submit(self._finish, running)
+        except BaseException as error:
+            if previous is not None and error is unseen:
+                previous._seen = True
+            # Ctrl-C, or no thread to be had: nobody else would end what has begun.
+            if started is not None and (running is None or running.take()):
+                self._running, self._handle = None, previous
+                started.abandon(error)
+            raise
+        return running.handle
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
         """Step 1 of the protocol: what the caller changes later must not reach the step."""
         if _whole_number(step) is None:
-            raise InvalidArgumentError(
-                f"A step is a whole number of 0 or more, not {step!r}. Nothing was saved."
-            )
+            raise InvalidArgumentError(f"{_no_step(step)} Nothing was saved.")
         if state is None and data is None:
             raise InvalidArgumentError(
                 "save() needs a state, or data, or both; it was given neither."
@@ -361,24 +375,37 @@ class Checkpointer:
             versions=_versions(),
         )
 
-    def _finish(self, started: StartedSave, handle: SaveHandle) -> None:
+    def _finish(self, running: _Running) -> None:
         """On the worker. A watcher beside it tells the handle of a failure elsewhere at once, while
         this host still writes; and at the deadline, though this host may hang.
         """
+        if not running.take():
+            return
+        started, handle = running.started, running.handle
         watcher = threading.Thread(
             target=_watch, args=(started, handle), name="datarax_dist-watch", daemon=True
         )
-        watcher.start()
         try:
-            report = started.finish()
+            try:
+                watcher.start()
+            except RuntimeError as error:
+                started.fail(
+                    CheckpointError(
+                        f"Step {started.step} is not saved: no thread could be started to watch"
+                        f" over it ({error}). Is there a limit on threads or processes (ulimit -u,"
+                        " the pids of a container)?"
+                    )
+                )
+            handle._settle(report=started.finish())
         except BaseException as error:
             logger.error("%s: the save of step %d failed: %s", self._root, started.step, error)
             handle._settle(error=error)
             started.clean_up()
-        else:
-            handle._settle(report=report)
-        watcher.join()  # it has the same outcome
-        started.operation.close()
+        finally:
+            if watcher.ident is not None:
+                watcher.join()  # it has the same outcome
+            started.operation.close()
+            running.over.set()
 
     def restore(
         self,
@@ -429,15 +456,24 @@ class Checkpointer:
         self._drain()
         number = None if step is None else _whole_number(step)
         if step is not None and number is None:
-            raise InvalidArgumentError(f"A step is a whole number of 0 or more, not {step!r}.")
+            self._group.exchange(  # the others hear of it, and do not wait
+                "list",
+                error=_no_step(step),
+                timeout_seconds=self._options.exchange_timeout_seconds,
+            )
         phases = Phases("restore", self._group.index)
-        found = self._restorer.restore(
-            None if step is None else number,
-            lambda candidate, loading: self._load(
-                candidate, state, data, loading=loading, allow=allow_data_changes
-            ),
-            phases,
-        )
+        try:
+            found = self._restorer.restore(
+                number,
+                lambda candidate, loading: self._load(
+                    candidate, state, data, loading=loading, allow=allow_data_changes
+                ),
+                phases,
+            )
+        except CorruptStepError as error:
+            if error.step >= 0:
+                self._saver.suspects.add(error.step)
+            raise
         if found is None:
             return None
         (value, metadata, changes), report = found
@@ -583,19 +619,23 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: it is not there.
+            InvalidArgumentError: that is no step's number.
         """
         self._check_open()
+        number = _whole_number(step)
         hosts, size, items, committed_at = self._group.exchange(
             "info",
-            _whole_number(step),
+            number,
+            error=_no_step(step) if number is None else None,
             leader=self._describe,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
-        return StepInfo(step, hosts, size, tuple(items), committed_at)
+        assert number is not None
+        return StepInfo(number, hosts, size, tuple(items), committed_at)
 
-    def _describe(self, steps: Sequence[int | None]) -> list[Any]:
+    def _describe(self, steps: Sequence[int]) -> list[Any]:
         """On the primary, that all hosts may be told the same."""
-        [step, *others] = sorted(set(steps), key=str)
+        [step, *others] = sorted(set(steps))
         if others:
             raise InvalidArgumentError(f"Hosts ask for different steps: {step}, {others[0]}.")
         for candidate in inspect_run(self._store).candidates:
@@ -646,9 +686,11 @@ class Checkpointer:
             raise error
 
     def close(self) -> None:
-        """Waits for the save under way and ends. Can be called more than once."""
-        if self._closed:
-            return
+        """Waits for the save under way and ends. Can be called more than once: when it was cut
+        short, by Ctrl-C say, it does the rest.
+        """
+        if os.getpid() != self._process:
+            return  # a forked child: what it has inherited goes on in its parent
         self._closed = True
         try:
             self._drain()
@@ -659,13 +701,8 @@ class Checkpointer:
                 self._arrays.close()
         self.check_for_errors()
 
-    def _let_go(self) -> None:
-        """Another job may write from here on."""
-        if self._group.is_primary:
-            leases.give_back(self._root)
-
     def _let_others_write(self) -> None:
-        """The same, until this one saves again."""
+        """Lets the run go, until this one saves again."""
         self._drain()
         self._let_go()
         self._saver.let_go(self._borrow_lease())
@@ -674,32 +711,58 @@ class Checkpointer:
         """Waits until the worker has nothing to do: two saves never overlap.
 
         Raises:
-            StorageError: its save has failed at its deadline, and the worker hangs in it still.
+            StorageError: it should have ended at the deadline of its save, and hangs still.
         """
-        if self._running is None:
+        if (running := self._running) is None:
             return
-        while not wait([self._running], 1.0).done:  # in slices, so that Ctrl-C is answered
-            started, handle = self._started, self._handle
-            failed = handle is None or (handle.done() and handle._future.exception() is not None)
-            if failed and started is not None and (phase := started.hangs()) is not None:
+        while not running.over.wait(1.0):  # in slices, so that Ctrl-C is answered
+            started, handle = running.started, running.handle
+            if handle.done() and (phase := started.hangs()) is not None:
+                failed = handle._future.exception() is not None
+                how = "has failed at its deadline, and" if failed else "is committed, but"
                 raise StorageError(
-                    f"{self._root}: the save of step {started.step} has failed at its deadline, and"
-                    f" still hangs in phase {phase!r}: the storage does not answer. Nothing can be"
-                    " saved, and this process cannot end, until it does.",
+                    f"{self._root}: the save of step {started.step} {how} still hangs in phase"
+                    f" {phase!r}: the storage does not answer. Nothing can be saved, and this"
+                    " process cannot end, until it does.",
                     errno=errno.ETIMEDOUT,
                 )
-        self._running = self._started = None
+        self._running = None
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise InvalidArgumentError(
+                f"The Checkpointer of {self._root} was made by the process {self._process}, and"
+                f" this is {os.getpid()}, forked from it. Make one of its own here."
+            )
         if self._closed:
             raise InvalidArgumentError(f"The Checkpointer of {self._root} is closed.")
 
 
+class _Running:
+    """A save in the background, which the worker finishes, unless it is given up before."""
+
+    def __init__(self, started: StartedSave, handle: SaveHandle) -> None:
+        self.started, self.handle = started, handle
+        self.over = threading.Event()  # the worker has nothing more to do for it
+        self._taken = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether it is for the caller to end it: the first one."""
+        return self._taken.acquire(blocking=False)
+
+
 def _watch(started: StartedSave, handle: SaveHandle) -> None:
     try:
-        started.watch()
+        report = started.watch()
+        # The worker has more to tell, but may hang in what comes after the commit.
+        wait([handle._future], started.seconds_left())
+        handle._settle(report=report)
     except BaseException as error:
         handle._settle(error=error)
+
+
+def _no_step(step: Any) -> InvalidArgumentError:
+    return InvalidArgumentError(f"A step is a whole number of 0 or more, not {step!r}.")
 
 
 def _whole_number(step: Any) -> int | None:
@@ -851,4 +914,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _no_state() -> None: ...
+def _nothing() -> None: ...
+
+
+_no_state = _nothing

@@ -177,6 +177,12 @@ class Right(Protocol):
     @property
     def epoch(self) -> int: ...
 
+    @property
+    def under_way(self) -> set[str]:
+        """The staging directories of saves that go on now. Several objects of a process may share a
+        right, and none is to remove what another one is writing.
+        """
+
     def hold(self, run: str, fence: Fence) -> None: ...
 
     def check(self) -> None: ...
@@ -190,6 +196,9 @@ class Unguarded:
     """No lease: on hosts that are not the primary, and for who removes what nobody can want."""
 
     epoch = 0
+
+    def __init__(self) -> None:
+        self.under_way: set[str] = set()
 
     def hold(self, run: str, fence: Fence) -> None: ...
 
@@ -208,6 +217,9 @@ class Lease:
         wait_seconds: how long `hold` waits for a job that is alive.
         owner: this process, for others.
         renews: on a thread, from `hold` to `release`.
+
+    Attributes:
+        under_way: see `Right`.
     """
 
     def __init__(
@@ -222,6 +234,7 @@ class Lease:
     ) -> None:
         self._store, self._clock = store, clock
         self._ttl, self._wait = ttl_seconds, wait_seconds
+        self.under_way: set[str] = set()
         self._owner = dict(owner or writer_identity())
         self._renews = renews
         self._record: fmt.LeaseRecord | None = None

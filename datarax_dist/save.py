@@ -79,6 +79,7 @@ __all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "S
 logger = logging.getLogger("datarax_dist")
 
 _HANGS_SECONDS = 10.0  # after the deadline
+_CANCEL_SECONDS = 5.0  # for the end of a write that nobody has begun yet
 
 
 class ArrayWrite(Protocol):
@@ -206,6 +207,7 @@ class Saver:
         # they may be saved again, and they do not count where retention decides how many good ones
         # are left.
         self.suspects: set[int] = set()
+        self._staging = ""  # of the save under way
         self.claim = b""  # of the save under way
         self._known = _Known()
 
@@ -291,24 +293,35 @@ class Saver:
         except BaseException as error:
             failure = error
         begin = self._clock.monotonic()
-        decided = self._group.exchange(
-            "prepare",
-            payload,
-            error=failure,
-            leader=lambda payloads: {
-                **self._stage(payloads, phases, replace),
-                "arrays": request and request.writer.choose(),
-            },
-            timeout_seconds=self._agreement_seconds(),
-        )
-        self._is_taken = True
-        phases.seconds["prepare"] = self._clock.monotonic() - begin
-        if decided.get("unseen") and previous_error is not None:
-            raise previous_error
-        assert request is not None
-        started = StartedSave(self, request, decided, phases, replace or step in self.suspects)
-        started.start()
-        return started
+        started: StartedSave | None = None
+        try:
+            decided = self._group.exchange(
+                "prepare",
+                payload,
+                error=failure,
+                leader=lambda payloads: {
+                    **self._stage(payloads, phases, replace),
+                    "arrays": request and request.writer.choose(),
+                },
+                timeout_seconds=self._agreement_seconds(),
+            )
+            self._is_taken = True
+            phases.seconds["prepare"] = self._clock.monotonic() - begin
+            if decided.get("unseen") and previous_error is not None:
+                raise previous_error
+            assert request is not None
+            started = StartedSave(self, request, decided, phases, replace or step in self.suspects)
+            started.start()
+            return started
+        except BaseException as error:
+            if started is not None:
+                started.abandon(error)
+            self.ended()
+            raise
+
+    def ended(self) -> None:
+        """Nothing is written any more of what this object had under way."""
+        self.lease.under_way.discard(self._staging)
 
     def _stage(self, payloads: list[Any], phases: Phases, replace: bool) -> dict[str, Any]:
         if all(payload["unseen"] for payload in payloads):
@@ -324,6 +337,9 @@ class Saver:
         store, known = self._store, self._known
         replace = replace or step in self.suspects
         staging = fmt.aside_name(step, "staging", nonce)
+        self.ended()
+        self._staging = staging
+        self.lease.under_way.add(staging)
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
         if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
             return {**decided, "run": known.run}
@@ -497,6 +513,19 @@ class StartedSave:
             if not isinstance(error, Exception):
                 raise
 
+    def fail(self, error: BaseException) -> None:
+        """Fails the save, for something that keeps this host from going on with it."""
+        self._failure = error
+        self.operation.fail(self.phases.current, error)
+
+    def abandon(self, error: BaseException) -> None:
+        """Fails the save instead of `finish`, which nobody will call."""
+        self.fail(error)
+        self._end_write(_CANCEL_SECONDS)
+        self._saver.ended()
+        self._saver.forget()
+        self.operation.close()
+
     def _all_written(self) -> None:
         self.phases.reach("arrays")
         self.operation.contribute("arrays", None)
@@ -507,12 +536,18 @@ class StartedSave:
         """Step 9: waits for the decision."""
         return self.operation.result("written", self._deadline, own=self._failure)
 
-    def watch(self) -> None:
-        """Raises the error that the decision is, wherever this host's own work is, and though it
-        may hang. On a thread of its own.
+    def watch(self) -> SaveReport:
+        """Waits for the decision, wherever this host's own work is, and though it may hang. On a
+        thread of its own.
         """
         late = self._late if self._group.is_primary else None
-        self.operation.result("written", self._deadline, own=self._failure, late=late)
+        return self._report(
+            self.operation.result("written", self._deadline, own=self._failure, late=late)
+        )
+
+    def _report(self, decided: Mapping[str, Any], deleted: Sequence[int] = ()) -> SaveReport:
+        seconds = dict(self.phases.seconds)
+        return SaveReport(self.step, int(decided["bytes"]), seconds, tuple(deleted))
 
     def _late(self) -> tuple[str, BaseException]:
         phase = self.phases.current
@@ -547,7 +582,8 @@ class StartedSave:
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._end_write()
+            self._end_write(float("inf"))
+            self._saver.ended()
         try:
             decided = self.outcome()
         except BaseException:
@@ -555,10 +591,7 @@ class StartedSave:
             raise
         self._saver.suspects.discard(self.step)
         self._saver._known.steps[self.step] = True
-        deleted = self._retire() if self._group.is_primary else []
-        return SaveReport(
-            self.step, int(decided["bytes"]), dict(self.phases.seconds), tuple(deleted)
-        )
+        return self._report(decided, self._retire() if self._group.is_primary else [])
 
     def _retire(self) -> Sequence[int]:
         """Step 10. The step is committed: nothing that goes wrong here may fail the save."""
@@ -589,15 +622,16 @@ class StartedSave:
                 self._saver._known.steps.pop(step, None)
             return deleted
 
-    def _end_write(self) -> None:
+    def _end_write(self, most_seconds: float) -> None:
         """A write that has begun must have ended before the next save removes what it has made."""
         if self._write is not None:
             with contextlib.suppress(Exception):  # whatever it is, it is too late to matter
                 self._write.cancel()
-                self._write.wait(self._seconds_left())
+                self._write.wait(min(most_seconds, self.seconds_left()))
             self._write = None
 
-    def _seconds_left(self) -> float:
+    def seconds_left(self) -> float:
+        """Returns how long it is until the deadline."""
         return max(0.0, self._deadline - self._saver._clock.monotonic())
 
     def _work(self) -> None:
@@ -647,7 +681,7 @@ class StartedSave:
             else:
                 # The primary may wait in it for others, and says at the deadline for whom.
                 waits = self._group.is_primary and self._group.count > 1
-                self._write.wait(self._seconds_left() + (2.0 if waits else 0.0))
+                self._write.wait(self.seconds_left() + (2.0 if waits else 0.0))
                 known, notes = self._write.digests(), self._write.notes()
             self._write = None
         self.operation.check("hash")
@@ -709,7 +743,8 @@ class StartedSave:
             )
         # Then nothing of it is what a job has staged that has taken the run since.
         self._saver.lease.check()
-        leftovers = [left for left in found if left.name != self._staging]
+        under_way = self._saver.lease.under_way
+        leftovers = [left for left in found if left.name not in under_way]
         removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
         known.tidy = len(removed) == len(leftovers)
 
@@ -847,7 +882,7 @@ class StartedSave:
         def check() -> None:
             self.operation.check("commit")
             self._saver.lease.check()
-            if self._seconds_left() <= 0:
+            if self.seconds_left() <= 0:
                 raise StorageError(
                     f"Step {self.step} is not committed: its save has not ended at its deadline. Is"
                     " the storage slow? Options.save_timeout_seconds sets the deadline.",

@@ -272,8 +272,10 @@ def test_policies_say_when_to_save_and_what_to_keep(tmp_path: Path) -> None:
         assert ckpt.step_info(np.int64(8)) == info  # type: ignore[arg-type]
         ckpt.delete(np.int64(4))  # type: ignore[arg-type]
         assert ckpt.all_steps() == [0, 8, 11]
-        with pytest.raises(errors.StepNotFoundError):
-            ckpt.step_info("8")  # type: ignore[arg-type]
+        for never in ("8", -1, True, None, 1.0):
+            for ask in (ckpt.step_info, ckpt.delete, lambda step: ckpt.restore(step=step or -1)):
+                with pytest.raises(errors.InvalidArgumentError, match=r"0 or more, not"):
+                    ask(never)  # type: ignore[arg-type]
         with pytest.raises(errors.StepNotFoundError):
             ckpt.delete(4)
 

@@ -328,13 +328,15 @@ class OrbaxArrays:
             learn=self._learn if self._host == 0 and self._options.compression == "auto" else None,
         )
         try:
+            write = _OrbaxWrite(self, self._checkpointer, path, gate, choice)
             with wrapped("write", path):
                 self._checkpointer.save(path, arrays, all_written)
+            return write
         except BaseException:
             gate.cancel()
             self.abandon(self._checkpointer)
+            gates.pop(path, None)
             raise
-        return _OrbaxWrite(self, self._checkpointer, path, gate, choice)
 
     def restore(
         self,
