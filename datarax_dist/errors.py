@@ -283,20 +283,33 @@ def cause(error: BaseException) -> BaseException | None:
     return error
 
 
-_PASSING = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.EAGAIN,
-    errno.ETIMEDOUT,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}
+def _numbers(*names: str) -> frozenset[int]:
+    """Returns error numbers; not each platform has all of them."""
+    return frozenset(
+        number for name in names if isinstance(number := getattr(errno, name, None), int)
+    )
+
+
+_UNREACHABLE = _numbers(
+    *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
+    *("ENETRESET", "ENETUNREACH", "ENOLINK", "ENONET", "ENOTCONN", "EPIPE", "ESHUTDOWN"),
+)
+# Kerberos, on NFS and AFS.
+_CREDENTIALS = _numbers("EKEYEXPIRED", "EKEYREJECTED", "EKEYREVOKED", "ENOKEY")
+# EIO is not among them: it is what a bad disk says.
+_PASSING = (
+    _numbers(
+        *("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ETIMEDOUT", "ESTALE"),
+        *("EBUSY", "EINTR", "ENOBUFS", "ENOLCK", "EREMOTEIO"),
+    )
+    | _UNREACHABLE
+    | _CREDENTIALS
+)
 _HINTS = {
+    **dict.fromkeys(
+        _UNREACHABLE, "The storage cannot be reached: is the network down, or a server?"
+    ),
+    **dict.fromkeys(_CREDENTIALS, "The credentials for this file system are not valid any more."),
     errno.ENOENT: "Something has removed its directory meanwhile.",
     errno.ENOTDIR: "A part of this path is a file, not a directory: choose another root.",
     errno.ENOSPC: "Free some space, or choose another root.",
