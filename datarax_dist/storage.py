@@ -99,6 +99,10 @@ class Store(Protocol):
     def children(self, prefix: str) -> list[str]:
         """Returns the names directly below `prefix`; directories end with `/`. Empty when there is
         none.
+
+        Raises:
+            StorageError: it cannot be listed; on a file system also where the root is something
+                else than a directory, which is no empty run.
         """
 
     def list(self, prefix: str) -> list[Entry]:
@@ -317,8 +321,18 @@ class LocalStore:
                         )
                 finally:
                     os.close(descriptor)
-        except KeyError:
+        except KeyError as error:
+            if not prefix and (told := self._is_no_root(error.__cause__)):
+                raise StorageError(f"Could not list {path}: {told}", errno=errno.ENOTDIR) from error
             return []
+
+    def _is_no_root(self, error: BaseException | None) -> str:
+        """Returns what is wrong where there is no directory, and none can be made, either."""
+        if isinstance(error, NotADirectoryError):
+            return f"it is not a directory. {storage_hint(errno.ENOTDIR)}"
+        if os.path.islink(self._root) and not os.path.exists(self._root):
+            return "it is a symbolic link to nothing. Is something not mounted?"
+        return ""
 
     def list(self, prefix: str) -> list[Entry]:
         top = self.path(prefix)
