@@ -208,7 +208,7 @@ def _describe(store: Store, candidate: Candidate, tree: bool) -> tuple[dict[str,
             first = marker.records[0].path
             record = fmt.parse_record(store.get(f"{candidate.name}/{first}"), first)
             body["notes"] = dict(record.notes)
-        except (CorruptStepError, KeyError) as error:
+        except (CorruptStepError, KeyError, fmt.InvalidRecordError) as error:
             damage = str(error)
         if tree:
             try:
@@ -305,24 +305,26 @@ def verify(arguments: argparse.Namespace) -> int:
     results = []
     newer: FormatVersionError | None = None
     for candidate in reversed(chosen):
+        row: dict[str, Any] | None = None
         error = _newer_format(store, candidate)
         if error is not None:
             newer = error
             note(f"step {candidate.step} was not verified: {error}")
         elif candidate.state == "damaged":
-            wrong = dict.fromkeys(candidate.files or (candidate.name,), candidate.reason)
-            results.append(_result(candidate, 0, wrong))
+            row = _of_damaged(candidate)
         elif candidate.state != "committed":
             reason = f"{candidate.name} is {candidate.state}, not committed: {candidate.reason}"
             if step is not None:
                 raise StepNotFoundError(reason, step=candidate.step)
             note(reason)
         else:
-            results.append(_verify_step(store, candidate, arguments.level))
-            if results[-1]["result"] == "gone":
+            row = _verify_step(store, candidate, arguments.level)
+            if row["result"] == "gone" and step is None:
                 note(f"step {candidate.step} was deleted while it was read.")
-        if not arguments.json and results and results[-1]["name"] == candidate.name:
-            _print_result(results[-1], arguments.level)
+        if row is not None:
+            results.append(row)
+            if not arguments.json:
+                _print_result(row, arguments.level)
     damaged = [row for row in results if row["result"] == "damaged"]
     if arguments.json:
         print_json({"root": store.root, "level": arguments.level, "steps": results})
@@ -333,6 +335,11 @@ def verify(arguments: argparse.Namespace) -> int:
     if newer is not None:
         return NEWER_FORMAT
     if not any(row["result"] == "ok" for row in results):
+        gone = [row["step"] for row in results]
+        if step is not None and gone:
+            raise StepNotFoundError(
+                f"Step {gone[0]} of {store.root} was deleted while it was read.", step=gone[0]
+            )
         raise StepNotFoundError(f"There is no committed step in {store.root}.", step=None)
     return OK
 
@@ -350,6 +357,11 @@ def _result(
     }
 
 
+def _of_damaged(candidate: Candidate) -> dict[str, Any]:
+    wrong = dict.fromkeys(candidate.files or (candidate.name,), candidate.reason)
+    return _result(candidate, 0, wrong)
+
+
 def _verify_step(store: Store, candidate: Candidate, level: str) -> dict[str, Any]:
     """Verifies a step, which a job may save again or delete meanwhile: then what it is now."""
     is_twice = not isinstance(store, SupportsRename)  # in a bucket nothing is away for a moment
@@ -358,10 +370,11 @@ def _verify_step(store: Store, candidate: Candidate, level: str) -> dict[str, An
         if not wrong:
             break
         if has_moved(store, candidate):
-            found = inspect_run(store).candidates
-            now = [c for c in found if (c.step, c.state) == (candidate.step, "committed")]
+            found = [c for c in inspect_run(store).candidates if c.step == candidate.step]
+            now = [c for c in found if c.state == "committed"]
             if not now:
-                return _result(candidate, files, {}, "gone")
+                damaged = [c for c in found if c.state == "damaged"]
+                return _of_damaged(damaged[0]) if damaged else _result(candidate, 0, {}, "gone")
             [candidate] = now
         elif is_twice:
             break
