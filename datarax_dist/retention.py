@@ -31,7 +31,13 @@ from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError, StorageError
 from datarax_dist.inspection import Inspection, inspect_step, is_committed
-from datarax_dist.lease import Right, Unguarded, is_certainly_dead, writer_identity
+from datarax_dist.lease import (
+    Right,
+    Unguarded,
+    is_certainly_dead,
+    newest_lease,
+    writer_identity,
+)
 from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, for_each
 
 __all__ = [
@@ -41,6 +47,7 @@ __all__ = [
     "delete_replaced",
     "delete_step",
     "fence",
+    "find_abandoned",
     "find_leftovers",
     "give_up",
     "has_stray_attempts",
@@ -67,7 +74,7 @@ class Leftover:
 
     Attributes:
         abandoned: nobody can be writing to it: its writer is certainly gone, or it was being
-            deleted.
+            deleted. The owner of the run may be deleting it still (`find_abandoned`).
         claim: whose it is, where it says so.
         keep_claim: remove all but the claim, which stays for a day: what a host that comes back
             writes after this is known as ours by it.
@@ -206,21 +213,29 @@ def _move_into(store: Store, step: int, name: str, directory: str, lease: Right)
     job's.
     """
     assert isinstance(store, SupportsRename)
-    try:
-        claim = read_claim(store, name)
-        if claim is None:  # it has lost its own
-            run = _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")) or ""
-            claim = fmt.StepClaim(run, step, "", 0, writer_identity(), 0.0)
-        store.put(f"{directory}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
+    claim = read_claim(store, name)
+    if claim is None:  # it has lost its own
+        with contextlib.suppress(KeyError, fmt.InvalidRecordError):
+            run = _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}"))
+            claim = fmt.StepClaim(run or "", step, "", 0, writer_identity(), 0.0)
+    if claim is None:
         lease.check()
+        raise _not_deleted(store, step, f"{name} has neither its claim nor its marker any more")
+    store.put(f"{directory}/{fmt.STEP_NAME}", fmt.dump_claim(claim))
+    lease.check()
+    try:
         store.rename(name, f"{directory}/{fmt.step_name(step)}")
     except KeyError as error:
         lease.check()  # says who has made it impossible
-        raise StorageError(
-            f"Step {step} of {store.root} was not deleted: another job has removed"
-            f" {directory}, or the step. Look again, and delete it then.",
-            errno=None,
-        ) from error
+        gone = directory if f"{name}/" in store.children("") else name
+        raise _not_deleted(store, step, f"{gone} has been removed meanwhile") from error
+
+
+def _not_deleted(store: Store, step: int, reason: str) -> StorageError:
+    return StorageError(
+        f"Step {step} of {store.root} was not deleted: {reason}. Look again, and delete it then.",
+        errno=None,
+    )
 
 
 def _delete_objects(
@@ -425,6 +440,28 @@ def find_leftovers(
         *(left for left in looked if left is not None),
         *(Leftover(name, step, True) for name, step in stale),
     ]
+
+
+def find_abandoned(store: Store, run: str | None) -> list[Leftover]:
+    """Returns the leftovers that a mere reader may remove: it is in the way of no job that lives.
+
+    What was being deleted on a file system may be the work of the run's owner. It renames a step
+    into a directory that it has made, and lists and removes what is in it. Who does that has the
+    lease: so that is read when the leftovers are known.
+    """
+    found = [left for left in find_leftovers(store, run) if left.abandoned]
+    if not isinstance(store, SupportsRename):
+        return found  # there each deletion is on a condition, and leaves what another one took
+    asides = [left for left in found if _is_being_deleted(left.name)]
+    lease = newest_lease(store) if asides else None
+    if lease is None or lease.released or is_certainly_dead(lease.owner):
+        return found
+    return [left for left in found if left not in asides]
+
+
+def _is_being_deleted(name: str) -> bool:
+    aside = fmt.parse_aside_name(name)
+    return aside is not None and aside[1] in ("deleting", "replaced")
 
 
 def has_stray_attempts(names: Sequence[str], inspection: Inspection) -> bool:
