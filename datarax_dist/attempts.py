@@ -39,14 +39,21 @@ logger = logging.getLogger("datarax_dist")
 
 _CRASHES = 2  # a step is suspect from this one on
 _MOST_READ = 64  # attempts at one step
-_WAITS = 5  # verify, load, load once more, verify once more, positions: each has the deadline
+# Twice each: verify, load, and verify all of it; or gather and positions in place of the last. And
+# around each of these, seven times in all, whether the step has moved.
+_WAITS = 7
 _CLOCKS_SECONDS = 600.0  # by how much two clocks may differ
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)  # the root is only read, by this job
 _NO_NAMES = ("", "localhost", "localhost.localdomain")
 
 
 class Trial:
-    """The attempt of a restore that is under way. For the primary; elsewhere it is never begun."""
+    """The attempt of a restore that is under way. For the primary; elsewhere it is never begun.
+
+    Args:
+        timeout_seconds: how long its hosts wait for each other in one phase, and until it is known
+            whether the step has moved: `_WAITS` times this is as long as they can wait in all.
+    """
 
     def __init__(self, store: Store, clock: Clock, hosts: int, timeout_seconds: float) -> None:
         self._store = store
@@ -142,8 +149,8 @@ def _is_gone(store: Store, attempt: fmt.RestoreAttempt, names: Sequence[str]) ->
         marker = store.get(f"{fmt.step_name(attempt.step)}/{fmt.COMMIT_NAME}")
     except KeyError:
         return True
-    except CheckpointError:  # it cannot be read now; nobody waits for an answer
-        return False
+    except (CheckpointError, fmt.InvalidRecordError):
+        return False  # it cannot be read, now or ever; nobody waits for an answer
     return fmt.digest(marker) != attempt.marker
 
 

@@ -47,7 +47,7 @@ NOW = 1_700_000_000.0
 ME = lease.writer_identity()
 DEAD = {**ME, "started": "0"}
 ELSEWHERE = {**ME, "machine": "another boot/pid:[1]", "name": "another-host"}
-LONGEST = 5 * 20 + 600
+LONGEST = 7 * 20 + 600
 
 
 def save(
