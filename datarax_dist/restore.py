@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ from datarax_dist.attempts import Trial, mark_suspects
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.config import Options
 from datarax_dist.errors import (
-    CheckpointError,
     CorruptStepError,
     FormatVersionError,
     InvalidArgumentError,
@@ -66,6 +66,11 @@ _TRIES = 20
 _FEW_HOSTS = 64  # that have written a step: what they wrote is listed in a request or two
 _BEACONS_SECONDS = 5.0  # until a beacon that has stood still is known to have
 _MOST_TOLD = 100  # damaged files that one host tells the others of
+# How the errors of arrays that fail their own checks begin, before any name that is not ours: with
+# a status of TensorStore, or with what its decoders say. And how findings of ours end.
+_OWN_CHECK = re.compile(r"(?:Could not \w+ the arrays: \w+: )?(?:DATA_LOSS: |Error decoding )")
+_OUR_FINDINGS = ("the checksum of a chunk is wrong", "its content has changed (checksum)")
+_OUR_SEAL = re.compile(r": checksum mismatch \(stored .*, computed [0-9a-f]{8}\)\Z", re.DOTALL)
 
 
 class Loading:
@@ -161,9 +166,19 @@ class Restorer:
         self._clock = clock or SystemClock()
         self._seen = seen  # told of what the primary has found in the root
         self._trial = Trial(
-            store, self._clock, group.count, timeout_seconds=options.restore_timeout_seconds
+            store,
+            self._clock,
+            group.count,
+            options.restore_timeout_seconds + options.exchange_timeout_seconds,
         )
         self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
+        self._refused: Mapping[str, str] = {}
+
+    def why_nothing(self) -> str:
+        """Returns what directories there are that were not taken, and why, by the last restore, if
+        that has found nothing: a line for each, each with a line feed before it. For an error.
+        """
+        return _lines(self._refused)
 
     def inspect(self) -> Inspection:
         """Returns the primary's view of the root, on every host."""
@@ -230,12 +245,14 @@ class Restorer:
 
         Returns:
             What the function that `load` returned has returned, with the report; None when there is
-            nothing to restore.
+            nothing to restore (`why_nothing`).
 
         Raises:
             StepNotFoundError: `step` was asked for and is not there.
-            CorruptStepError: it is damaged, or every committed step is damaged or suspect.
+            CorruptStepError: it is damaged, or every committed step is damaged or suspect; or, on a
+                file system, every step has lost its marker.
         """
+        self._refused = {}
         for _ in range(_TRIES):
             try:
                 with phases.span("list"):
@@ -329,7 +346,34 @@ class Restorer:
                 f" {inspection.committed or 'none'}.{_lines(refused)}",
                 step=step,
             )
+        self._tell_nothing(inspection, refused)
         return None
+
+    def _tell_nothing(self, inspection: Inspection, refused: Mapping[str, str]) -> None:
+        """Tells what there is where no step is.
+
+        Raises:
+            CorruptStepError: there were steps. Where directories are renamed, a step has its marker
+                before it has its name.
+        """
+        self._refused = dict(refused)
+        numbered = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
+        lost = [c.step for c in numbered if c.state == "staged"]
+        if lost and isinstance(self._store, SupportsRename):
+            # Not None, which would make a job begin anew.
+            raise CorruptStepError(
+                f"No step of {self._store.root} is restored, and nothing was changed: there are"
+                f" steps, and each has lost its {fmt.COMMIT_NAME}, which no crash of a job does."
+                f"{_lines(refused)}\nWas the run copied, and not all of it? Restore a copy that is"
+                " whole; or move these directories away, to begin anew.",
+                step=max(lost),
+                files=[fmt.COMMIT_NAME],
+            )
+        # What saves and deletions leave that did not end is in every run whose job was killed.
+        odd = {_label(c) for c in numbered if c.state == "refused"}
+        for log, names in ((logger.warning, odd), (logger.info, refused.keys() - odd)):
+            if told := {name: why for name, why in refused.items() if name in names}:
+                log("%s has no committed step. What there is:%s", self._store.root, _lines(told))
 
     def _choose(
         self, inspection: Inspection, step: int | None
@@ -341,12 +385,7 @@ class Restorer:
             # Who asks for a step by its number gets it tried.
             reason = candidate.reason or (candidate.suspect if step is None else "")
             if reason and (step is None or candidate.step == step):
-                label = (
-                    f"step {candidate.step}"
-                    if candidate.name == str(candidate.step)
-                    else candidate.name
-                )
-                refused[label] = reason
+                refused[_label(candidate)] = reason
         chosen = [
             c for c in inspection.candidates if c.state == "committed" and step in (None, c.step)
         ]
@@ -467,7 +506,7 @@ class Restorer:
         wrong = verify_files(self._store, candidate.name, mine, now, read_all=read_all, whole=whole)
         if now != "full":
             # Positions, structure and metadata are small, and nothing else would notice.
-            small = [entry for entry in mine if entry not in arrays]
+            small = [entry for entry in mine if not entry.path.startswith("state/")]
             wrong |= verify_files(
                 self._store,
                 candidate.name,
@@ -487,16 +526,20 @@ class Restorer:
     ) -> tuple[dict[str, str], Any]:
         attempt = _Attempt()
         wrong: dict[str, str] = {}
+        is_sure = (
+            False  # the arrays' own checks say that they are damaged, whatever the records say
+        )
 
-        def look(votes: Sequence[tuple[dict[str, str], str]]) -> dict[str, Any]:
-            wrong = _all_of_them([found for found, _ in votes])
+        def look(votes: Sequence[tuple[tuple[dict[str, str], bool], str]]) -> dict[str, Any]:
+            wrong = _all_of_them([found for (found, _), _ in votes])
+            sure = any(sure for (_, sure), _ in votes)
             if not wrong:
                 _check_alike([gathers for _, gathers in votes])
             # Another job may have saved the step again while it was loaded: then some of what was
             # loaded is of the old one, some of the new one.
             loaded = candidate.state == "committed" and not wrong
             moved = loaded and has_moved(self._store, candidate)
-            return {"wrong": wrong, "moved": moved}
+            return {"wrong": wrong, "sure": sure, "moved": moved}
 
         # What comes from a bucket may be damaged on its way: it is damaged there if it is so twice.
         # What is not there on a file system may have been moved away for a moment.
@@ -504,26 +547,27 @@ class Restorer:
         with phases.span("load"):
             for number in range(2):
                 if number and renames:
-                    if _is_checksum(wrong):
+                    if is_sure:
                         break
                     self._stop_if_away(candidate)
                 if attempt.apply is None:
                     attempt = self._try_load(candidate, load, unverified)
                 told = self._group.exchange(
                     "load",
-                    [attempt.wrong, attempt.loading.gathers],
+                    [[attempt.wrong, attempt.is_sure], attempt.loading.gathers],
                     error=attempt.failure,
                     leader=look,
                     timeout_seconds=self._options.restore_timeout_seconds,
                 )
                 if told["moved"]:
                     raise _MovedError
-                if not (wrong := told["wrong"]):
+                wrong, is_sure = told["wrong"], told["sure"]
+                if not wrong:
                     break
         if wrong and candidate.state == "committed":
             # What cannot be loaded may be damaged, or too large for a limit, say. The files tell.
             _, found, _ = self._verify(candidate, phases, "full", read_all=True)
-            if not found and not _is_checksum(wrong):
+            if not found and not is_sure:
                 self._stop_if_moved(candidate)
                 self._group.exchange(
                     "load",
@@ -595,19 +639,23 @@ class Restorer:
             apply = load(candidate, loading)
             wrong = verify_files(self._store, candidate.name, loading.take(), "full", whole=False)
             if wrong:
-                return _Attempt(dict(list(wrong.items())[:_MOST_TOLD]))
+                sure = any(reason in _OUR_FINDINGS for reason in wrong.values())
+                return _Attempt(dict(list(wrong.items())[:_MOST_TOLD]), sure)
             return _Attempt(apply=apply, loading=loading)
         except CorruptStepError as error:
-            return _Attempt({path: str(error) for path in error.files})
+            sure = error.message.endswith(_OUR_FINDINGS)
+            return _Attempt({path: str(error) for path in error.files}, sure)
         except fmt.InvalidRecordError as error:
             told = CorruptStepError(
                 f"Step {candidate.step}: {error}", step=candidate.step, files=[]
             )
-            return _Attempt({"state": errors.describe(error, 500)}, unread=told)
+            sure = _OUR_SEAL.search(str(error)) is not None
+            return _Attempt({"state": errors.describe(error, 500)}, sure, unread=told)
         except StorageError as error:
             if errors.is_passing(error):
                 return _Attempt(failure=error)
-            return _Attempt({"state": errors.describe(error, 500)}, unread=error)
+            sure = _OWN_CHECK.match(error.message) is not None
+            return _Attempt({"state": errors.describe(error, 500)}, sure, unread=error)
         except BaseException as error:
             return _Attempt(failure=error)
 
@@ -620,15 +668,14 @@ class Restorer:
         if not self._group.is_primary or not unfinished:
             return []
         try:
-            leftovers = retention.find_leftovers(self._store, inspection.run)
             return retention.remove_leftovers(
                 self._store,
-                [left for left in leftovers if left.abandoned],
+                retention.find_abandoned(self._store, inspection.run),
                 run=inspection.run,
                 now=self._clock.now(),
             )
-        except CheckpointError as error:
-            logger.warning("could not look for leftovers: %s", error)
+        except Exception as error:  # the step is restored, and the other hosts have gone on
+            logger.warning("could not look for leftovers of %s: %s", self._store.root, error)
             return []
 
 
@@ -638,6 +685,7 @@ class _Attempt:
 
     Attributes:
         wrong: damaged files and why.
+        is_sure: it is the arrays' own checks that say so.
         failure: an error that says nothing about the step.
         unread: one that may mean damage.
         apply: what to do with what was loaded.
@@ -645,6 +693,7 @@ class _Attempt:
     """
 
     wrong: dict[str, str] = field(default_factory=dict)
+    is_sure: bool = False
     failure: BaseException | None = None
     unread: BaseException | None = None
     apply: Callable[[], Any] | None = None
@@ -676,10 +725,9 @@ def _nothing(_: Sequence[Any]) -> None:
     """What hosts are told that only need to know that nobody has failed."""
 
 
-def _is_checksum(wrong: Mapping[str, str]) -> bool:
-    """Whether the arrays' own checks say that they are damaged, whatever the records say."""
-    signs = ("DATA_LOSS", "checksum", "Data corruption")
-    return any(sign in reason for sign in signs for reason in wrong.values())
+def _label(candidate: Candidate) -> str:
+    is_own = candidate.name == fmt.step_name(candidate.step)
+    return f"step {candidate.step}" if is_own else candidate.name
 
 
 def _lines(refused: Mapping[str, str]) -> str:
