@@ -313,10 +313,10 @@ def test_a_step_that_the_owner_before_has_deleted_is_not_found(
 def test_a_root_that_cannot_be_one_is_a_storage_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with dd.Checkpointer(tmp_path / "file" / "run") as ckpt:
-        assert ckpt.try_restore() is None
-        with pytest.raises(errors.StorageError, match="file/run") as caught:
-            ckpt.save(1, state={"a": 1})
-        assert "directory" in str(caught.value)
+        for act in (ckpt.try_restore, lambda: ckpt.save(1, state={"a": 1})):
+            with pytest.raises(errors.StorageError, match="file/run") as caught:
+                act()
+            assert "directory" in str(caught.value)
 
 
 def test_parts_of_a_state_and_abstract_targets_restore(tmp_path: Path) -> None:
