@@ -127,7 +127,7 @@ def inspect_run(store: Store) -> Inspection:
             break
         before = states
     else:
-        if any(c.moves for c in inspection.candidates):
+        if not settled:
             raise StorageError(
                 f"{store.root} changed {_TRIES} times while it was looked at. Is a job saving and"
                 " deleting steps faster than they can be read?",
@@ -147,7 +147,7 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
     if fmt.RUN_NAME in names:
         try:
             run = fmt.parse_run(_read(store, fmt.RUN_NAME))
-        except fmt.InvalidRecordError as error:
+        except (KeyError, fmt.InvalidRecordError) as error:
             logger.warning(
                 "%s of %s is damaged (%s); the run is taken from its steps",
                 fmt.RUN_NAME,

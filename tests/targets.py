@@ -238,7 +238,9 @@ class Boom(Counter):
 
 
 def disagree(root: str) -> Any:
-    """One host names another step, has another value, has a failing loader."""
+    """One host names another step, has another value, has a failing loader; asks for no step."""
+    import time
+
     import jax
 
     import datarax_dist as dd
@@ -260,6 +262,14 @@ def disagree(root: str) -> Any:
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
             seen.append((text, ckpt.all_steps()))
+        for ask in (lambda step: ckpt.restore(step=step), ckpt.step_info, ckpt.delete):
+            begin = time.monotonic()
+            try:
+                ask(-1 if me else 7)
+                text = "done"
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+            seen.append((text, time.monotonic() - begin))
     return seen
 
 

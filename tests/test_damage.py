@@ -53,6 +53,22 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
+class Fails:
+    """Lets a read of some file fail, once or always."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, key: str, *, times: float) -> None:
+        self.left = times
+        read = LocalStore.get
+
+        def get(store: LocalStore, name: str) -> bytes:
+            if name == key and self.left > 0:
+                self.left -= 1
+                raise StorageError(f"Could not read {key}", errno=5)
+            return read(store, name)
+
+        monkeypatch.setattr(LocalStore, "get", get)
+
+
 def reseal(path: Path, **changes: Any) -> None:
     body = json.loads(path.read_bytes()) | changes
     body.pop("crc32c")
@@ -436,3 +452,20 @@ def test_a_key_whose_kind_cannot_be_read_is_an_error_and_not_plain_numbers(tmp_p
     with pytest.raises(StorageError, match="typed PRNG key"):
         engine.restore("1/state", spec, wanted)
     engine.close()
+
+
+def test_a_marker_that_fails_to_be_read_once_is_no_damage(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Fails(monkeypatch, "2/COMMIT.json", times=1)
+    assert restore_and_check(copy) == (2, {})
+    assert failing.left == 0
+
+
+def test_a_marker_that_cannot_be_read_is_damage(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Fails(monkeypatch, "2/COMMIT.json", times=float("inf"))
+    step, refused = restore_and_check(copy)
+    assert step == 1
+    assert "Could not read 2/COMMIT.json" in refused["step 2"]

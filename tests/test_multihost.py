@@ -177,11 +177,14 @@ def test_another_step_number_or_another_value_on_one_host_raises_on_all_and_writ
     hosts = run_hosts(targets.disagree, 2, args=(str(tmp_path / "run"),), timeout_seconds=90)
     assert [h.error for h in hosts] == [None, None]
     for host in hosts:
-        (wrong_step, before), (wrong_value, then), (wrong_position, after) = host.value
+        (wrong_step, before), (wrong_value, then), (wrong_position, after), *asked = host.value
         assert "PeerError" in wrong_step and "different steps" in wrong_step
         assert "count" in wrong_value and "InvalidArgumentError" in wrong_value
         assert "host 1" in wrong_position and "boom" in wrong_position
         assert before == then == after == []
+        for text, seconds in asked:
+            assert "0 or more, not -1" in text
+            assert seconds < 10.0, "nobody waits for who has asked for no step"
 
 
 def test_a_policy_that_raises_on_one_host_raises_on_all_and_the_next_save_works(

@@ -792,3 +792,38 @@ def test_hosts_that_wait_in_vain_for_the_primary_do_not_say_that_nothing_was_com
         assert str(failure).endswith("may be")
         assert "all hosts have arrived, and host 0 has not said" in str(failure)
         assert failure.missing == [0]
+
+
+def test_a_marker_that_arrives_late_speaks_for_nothing_but_its_own_save() -> None:
+    store = MemoryBucket()
+    job(store, 4)
+    job(store, 5)
+    marker = store.files["5/COMMIT.json"]
+    retention.delete_step(store, 5, now=0.0)
+    job(store, 5, replace=True, content=b"longer")
+    del store.files["5/COMMIT.json"]  # everything is there but that
+    store.create("5/COMMIT.json", marker)
+    [found] = [c for c in inspect_run(store).candidates if c.step == 5]
+    assert found.state == "damaged"
+    assert "not those of its marker" in found.reason
+    assert inspect_run(store).committed == [4]
+
+
+def test_a_bucket_that_changes_at_each_look_is_an_error_and_no_empty_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 1 is there at each moment: at each look it is just being saved again, and the copy that
+    is the step then was not there when the root was listed.
+    """
+    store = MemoryBucket()
+    job(store, 1)
+    read, looks = store.get, itertools.count()
+
+    def get(key: str) -> bytes:
+        if key == "1/COMMIT.json":
+            return fmt.dump_void("run", 1, f"nonce{next(looks)}", 0.0)
+        return read(key)
+
+    monkeypatch.setattr(store, "get", get)
+    with pytest.raises(StorageError, match="changed 20 times"):
+        inspect_run(store)

@@ -1,0 +1,307 @@
+"""A `Checkpointer` that is interrupted, dropped, forked or gets no thread; and two on one root."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import datarax_dist as dd
+from datarax_dist import checkpointer, errors, save
+from datarax_dist.arrays import engine
+from datarax_dist.storage import LocalStore
+
+STATE = {"w": np.ones(3)}
+SECONDS = 30.0  # for what must happen
+
+
+def lease_of(root: Path) -> dict[str, Any]:
+    newest = max((root / "lease").glob("*.json"))
+    found: dict[str, Any] = json.loads(newest.read_text())
+    return found
+
+
+def staged(root: Path) -> list[str]:
+    return [path.name for path in root.iterdir() if "staging" in path.name]
+
+
+class Stall:
+    """Lets a method of the store wait, for keys with some text in them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str, text: str) -> None:
+        self.reached, self.goes_on = threading.Event(), threading.Event()
+        act = getattr(LocalStore, method)
+
+        def stalled(store: Any, key: str, *rest: Any, **more: Any) -> Any:
+            if text in key and not self.reached.is_set():
+                self.reached.set()
+                assert self.goes_on.wait(SECONDS)
+            return act(store, key, *rest, **more)
+
+        monkeypatch.setattr(LocalStore, method, stalled)
+
+
+@pytest.fixture
+def disk_is_full(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """What fills the disk for structures of states, or empties it."""
+    put, full = LocalStore.put, [False]
+
+    def fails(store: Any, key: str, data: bytes) -> None:
+        if full[0] and key.endswith("TREE.json"):
+            raise errors.StorageError("no space left", errno=28)
+        put(store, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", fails)
+    return lambda is_full: full.__setitem__(0, is_full)
+
+
+# Errors are told
+
+
+def test_an_error_is_kept_when_the_next_save_fails_for_another_reason(
+    tmp_path: Path, disk_is_full: Callable[[bool], None]
+) -> None:
+    ckpt = dd.Checkpointer(tmp_path / "run")
+    disk_is_full(True)
+    handle = ckpt.save(1, state=STATE)
+    ckpt._drain()
+    disk_is_full(False)
+    with pytest.raises(errors.InvalidArgumentError, match="not JSON"):
+        ckpt.save(2, state=STATE, metadata=object())
+    with pytest.raises(errors.StorageError, match="no space left"):
+        ckpt.check_for_errors()
+    ckpt.check_for_errors()  # it has been seen
+    assert handle is not None
+    assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+    ckpt.close()
+
+
+def test_an_error_that_a_save_tells_is_not_told_again(
+    tmp_path: Path, disk_is_full: Callable[[bool], None]
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        disk_is_full(True)
+        ckpt.save(1, state=STATE)
+        ckpt._drain()
+        disk_is_full(False)
+        with pytest.raises(errors.StorageError, match="no space left"):
+            ckpt.save(2, state=STATE)
+        ckpt.check_for_errors()
+        assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+
+
+# Threads that cannot be had
+
+
+def test_without_a_thread_for_its_watcher_a_save_fails_and_the_next_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = dd.Checkpointer(tmp_path / "run", options=dd.Options(save_timeout_seconds=12))
+    ckpt.save(1, state=STATE).result(SECONDS)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "datarax_dist-watch":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        handle = ckpt.save(2, state=STATE)
+        with pytest.raises(errors.CheckpointError, match="limit on threads"):
+            handle.result(SECONDS)
+    assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
+    ckpt.close()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "3", "RUN.json", "lease"]
+
+
+@pytest.mark.parametrize("what", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["submit", "handle", "arrays", "started"])
+def test_a_save_that_is_cut_short_while_it_begins_leaves_nothing_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: BaseException
+) -> None:
+    root = tmp_path / "run"
+    ckpt = dd.Checkpointer(root, options=dd.Options(save_timeout_seconds=12))
+    ckpt.save(1, state=STATE).result(SECONDS)
+    spots: dict[str, tuple[Any, str]] = {
+        "submit": (ckpt._worker, "submit"),
+        "handle": (checkpointer.SaveHandle, "__init__"),
+        "arrays": (engine.Engine, "save"),
+        "started": (save.StartedSave, "start"),
+    }
+    owner, name = spots[where]
+    act = getattr(owner, name)
+
+    def cut(*args: Any, **more: Any) -> Any:
+        if where in ("arrays", "started"):
+            act(*args, **more)
+        raise what
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, cut)
+        kept = where == "arrays" and isinstance(what, Exception)  # for its handle
+        if kept:
+            with pytest.raises(errors.CheckpointError, match="start new thread"):
+                ckpt.save(2, state={"w": np.ones(1000)}).result(SECONDS)
+        else:
+            with pytest.raises(type(what)):
+                ckpt.save(2, state={"w": np.ones(1000)})
+    assert ckpt.all_steps() == [1]
+    assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
+    ckpt.wait_until_finished()
+    assert ckpt._group._open == set(), "no agreement stays open"
+    ckpt.close()
+    assert staged(root) == []
+    assert engine.gates == {}
+
+
+# Stalls
+
+
+def test_a_stall_after_the_commit_is_told_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "_HANGS_SECONDS", 0.1)
+    ckpt = dd.Checkpointer(
+        tmp_path / "run", keep=dd.latest(1), options=dd.Options(save_timeout_seconds=2)
+    )
+    ckpt.save(1, state=STATE).result(SECONDS)
+    stall = Stall(monkeypatch, "delete", ".deleting-")
+    handle = ckpt.save(2, state=STATE)
+    report = handle.result(10)
+    assert (report.step, report.deleted) == (2, ())
+    assert stall.reached.is_set()
+    for act in (lambda: ckpt.save(3, state=STATE), ckpt.restore, ckpt.wait_until_finished):
+        with pytest.raises(errors.StorageError, match=r"step 2 is committed, but still hangs"):
+            act()
+    stall.goes_on.set()
+    assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
+    ckpt.close()
+
+
+# The end
+
+
+def test_a_close_that_was_cut_short_is_done_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_is_full: Callable[[bool], None]
+) -> None:
+    ckpt = dd.Checkpointer(tmp_path / "run")
+    ckpt.save(1, state=STATE).result(SECONDS)
+    disk_is_full(True)
+    ckpt.save(2, state=STATE)
+    with monkeypatch.context() as patch:
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(ckpt, "_drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.close()
+    assert not lease_of(tmp_path / "run")["released"]
+    with pytest.raises(errors.InvalidArgumentError, match="closed"):
+        ckpt.save(3, state=STATE)
+    with pytest.raises(errors.StorageError, match="no space left"):
+        ckpt.close()
+    assert lease_of(tmp_path / "run")["released"]
+    ckpt.close()
+
+
+def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:
+    one, other = dd.Checkpointer(tmp_path / "run"), dd.Checkpointer(tmp_path / "run")
+    one.save(1, state=STATE).result(SECONDS)
+    one.close()
+    one.close()
+    assert not lease_of(tmp_path / "run")["released"]
+    assert other.save(2, state=STATE).result(SECONDS).step == 2
+    other.close()
+    assert lease_of(tmp_path / "run")["released"]
+
+
+def test_one_that_is_dropped_finishes_its_save_and_lets_the_run_go(tmp_path: Path) -> None:
+    ckpt = dd.Checkpointer(tmp_path / "run")
+    handle = ckpt.save(1, state=STATE)
+    gone = threading.Event()
+    checkpointer.weakref.finalize(ckpt, gone.set)
+    del ckpt
+    assert handle.result(SECONDS).step == 1
+    gc.collect()
+    assert gone.wait(SECONDS)
+    with dd.Checkpointer(tmp_path / "run") as after:
+        after.save(2, state=STATE).result(SECONDS)
+    assert lease_of(tmp_path / "run")["released"]
+
+
+FORKED = """
+import os, sys
+import numpy as np
+import datarax_dist as dd
+from datarax_dist import errors
+
+ckpt = dd.Checkpointer(sys.argv[1])
+ckpt.save(1, state={"w": np.ones(3)}).result()
+child = os.fork()
+if child == 0:
+    try:
+        ckpt.save(2, state={"w": np.ones(3)})
+    except errors.InvalidArgumentError as error:
+        print(error, flush=True)
+    ckpt.close()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert dd.Checkpointer.all_steps(ckpt) == [1]
+ckpt.save(2, state={"w": np.ones(3)}).result()
+ckpt.close()
+"""
+
+
+def test_a_forked_child_neither_saves_with_what_it_inherited_nor_ends_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(tmp_path / "run")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Make one of its own" in done.stdout
+    assert lease_of(tmp_path / "run")["epoch"] == 1
+
+
+# Two on one root
+
+
+def test_two_of_one_process_save_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stall = Stall(monkeypatch, "put", "TREE.json")
+    with dd.Checkpointer(tmp_path / "run") as one, dd.Checkpointer(tmp_path / "run") as other:
+        handle = one.save(1, state=STATE)
+        assert stall.reached.wait(SECONDS)
+        assert other.save(2, state=STATE).result(SECONDS).step == 2
+        stall.goes_on.set()
+        assert handle.result(SECONDS).step == 1
+        assert other.all_steps() == [1, 2]
+
+
+# Damage that was found
+
+
+def test_a_step_that_was_found_damaged_may_be_saved_again_and_is_no_good_one(
+    tmp_path: Path,
+) -> None:
+    with dd.Checkpointer(tmp_path / "run", keep=dd.latest(2)) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state=STATE).result(SECONDS)
+    [record] = (tmp_path / "run" / "2" / "hosts").iterdir()
+    record.write_bytes(b"{}")
+    with dd.Checkpointer(tmp_path / "run", keep=dd.latest(2)) as ckpt:
+        with pytest.raises(errors.CorruptStepError):
+            ckpt.restore(step=2)
+        ckpt.restore(step=1)
+        assert ckpt.save(3, state=STATE).result(SECONDS).deleted == (), "1 and 3 are the good ones"
+        assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
