@@ -71,7 +71,7 @@ from datarax_dist.inspection import (
 )
 from datarax_dist.lease import Right, Unguarded, writer_identity
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
-from datarax_dist.storage import Entry, Store, SupportsRename, for_each
+from datarax_dist.storage import Entry, Store, SupportsRename, SupportsSweep, for_each
 from datarax_dist.telemetry import Phases
 
 __all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "Saver", "StartedSave"]
@@ -208,6 +208,7 @@ class Saver:
         # are left.
         self.suspects: set[int] = set()
         self._staging = ""  # of the save under way
+        self.has_swept = False
         self.claim = b""  # of the save under way
         self._known = _Known()
 
@@ -746,6 +747,11 @@ class StartedSave:
         under_way = self._saver.lease.under_way
         leftovers = [left for left in found if left.name not in under_way]
         removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
+        if isinstance(store, SupportsSweep) and not self._saver.has_swept:
+            self._saver.has_swept = True
+            with contextlib.suppress(StorageError):  # no reason for a save to fail
+                for prefix in ("", fmt.LEASE_NAME):
+                    store.sweep(prefix)
         known.tidy = len(removed) == len(leftovers)
 
     def _hash(

@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
@@ -44,6 +45,7 @@ _CHUNK_BYTES = 1 << 20
 _PARALLEL = 16
 # What a `put` or `create` that was cut off leaves; nobody has written such a key.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+_CUT_OFF_SECONDS = 24 * 3600.0  # no write takes so long, and no clock is wrong by that
 _NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -133,6 +135,16 @@ class SupportsRename(Protocol):
     """
 
     def rename(self, source: str, destination: str) -> None: ...
+
+
+@runtime_checkable
+class SupportsSweep(Protocol):
+    """The ability of file systems to remove what a write that was cut off has left, under a name
+    that is no key.
+    """
+
+    def sweep(self, prefix: str) -> None:
+        """Removes it directly below `prefix`, if it is there for a day."""
 
 
 @runtime_checkable
@@ -427,6 +439,18 @@ class LocalStore:
             os.rename(self.path(source), target)
             for directory in {os.path.dirname(target), os.path.dirname(self.path(source))}:
                 _sync_directory(directory)
+
+    def sweep(self, prefix: str) -> None:
+        path = self.path(prefix)
+        with _storage_errors("tidy up", path), contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(path):
+                with contextlib.suppress(FileNotFoundError):  # somebody was faster
+                    if (
+                        _TEMPORARY.fullmatch(entry.name)
+                        and entry.is_file(follow_symlinks=False)
+                        and time.time() - entry.stat().st_mtime > _CUT_OFF_SECONDS
+                    ):
+                        os.unlink(entry.path)
 
 
 class _IrregularError(OSError):

@@ -288,6 +288,24 @@ def test_two_of_one_process_save_at_the_same_time(
         assert other.all_steps() == [1, 2]
 
 
+# What was cut off
+
+
+def test_what_a_write_that_was_cut_off_has_left_goes_after_a_day(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state=STATE).result(SECONDS)
+    left = [".RUN.json.0123456789ab.tmp", "lease/.0000000001.json.0123456789ab.tmp"]
+    now, others = [f"{name[:-5]}f.tmp" for name in left], [".notes.tmp", ".mine.0123456789.tmp"]
+    for name in [*left, *now, *others]:
+        (root / name).write_bytes(b"")
+    for name in [*left, *others]:
+        os.utime(root / name, (0, 0))
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(2, state=STATE).result(SECONDS)
+    assert [name for name in [*left, *now, *others] if not (root / name).exists()] == left
+
+
 # Damage that was found
 
 
