@@ -55,10 +55,11 @@ class Options:
             memory beside its own. An array that alone takes more than one of these limits is an
             error, before anything is written.
         lease_ttl_seconds: how long the lease of this job lasts without a sign of life (default 60,
-            at most a day): a job that crashed on another machine is followed by the next one after
-            that time, and a job that stood still for longer may have lost the run.
+            from a second to a day): a job that crashed on another machine is followed by the next
+            one after that time, and a job that stood still for longer may have lost the run. All
+            objects of a process that are open for one root share a lease: the first one's counts.
         lease_wait_seconds: how long the first `save` waits for another job that holds the run and
-            is alive (default 0: it fails at once).
+            is alive (default 0: it fails at once). The longest of those objects' counts.
         batches_per_step: how many batches one step takes (default 1), for all data items or {name:
             number}. `save` checks that batches handed out keep pace with the steps, where they are
             counted (`shards`, `tracked`): a loader that was read ahead would lose records at the
@@ -96,12 +97,14 @@ class Options:
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    least, most = (0.0, math.inf) if name != "lease_ttl_seconds" else (1.0, 24 * 3600.0)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name == "lease_wait_seconds" and is_number and value == 0:
-        return
-    if not (is_number and least < value < math.inf and value <= most):
-        limits = "greater than 0" if most == math.inf else f"from {least:.0f} to {most:.0f}"
+    if name == "lease_ttl_seconds":
+        limits, is_within = "from 1 to 86400", is_number and 1 <= value <= 24 * 3600
+    elif name == "lease_wait_seconds":
+        limits, is_within = "of 0 or more", is_number and 0 <= value < math.inf
+    else:
+        limits, is_within = "greater than 0", is_number and 0 < value < math.inf
+    if not is_within:
         raise InvalidArgumentError(
             f"Options.{name} must be a number of seconds {limits}, not {value!r}: nothing may wait"
             " for ever."

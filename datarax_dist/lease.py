@@ -7,13 +7,20 @@ replaced on a condition, and it works on file systems as in buckets.
 No clock is compared with another one. The owner renews its file, a counter, every so often. Who
 wants the run watches the counter, with its own clock: as soon as it moves, the owner is alive, and
 there is a `LeaseError`; when it stands still for as long as the file says, the lease has run out.
-On one machine a process that is gone, or runs, is known at once.
+On one machine a process that is gone, or runs, is known at once, where the kernel tells. But who
+runs does not always renew (its thread has died, or hangs): who may wait, and has seen no renewal in
+a third of that time, goes on watching until the lease has run out.
 
 An owner that was stopped and goes on must do no harm. Before each act that counts (giving a step
 its name or its marker, deleting a step) it first leaves a sign of it in the store (what it staged,
 or what it deletes), and then asks whether there is a newer epoch. Who takes over first makes the
 newer epoch, and then looks for such signs and makes them void (`retention.fence`). So one of the
 two sees the other.
+
+An owner that has ended says `released`; when that fails, it says so later, as long as its process
+lives. One that could not finish taking over says that its lease lasts for 0 seconds: anyone may
+take it at once, and has to make void what older ones have begun. Renewals and the release look for
+the owner's own file first: what a person has removed does not come back.
 
 The identity of a writer stands in the claim `STEP.json`, too: a directory whose writer is certainly
 dead may be removed by anyone who reads the run.
@@ -23,12 +30,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import os
+import queue
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,6 +57,7 @@ __all__ = [
     "describe",
     "give_all_back",
     "give_back",
+    "give_back_later",
     "is_certainly_dead",
     "newest_lease",
     "writer_identity",
@@ -55,7 +66,9 @@ __all__ = [
 logger = logging.getLogger("datarax_dist")
 
 _RENEWALS = 6  # in the time that a lease lasts
+_MISSED = 2  # so many, and it is no sign of life that a process runs
 _LOOK_SECONDS = 0.5
+_TRIES = 10  # to make a file that is not in the listing, and cannot be made
 _UNREADABLE_SECONDS = 60.0  # how long a lease lasts that does not say it
 
 # Is given the run, the older leases, and what says whether there is none newer than ours.
@@ -73,25 +86,36 @@ def _machine() -> str:
         return ""
 
 
+_UNKNOWN = ("?", "?")
+
+
 def _process(pid: int) -> tuple[str, str]:
-    """Returns when a process began, in ticks since boot, and its state; empty when there is
-    none.
+    """Returns when a process began, in ticks since boot, and its state; empty when there is none,
+    `_UNKNOWN` where that cannot be told: /proc may hide it (`hidepid`), or no file can be opened.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rsplit(")", 1)[1].split()
     except OSError:
-        return "", ""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return "", ""
+        except (OSError, OverflowError):
+            return _UNKNOWN
+        return _UNKNOWN
     return ("", "") if fields[0] == "Z" else (fields[19], fields[0])
 
 
 def writer_identity() -> dict[str, Any]:
     """Returns this process as a writer."""
     pid = os.getpid()
+    started, state = _process(pid)
+    is_known = (started, state) != _UNKNOWN  # or others would look for a process that began then
     return {
-        "machine": _machine(),
+        "machine": _machine() if is_known else "",
         "pid": pid,
-        "started": _process(pid)[0],
+        "started": started if is_known else "",
         "name": socket.gethostname(),
     }
 
@@ -102,8 +126,11 @@ def _is_here(writer: Mapping[str, Any]) -> bool:
 
 
 def is_certainly_dead(writer: Mapping[str, Any]) -> bool:
-    """Whether a writer ran on this machine, and its process is gone."""
-    return _is_here(writer) and _process(writer["pid"])[0] != writer.get("started")
+    """Whether a writer ran on this machine, and the kernel says that its process is gone."""
+    if not _is_here(writer):
+        return False
+    found = _process(writer["pid"])
+    return found != _UNKNOWN and found[0] != writer.get("started")
 
 
 def _is_running(writer: Mapping[str, Any]) -> bool:
@@ -210,7 +237,8 @@ class Unguarded:
 
 
 class Lease:
-    """The right of this job to write to a run. For the primary.
+    """The right of this job to write to a run. For the primary. It belongs to the process that has
+    made it: a forked one neither has that right nor lets it go.
 
     Args:
         ttl_seconds: how long it lasts without a sign of life.
@@ -237,11 +265,14 @@ class Lease:
         self.under_way: set[str] = set()
         self._owner = dict(owner or writer_identity())
         self._renews = renews
+        self._process = os.getpid()
         self._record: fmt.LeaseRecord | None = None
-        self._older: list[int] = []  # whose files may go
+        self._leaving: fmt.LeaseRecord | None = None  # says that it is released; not written yet
+        self._is_over = False  # it has no user any more
         self._lost: LeaseError | None = None
         self._lock = threading.RLock()  # one write of the file at a time
-        self._ended = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._wake: queue.SimpleQueue[None] | None = None  # of that thread
 
     @property
     def epoch(self) -> int:
@@ -258,35 +289,42 @@ class Lease:
         Raises:
             LeaseError: another job holds it, or has taken it from this one.
         """
+        self.raise_if_lost()
         with self._lock:
-            if self._lost is not None:
-                raise self._lost
-            if self._record is not None:
-                return
-            self._take(run, fence)
-            self._ended = threading.Event()
-            if self._renews:
-                threading.Thread(
-                    target=self._keep, args=(self._ended,), name="datarax_dist-lease", daemon=True
-                ).start()
+            self.raise_if_lost()
+            try:
+                self._start_keeping()  # who cannot renew it does not take it
+                if self._record is None:
+                    self._take(run, fence)
+            finally:
+                if self._record is None and self._leaving is None:
+                    self._stop_keeping()
 
     def _take(self, run: str, fence: Fence) -> None:
         store, clock = self._store, self._clock
         end = clock.monotonic() + self._wait
         watched: _Seen | None = None
         since = clock.monotonic()
+        tried: list[int] = []
         while True:
-            seen = _all(store)
-            newest = seen[-1] if seen else None
+            epochs = _epochs(store)
+            newest = _read(store, epochs[-1]) if epochs else None
             now = clock.monotonic()
             moves = False
             if newest != watched:
                 moves, watched, since = watched is not None, newest, now
+            if newest is None and epochs:  # removed meanwhile, as there is a newer one
+                self._try_again(tried, epochs[-1])
+                continue
             if newest is None or _is_free(newest, now - since):
-                if (mine := self._create(run, newest)) is not None:
-                    break
-                continue  # another job was faster
-            alive = moves or (newest.record is not None and _is_running(newest.record.owner))
+                epoch = 1 if newest is None else newest.epoch + 1
+                if self._create(run, epoch, newest, fence):
+                    return
+                self._try_again(tried, epoch)  # another job was faster
+                continue
+            alive = moves
+            if (record := newest.record) is not None and _is_running(record.owner):
+                alive = alive or now - since <= _MISSED * record.ttl_seconds / _RENEWALS
             if alive and now >= end:
                 raise self._held_by(newest)
             if now == since:
@@ -297,30 +335,65 @@ class Lease:
                     newest.record.ttl_seconds if newest.record else _UNREADABLE_SECONDS,
                 )
             clock.sleep(_LOOK_SECONDS)
+
+    def _try_again(self, tried: list[int], epoch: int) -> None:
+        """What was faster must be in the next listing; where it is not, something is in the way."""
+        tried.append(epoch)
+        if (times := tried.count(epoch)) > _TRIES:
+            raise self._blocked_by(epoch, "is no lease, and in the way of one: a directory, say")
+        if times > 1:
+            self._clock.sleep(_LOOK_SECONDS)
+
+    def _create(self, run: str, epoch: int, newest: _Seen | None, fence: Fence) -> bool:
+        """Makes the next epoch's file, and makes void what its older owners have begun; returns
+        whether this job, and no other, has the run now.
+        """
+        name = fmt.lease_name(epoch)
+        if fmt.parse_lease_name(name.rpartition("/")[2]) != epoch:
+            raise self._blocked_by(epoch - 1, "has the last number there is: no job has made it")
+        mine = fmt.LeaseRecord(run, epoch, secrets.token_hex(8), self._owner, self._ttl)
+        _holders[mine.nonce] = self
+        try:
+            if not self._store.create(name, fmt.dump_lease(mine)):
+                return False
+            if not self._take_over(run, mine, newest, fence):
+                return False
+            self._record, self._leaving = mine, None
+            return True
+        except BaseException:
+            self._give_up(mine)
+            raise
+        finally:
+            if self._record is not mine:
+                _holders.pop(mine.nonce, None)
+
+    def _take_over(
+        self, run: str, mine: fmt.LeaseRecord, newest: _Seen | None, fence: Fence
+    ) -> bool:
         if newest is not None and not (newest.record is not None and newest.record.released):
             if self._newer(mine.epoch) is not None:
-                return self._take(run, fence)
-            logger.warning("%s is taken over from %s", store.root, newest.owner)
+                return False
+            logger.warning("%s is taken over from %s", self._store.root, newest.owner)
             # Read once more: what they have announced before they could see our file is there now.
-            older = [lease.record for lease in _all(store) if lease.epoch < mine.epoch]
-            # When it fails, our file runs out, and who comes next fences them too.
+            older = [lease.record for lease in _all(self._store) if lease.epoch < mine.epoch]
+            # When it fails, who comes next fences them too.
             fence(
                 run,
                 [record for record in older if record is not None],
                 lambda: self._newer(mine.epoch) is None,
             )
-            if self._newer(mine.epoch) is not None:
-                return self._take(run, fence)
-        self._older = [lease.epoch for lease in seen]
-        self._record = mine
-        return None
+            return self._newer(mine.epoch) is None
+        return True
 
-    def _create(self, run: str, newest: _Seen | None) -> fmt.LeaseRecord | None:
-        """Makes the next epoch's file; returns it if this job, and no other, made it."""
-        epoch = 1 if newest is None else newest.epoch + 1
-        mine = fmt.LeaseRecord(run, epoch, secrets.token_hex(8), self._owner, self._ttl)
-        made = self._store.create(fmt.lease_name(epoch), fmt.dump_lease(mine))
-        return mine if made else None
+    def _give_up(self, mine: fmt.LeaseRecord) -> None:
+        """Lets nobody wait for what was not taken to the end. It is not released: who comes next
+        has to fence the older owners.
+        """
+        with contextlib.suppress(StorageError):
+            seen = _read(self._store, mine.epoch)
+            if seen is not None and seen.record == mine:
+                over = dataclasses.replace(mine, ttl_seconds=0)
+                self._store.put(fmt.lease_name(mine.epoch), fmt.dump_lease(over))
 
     def _newer(self, epoch: int) -> int | None:
         newest = max(_epochs(self._store), default=0)
@@ -332,18 +405,51 @@ class Lease:
         Raises:
             LeaseError: another one has taken it.
         """
-        if self._lost is not None:
-            raise self._lost
-        if self._record is None:
+        self.raise_if_lost()
+        self._ask(self._held())
+
+    def _held(self) -> fmt.LeaseRecord:
+        if (record := self._record) is None:
             raise LeaseError(f"This job does not hold {self._store.root}; nothing was changed.")
-        if (newer := self._newer(self._record.epoch)) is None:
-            return
-        self._lost = self._lost_to(_read(self._store, newer) or _Seen(newer, b"", None))
-        logger.error("%s", self._lost)
-        raise self._lost
+        return record
+
+    def _ask(self, record: fmt.LeaseRecord, *, reads: bool = False) -> list[int]:
+        """Returns the epochs that there are, if ours is the newest.
+
+        Args:
+            reads: look into our own file, too, before it is written again.
+        """
+        epochs = _epochs(self._store)
+        if (lost := self._loss(record, epochs, reads)) is None:
+            return epochs
+        self._lost = lost
+        logger.error("%s", lost)
+        raise lost
+
+    def _loss(
+        self, record: fmt.LeaseRecord, epochs: Sequence[int], reads: bool
+    ) -> LeaseError | None:
+        newest = max(epochs, default=0)
+        if newest > record.epoch:
+            return self._lost_to(_read(self._store, newest) or _Seen(newest, b"", None))
+        # A listing may be without a file that is replaced meanwhile.
+        if reads or record.epoch not in epochs:
+            seen = _read(self._store, record.epoch)
+            if seen is None:
+                return self._removed(record)
+            if seen.record is not None and seen.record.nonce != record.nonce:
+                return self._lost_to(seen)  # all were removed, and it has begun anew
+        return None
 
     def raise_if_lost(self) -> None:
         """The same, as far as it is known without asking."""
+        if os.getpid() != self._process:
+            raise LeaseError(
+                f"The process {self._process} may write to {self._store.root}; this is"
+                f" {os.getpid()}, forked from it, and may not. A forked process must open its own"
+                " Checkpointer. Nothing was written.",
+                owner=f"process {self._process}",
+            )
         if self._lost is not None:
             raise self._lost
 
@@ -353,6 +459,7 @@ class Lease:
         Raises:
             LeaseError: it may not.
         """
+        self.raise_if_lost()
         with self._lock:
             if self._record is not None:
                 # The last few, since objects of this process on one root delete at once.
@@ -366,41 +473,142 @@ class Lease:
         Raises:
             LeaseError: another one has taken the run.
         """
+        self.raise_if_lost()
         with self._lock:
-            self.check()
-            assert self._record is not None
-            self._write(dataclasses.replace(self._record, renewals=self._record.renewals + 1))
-            while self._older:
-                self._store.delete(fmt.lease_name(self._older[-1]))
-                self._older.pop()
+            self.raise_if_lost()
+            record = self._held()
+            epochs = self._ask(record, reads=True)
+            self._write(dataclasses.replace(record, renewals=record.renewals + 1))
+            self._delete_older(record, epochs)
 
-    def _keep(self, ended: threading.Event) -> None:
-        while not ended.wait(self._ttl / _RENEWALS):
-            try:
-                self.renew()
-            except LeaseError:
-                return  # whoever saves next is told
-            except Exception as error:
-                logger.warning("the lease of %s could not be renewed: %s", self._store.root, error)
+    def _delete_older(self, record: fmt.LeaseRecord, epochs: Sequence[int]) -> None:
+        """Deletes what nobody needs any more: the newest stays, so that no epoch comes twice."""
+        for epoch in epochs:
+            if epoch < record.epoch:
+                self._store.delete(fmt.lease_name(epoch))
+
+    def _start_keeping(self) -> None:
+        if not self._renews:
+            return
+        if self._wake is not None and self._keeper is not None and self._keeper.is_alive():
+            return
+        wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wake, self._keeper = (
+            wake,
+            threading.Thread(
+                target=self._keep, args=(wake,), name="datarax_dist-lease", daemon=True
+            ),
+        )
+        self._keeper.start()
+
+    def _stop_keeping(self) -> None:
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake.put(None)
+
+    def _keep(self, wake: queue.SimpleQueue[None]) -> None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                wake.get(timeout=self._ttl / _RENEWALS)
+            note_dropped()
+            with self._lock:
+                if self._wake is not wake:
+                    return
+                try:
+                    if self._leaving is not None or self._is_over:
+                        self._leave()
+                        self._stop_keeping()
+                        return
+                    self.renew()
+                except LeaseError:  # whoever saves next is told
+                    self._stop_keeping()
+                    return
+                except Exception as error:
+                    logger.warning(
+                        "the lease of %s could not be renewed: %s", self._store.root, error
+                    )
 
     def _write(self, record: fmt.LeaseRecord) -> None:
         self._store.put(fmt.lease_name(record.epoch), fmt.dump_lease(record))
         self._record = record
 
     def release(self) -> None:
-        """Lets the run go, so that the next job need not wait."""
-        self._ended.set()
+        """Lets the run go, so that the next job need not wait. Where it `renews`, a release that
+        fails is tried again for as long as the process lives.
+        """
+        if os.getpid() != self._process:
+            return  # its parent's; and the lock may have been held at the fork
         with self._lock:
-            record = self._record
-            if record is None or self._lost is not None:
-                return
             try:
-                self._write(dataclasses.replace(record, released=True, deleting=()))
+                self._leave()
             except StorageError as error:
                 logger.warning("the lease of %s could not be released: %s", self._store.root, error)
+                with contextlib.suppress(RuntimeError):  # no more threads: Python ends
+                    self._start_keeping()
+            else:
+                self._stop_keeping()
+
+    def _leave(self) -> None:
+        if self._record is not None and self._lost is None:
+            self._leaving = dataclasses.replace(self._record, released=True, deleting=())
+            _holders.pop(self._record.nonce, None)
             self._record = None
+        if (leaving := self._leaving) is None:
+            return
+        epochs = _epochs(self._store)
+        if self._loss(leaving, epochs, reads=True) is None:
+            self._store.put(fmt.lease_name(leaving.epoch), fmt.dump_lease(leaving))
+            with contextlib.suppress(StorageError):  # the next one does it
+                self._delete_older(leaving, epochs)
+        self._leaving = None
+
+    def leave_soon(self) -> None:
+        """The same, on the thread that renews it."""
+        self._is_over = True
+        if (record := self._record) is not None:
+            _holders.pop(record.nonce, None)  # so that a new user need not wait for it
+        self.wake()
+
+    def wake(self) -> None:
+        """Makes the thread that renews it look about. May be called at any time and place."""
+        if (wake := self._wake) is not None:
+            wake.put(None)
+
+    def share(self, other: Lease) -> None:
+        """Takes note of what one more user of it wants."""
+        self._wait = max(self._wait, other._wait)
+        if other._ttl != self._ttl:
+            logger.warning(
+                "%s: the lease of this process lasts for %g s, as the first user of it has wanted,"
+                " and not for %g s",
+                self._store.root,
+                self._ttl,
+                other._ttl,
+            )
+
+    def _blocked_by(self, epoch: int, why: str) -> StorageError:
+        return StorageError(
+            f"{self._store.root} cannot be taken: {self._store.root}/{fmt.lease_name(epoch)} {why}."
+            " Nothing was written. When no job writes to this run, remove it.",
+            errno=errno.EEXIST,
+        )
+
+    def _removed(self, record: fmt.LeaseRecord) -> LeaseError:
+        name = fmt.lease_name(record.epoch)
+        return LeaseError(
+            f"This job does not hold {self._store.root} any more: its {name} was removed, by a"
+            " person or a clean-up. It can commit and delete nothing, and brings nothing back."
+            " Close every Checkpointer of this root, and open a new one.",
+            owner="",
+        )
 
     def _held_by(self, lease: _Seen) -> LeaseError:
+        if lease.record is not None and _is_of_this_process(lease.record):
+            return LeaseError(
+                f"{self._store.root} is held by this very process ({lease.owner}), as another root:"
+                " is it the same place by two paths? Use one of them; nothing was written.",
+                owner=lease.owner,
+            )
         return LeaseError(
             f"{self._store.root} is held by another job: {lease.owner}, which is alive. Only one"
             " job at a time may write to a run; nothing was written. Stop that one, or wait for it"
@@ -421,39 +629,103 @@ def _is_free(lease: _Seen, unchanged_seconds: float) -> bool:
     record = lease.record
     if record is None:
         return unchanged_seconds > _UNREADABLE_SECONDS
-    # Of this process, and it could not be released: nobody here uses it any more.
-    is_over = record.released or record.owner == writer_identity()
+    is_over = record.released or not record.ttl_seconds
+    if _is_of_this_process(record) and record.nonce not in _holders:
+        is_over = True  # it could not be released, or not be taken to the end
     return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
+
+
+def _is_of_this_process(record: fmt.LeaseRecord) -> bool:
+    return _is_here(record.owner) and record.owner == writer_identity()
+
+
+# Who holds what in this process, by the nonces of their files
+_holders: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()
 
 
 # One lease for each run and process
 
 
-_borrowed: dict[str, tuple[Lease, int]] = {}
-_borrowing = threading.Lock()
+@dataclass(frozen=True, eq=False, slots=True)
+class _Share:
+    root: str
+    place: str
+    lease: Lease
+
+
+_shares: list[_Share] = []  # one for each user
+_dropped: queue.SimpleQueue[str] = queue.SimpleQueue()  # roots of users that have gone
+_borrowing = threading.RLock()
+
+
+def _begin_anew() -> None:
+    """In a forked child: all that was its parent's, and a lock may have been held."""
+    global _borrowing, _dropped
+    _borrowing, _dropped = threading.RLock(), queue.SimpleQueue()
+    _shares.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def borrow(root: str, make: Callable[[], Lease]) -> Lease:
     """Returns the lease of this process on a root, for one more user of it. It is not held yet."""
+    # A directory may be known by several paths.
+    place = root if "://" in root else os.path.realpath(root)
+    note_dropped()
+    made = make()
     with _borrowing:
-        lease, users = _borrowed.get(root) or (make(), 0)
-        _borrowed[root] = lease, users + 1
-        return lease
+        lease = next((share.lease for share in _shares if share.place == place), made)
+        _shares.append(_Share(root, place, lease))
+    if lease is not made:
+        lease.share(made)
+    return lease
 
 
-def give_back(root: str) -> None:
-    """Takes note that one user has ended. When the last one has, the run is let go."""
+def give_back(root: str, process: int | None = None) -> None:
+    """Takes note that one user has ended. When the last one has, the run is let go.
+
+    Args:
+        process: that has borrowed it; in a forked one nothing is done. Told where a forked process
+            may have borrowed one of its own.
+    """
+    if process in (None, os.getpid()) and (lease := _take_back(root)) is not None:
+        lease.release()
+
+
+def give_back_later(root: str, process: int | None = None) -> None:
+    """The same for a finalizer, which may run on any thread and between any two instructions, where
+    locks of this module are held: the thread that renews the lease does it.
+    """
+    if process in (None, os.getpid()):
+        _dropped.put(root)  # its `put` may interrupt itself
+        for share in tuple(_shares):
+            share.lease.wake()
+
+
+def note_dropped() -> None:
+    """Does what `give_back_later` has been told."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            if (lease := _take_back(_dropped.get_nowait())) is not None:
+                lease.leave_soon()
+
+
+def _take_back(root: str) -> Lease | None:
+    """Returns the lease, if it has no user any more."""
     with _borrowing:
-        lease, users = _borrowed.pop(root, (None, 0))
-        if users > 1 and lease is not None:
-            _borrowed[root] = lease, users - 1
-        elif lease is not None:
-            lease.release()
+        for share in reversed(_shares):
+            if share.root == root:
+                _shares.remove(share)
+                is_used = any(other.lease is share.lease for other in _shares)
+                return None if is_used else share.lease
+    return None
 
 
 def give_all_back() -> None:
     """For a process that ends."""
-    for root in tuple(_borrowed):
-        with _borrowing:
-            lease, _ = _borrowed.pop(root)
+    with _borrowing:
+        ended = {id(share.lease): share.lease for share in _shares}
+        _shares.clear()
+    for lease in ended.values():
         lease.release()

@@ -1,0 +1,665 @@
+"""A lease from its first thread to its last file: what fails on the way locks nobody out, and what
+is gone does not come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datarax_dist import config
+from datarax_dist import format as fmt
+from datarax_dist import lease as leases
+from datarax_dist.checkpoint import OrbaxCheckpointHandler
+from datarax_dist.clock import SystemClock
+from datarax_dist.errors import InvalidArgumentError, LeaseError, StorageError
+from datarax_dist.lease import Lease, newest_lease, writer_identity
+from datarax_dist.storage import LocalStore
+from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore
+
+TTL = 60.0
+SOON = 0.12  # in seconds: then a thread renews each 20 ms
+ELSEWHERE = {"machine": "another boot/pid:[1]", "pid": 7, "started": "1", "name": "far"}
+
+
+class Clock(FakeClock):
+    """Others may act while somebody sleeps."""
+
+    def __init__(self, while_asleep: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._while_asleep = while_asleep
+        self.begin = self.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        self._while_asleep()
+
+    @property
+    def elapsed(self) -> float:
+        return self.monotonic() - self.begin
+
+
+def at_once() -> Clock:
+    return Clock(lambda: pytest.fail("nobody needs to wait"))
+
+
+def lease(store: Any, clock: Any = None, **more: Any) -> Lease:
+    arguments: dict[str, Any] = {"ttl_seconds": TTL, "owner": ELSEWHERE, **more}
+    return Lease(store, clock or Clock(), **arguments)
+
+
+def mine(store: Any, clock: Any = None, **more: Any) -> Lease:
+    return lease(store, clock, owner=writer_identity(), **more)
+
+
+def take(one: Lease) -> None:
+    one.hold("run", lambda run, older, is_newest: None)
+
+
+def files(store: Any) -> list[str]:
+    return store.children(fmt.LEASE_NAME)
+
+
+@pytest.fixture(params=[MemoryStore, MemoryBucket], ids=["file system", "bucket"])
+def store(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def parent() -> dict[str, Any]:
+    """Another process of this machine, which runs, as an owner."""
+    pid = os.getppid()
+    return {**writer_identity(), "pid": pid, "started": leases._process(pid)[0]}
+
+
+class Watched(MemoryStore):
+    """Tells of each write that has failed or been done; the first `failing` of them fail."""
+
+    def __init__(self, failing: int = 0) -> None:
+        super().__init__()
+        self.failing, self.writes = failing, list[fmt.LeaseRecord]()
+        self.threads: list[threading.Thread] = []
+        self.written, self.released = threading.Event(), threading.Event()
+
+    def put(self, key: str, data: bytes) -> None:
+        self.threads.append(threading.current_thread())
+        if self.failing:
+            self.failing -= 1
+            raise StorageError("no space left", errno=28)
+        super().put(key, data)
+        self.writes.append(record := fmt.parse_lease(data, key))
+        (self.released if record.released else self.written).set()
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    made = Watched()
+    yield made
+    made.delete("")  # so that whoever renews ends
+    leases.give_all_back()
+
+
+# Forked processes
+
+FORKS = """
+import json, os, signal, sys, threading
+from datarax_dist import lease as leases
+from datarax_dist.clock import SystemClock
+from datarax_dist.errors import LeaseError
+from datarax_dist.storage import LocalStore
+
+root = sys.argv[1]
+make = lambda: leases.Lease(LocalStore(root), SystemClock(), ttl_seconds=60, renews=True)
+one = leases.borrow(root, make)
+one.hold("run", lambda *_: None)
+held, done = threading.Event(), threading.Event()
+
+def hold_locks():
+    with one._lock, leases._borrowing:
+        held.set()
+        done.wait()
+
+def told(act):
+    try:
+        return act()
+    except LeaseError as error:
+        return str(error)
+
+threading.Thread(target=hold_locks).start()
+held.wait()
+if (pid := os.fork()) == 0:
+    signal.alarm(20)  # a lock that nobody lets go in this process
+    texts = [told(act) for act in (
+        one.release, lambda: leases.give_back(root), leases.give_all_back,
+        lambda: one.hold("run", lambda *_: None), one.check, one.raise_if_lost, one.renew,
+        lambda: one.announce(1, "0" * 8),
+    )]
+    own = leases.borrow(root, make)
+    texts.append(told(lambda: own.hold("run", lambda *_: None)))
+    leases.give_back(root, os.getppid())  # what was inherited, and ends here, too
+    leases.give_back_later(root, os.getppid())
+    leases.note_dropped()
+    texts.append(len(leases._shares))
+    print(json.dumps(texts), flush=True)
+    os._exit(0)
+_, status = os.waitpid(pid, 0)
+done.set()
+one.check()
+print(json.dumps([status, one.epoch, leases.newest_lease(LocalStore(root)).released]), flush=True)
+leases.give_back(root)
+"""
+
+
+def test_a_forked_process_neither_writes_by_its_parents_lease_nor_lets_it_go(
+    tmp_path: Path,
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    child, healthy = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert healthy == [0, 1, False], ran.stderr
+    assert child[:3] == [None] * 3
+    assert all("must open its own Checkpointer" in text for text in child[3:8]), child
+    assert "is held by another job" in child[8]
+    assert child[9] == 1
+    assert newest_lease(LocalStore(str(tmp_path))).released  # type: ignore[union-attr]
+
+
+# The thread that renews
+
+
+def test_who_cannot_start_the_thread_that_renews_does_not_take_the_run(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            take(one)
+    assert (one.epoch, files(watched)) == (0, [])
+    take(one)
+    assert one.epoch == 1
+    assert watched.written.wait(10), "nobody renews"
+
+
+def test_a_thread_that_does_not_run_is_started_when_the_run_is_held_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: None)
+        take(one)
+    take(one)
+    assert one.epoch == 1
+    assert watched.written.wait(10), "nobody renews"
+    keeper = one._keeper
+    take(one)
+    assert one._keeper is keeper, "one is enough"
+    one.release()
+    assert keeper is not None
+    keeper.join(10)
+    assert not keeper.is_alive()
+    watched.written.clear()
+    take(one)
+    assert one.epoch == 2
+    assert watched.written.wait(10), "nobody renews"
+
+
+def test_who_is_refused_leaves_no_thread_behind(watched: Watched) -> None:
+    take(lease(watched, owner=parent()))
+    one = mine(watched, SystemClock(), renews=True)
+    with pytest.raises(LeaseError):
+        take(one)
+    assert one._keeper is not None
+    one._keeper.join(10)
+    assert not one._keeper.is_alive()
+
+
+# Files
+
+
+def test_who_takes_and_releases_the_run_again_and_again_leaves_one_file(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda key: (reads.append(key), get(key))[1])
+    for number in range(1, 11):
+        one = lease(store)
+        take(one)
+        assert one.epoch == number, "an epoch never comes twice"
+        one.release()
+        assert files(store) == [f"{number:010d}.json"]
+        assert newest_lease(store).released  # type: ignore[union-attr]
+    for number in range(11, 21):  # as earlier versions have left them
+        store.put(fmt.lease_name(number), store.files[fmt.lease_name(10)])
+    reads.clear()
+    take(lease(store))
+    assert reads == [fmt.lease_name(20)], "the newest alone says whether the run is free"
+
+
+def test_a_save_of_the_handler_leaves_no_more_leases_than_the_one_before(tmp_path: Path) -> None:
+    with OrbaxCheckpointHandler() as handler:
+        for step in range(3):
+            handler.save(tmp_path, {"a": np.ones(2)}, step=step)
+            assert os.listdir(tmp_path / "lease") == [f"{step + 1:010d}.json"]
+
+
+def test_who_cannot_delete_the_older_files_has_released_all_the_same(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = lease(store)
+    take(first)
+    first.release()
+    second = lease(store)
+    take(second)
+
+    def delete(prefix: str) -> None:
+        assert newest_lease(store).released, "it is released first"  # type: ignore[union-attr]
+        raise StorageError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete", delete)
+        second.release()
+    assert files(store) == ["0000000001.json", "0000000002.json"]
+    third = lease(store, at_once())
+    take(third)
+    third.release()
+    assert files(store) == ["0000000003.json"]
+
+
+# Who lives
+
+
+def hide_processes(patch: pytest.MonkeyPatch, error: OSError) -> None:
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    patch.setattr(leases, "open", refuse, raising=False)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "hidepid=2"), PermissionError(13, "no"), OSError(24, "files")]
+)
+def test_a_process_is_gone_only_when_the_kernel_says_so(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    gone, runs, store = {**writer_identity(), "pid": ended.pid}, parent(), MemoryStore()
+    assert leases.is_certainly_dead(gone) and not leases.is_certainly_dead(runs)
+    take(lease(store, owner=runs))
+    with monkeypatch.context() as patch:
+        hide_processes(patch, error)
+        assert leases.is_certainly_dead(gone)
+        for writer in (runs, {**runs, "pid": 2**80}):
+            assert not leases.is_certainly_dead(writer)
+            assert not leases._is_running(writer)
+        clock = Clock()
+        take(lease(store, clock))
+        assert TTL < clock.elapsed < TTL + 5, "as if it were on another machine"
+
+
+def test_who_cannot_tell_when_it_began_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    leases._machine()
+    with monkeypatch.context() as patch:
+        hide_processes(patch, OSError(24, "Too many open files"))
+        identity = writer_identity()
+    assert not leases.is_certainly_dead(identity)
+
+
+def test_who_runs_and_does_not_renew_keeps_the_run_from_nobody_who_waits_long_enough(
+    store: Any,
+) -> None:
+    take(lease(store, owner=parent()))
+    for seconds in (0.0, 15.0):
+        clock = Clock()
+        with pytest.raises(LeaseError, match="which is alive"):
+            take(mine(store, clock, wait_seconds=seconds))
+        assert seconds <= clock.elapsed <= seconds + 1
+    clock = Clock()
+    second = mine(store, clock, wait_seconds=25.0)
+    take(second)
+    assert second.epoch == 2
+    assert TTL < clock.elapsed < TTL + 5
+
+
+def test_who_runs_and_renews_keeps_the_run(store: Any) -> None:
+    owner, naps = lease(store, owner=parent()), list[None]()
+    take(owner)
+
+    def renew() -> None:
+        naps.append(None)
+        if len(naps) % 20 == 0:  # each ten seconds
+            owner.renew()
+
+    with pytest.raises(LeaseError, match="which is alive"):
+        take(mine(store, Clock(renew), wait_seconds=5 * TTL + 3))
+    owner.check()
+
+
+# One place, several objects
+
+
+def test_one_directory_by_two_paths_is_one_run(tmp_path: Path) -> None:
+    root, link = str(tmp_path / "run"), str(tmp_path / "link")
+    os.mkdir(root)
+    os.symlink(root, link)
+    one = leases.borrow(root, lambda: mine(LocalStore(root)))
+    take(one)
+    assert leases.borrow(link, lambda: mine(LocalStore(link))) is one
+    os.unlink(link)
+    os.symlink(tmp_path / "elsewhere", link)
+    leases.give_back(root)
+    assert one.epoch == 1
+    leases.give_back(link)
+    assert one.epoch == 0
+    assert newest_lease(LocalStore(root)).released  # type: ignore[union-attr]
+
+
+def test_a_root_in_a_bucket_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gs:/b").mkdir(parents=True)
+    os.symlink("b", "gs:/c")
+    store = MemoryBucket()
+    one, two = (leases.borrow(f"gs://{name}", lambda: mine(store)) for name in "bc")
+    assert one is not two
+    leases.give_back("gs://b")
+    leases.give_back("gs://c")
+
+
+def test_what_another_object_of_this_process_holds_is_not_free(store: Any) -> None:
+    one = mine(store)
+    take(one)
+    with pytest.raises(LeaseError, match="very process"):
+        take(mine(store, at_once()))
+    one.check()
+    del one  # dropped, and not released
+    gc.collect()
+    take(mine(store, at_once()))
+
+
+def test_of_several_users_the_longest_wait_counts_and_the_first_ttl(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, root = MemoryStore(), str(tmp_path)
+    take(lease(store, owner=parent()))
+    clock = Clock()
+    one = leases.borrow(root, lambda: mine(store, clock))
+    leases.borrow(root, lambda: mine(store, wait_seconds=10.0))
+    assert caplog.text == ""
+    leases.borrow(root, lambda: mine(store, ttl_seconds=600.0))
+    assert "lasts for 60 s" in caplog.text and "600 s" in caplog.text
+    with pytest.raises(LeaseError):
+        take(one)
+    assert 10 <= clock.elapsed <= 11
+    leases.give_all_back()
+
+
+def test_a_lease_may_last_for_one_second() -> None:
+    assert config.Options(lease_ttl_seconds=1).lease_ttl_seconds == 1
+    for value in (0.99, 86401):
+        with pytest.raises(InvalidArgumentError, match=f"from 1 to 86400, not {value}"):
+            config.Options(lease_ttl_seconds=value)
+    with pytest.raises(InvalidArgumentError, match="of 0 or more, not -1"):
+        config.Options(lease_wait_seconds=-1)
+
+
+# Ends
+
+
+def test_a_release_that_fails_is_tried_again_until_it_is_done(watched: Watched) -> None:
+    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
+    take(one)
+    keeper = one._keeper
+    assert keeper is not None and watched.written.wait(10)
+    with one._lock:
+        watched.failing, begin = 3, len(watched.threads)
+        one.release()
+        assert len(watched.threads) == begin + 1, "who closes does not wait"
+    assert one.epoch == 0
+    assert watched.released.wait(10)
+    keeper.join(10)
+    assert not keeper.is_alive()
+    take(lease(watched, at_once()))
+
+
+def test_a_release_is_tried_again_where_no_thread_runs_any_more(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: None)
+        take(one)
+    watched.failing = 2
+    one.release()
+    assert watched.released.wait(10)
+
+
+def test_what_is_released_late_does_not_come_between_who_has_taken_the_run(
+    watched: Watched,
+) -> None:
+    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
+    take(one)
+    watched.failing = 1 << 30
+    one.release()
+    second = mine(watched, at_once())
+    take(second)
+    watched.failing = 0
+    keeper = one._keeper
+    assert keeper is not None
+    keeper.join(10)
+    assert not keeper.is_alive()
+    assert not any(record.released for record in watched.writes)
+    second.renew()
+    assert files(watched) == ["0000000002.json"]
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C raises is one."""
+
+
+@pytest.mark.parametrize("kind", [OSError, Interrupted])
+def test_what_was_not_taken_to_the_end_may_be_taken_at_once_and_is_fenced(
+    store: Any, kind: type[BaseException]
+) -> None:
+    take(lease(store, owner={**ELSEWHERE, "pid": 1}))
+    fenced: list[list[int]] = []
+
+    def fence(run: str, older: Any, is_newest: Any) -> None:
+        fenced.append([one.epoch for one in older])
+        if len(fenced) < 3:
+            raise kind("no")
+
+    one = lease(store, owner=parent())
+    for clock in (Clock(), at_once()):  # by the same process, and by another one
+        one._clock = clock
+        with pytest.raises(kind):
+            one.hold("run", fence)
+        assert one.epoch == 0
+    mine(store, at_once()).hold("run", fence)
+    assert fenced == [[1], [1, 2], [1, 2, 3]]
+
+
+def test_where_that_cannot_be_said_this_process_takes_it_at_once_and_others_when_it_runs_out(
+    watched: Watched,
+) -> None:
+    take(lease(watched))
+
+    def fence(run: str, older: Any, is_newest: Any) -> None:
+        watched.failing = 1
+        raise OSError("no space left")
+
+    for owner in (writer_identity(), parent()):
+        with contextlib.suppress(OSError):
+            lease(watched, owner=owner).hold("run", fence)
+    clock = Clock()
+    take(mine(watched, clock, wait_seconds=TTL))
+    assert TTL < clock.elapsed < TTL + 5
+    with contextlib.suppress(OSError):
+        mine(watched, at_once()).hold("run", fence)
+    take(mine(watched, at_once()))
+
+
+def test_a_file_of_another_job_is_not_given_up(store: Any) -> None:
+    other = lease(store, owner=parent())
+
+    class Late(type(store)):  # type: ignore[misc]
+        def create(self, key: str, data: bytes) -> bool:
+            take(other)
+            raise StorageError("no reply")
+
+    late = Late()
+    late.files = store.files
+    with pytest.raises(StorageError):
+        take(mine(late))
+    assert newest_lease(store).ttl_seconds == TTL  # type: ignore[union-attr]
+    other.check()
+
+
+# What is in the way
+
+
+def test_what_is_in_the_way_of_a_lease_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lease" / "0000000001.json").mkdir(parents=True)
+    clock = Clock()
+    with pytest.raises(StorageError, match=f"{tmp_path}/lease/0000000001.json .* remove it"):
+        take(lease(LocalStore(str(tmp_path)), clock))
+    assert 3 < clock.elapsed < 10
+    (tmp_path / "lease" / "0000000001.json").rmdir()
+    take(lease(LocalStore(str(tmp_path)), at_once()))
+
+
+def test_after_the_last_epoch_there_is_none(store: Any) -> None:
+    name = fmt.lease_name(10**10 - 1)
+    record = fmt.LeaseRecord("run", 10**10 - 1, "0" * 16, ELSEWHERE, TTL, released=True)
+    store.put(name, fmt.dump_lease(record))
+    with pytest.raises(StorageError, match=f"{name} has the last number .* remove it"):
+        take(lease(store, at_once()))
+    assert files(store) == ["9999999999.json"]
+
+
+def test_a_lease_that_is_listed_and_never_there_is_named(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "children", lambda prefix: ["0000000003.json"])
+    clock = Clock()
+    with pytest.raises(StorageError, match=r"0000000003\.json"):
+        take(lease(store, clock))
+    assert 3 < clock.elapsed < 10
+
+
+# What is gone
+
+
+@pytest.mark.parametrize("act", ["renew", "check", "release"])
+def test_what_was_removed_does_not_come_back(
+    tmp_path: Path, act: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "run"
+    one = lease(LocalStore(str(root)))
+    take(one)
+    shutil.rmtree(root)
+    if act == "release":
+        one.release()
+        assert caplog.text == ""
+    else:
+        with caplog.at_level(logging.ERROR), pytest.raises(LeaseError, match="was removed"):
+            getattr(one, act)()
+        assert "lease/0000000001.json was removed" in caplog.text
+        for late in (one.check, one.renew, lambda: one.announce(1, "0" * 8), lambda: take(one)):
+            with pytest.raises(LeaseError, match="open a new one"):
+                late()
+        one.release()
+    assert not root.exists()
+
+
+def test_a_job_whose_lease_was_removed_leaves_alone_who_has_begun_anew(store: Any) -> None:
+    one = lease(store)
+    take(one)
+    store.delete("")
+    other = lease(store, owner=parent())
+    take(other)
+    assert (one.epoch, other.epoch) == (1, 1)
+    before = store.files[fmt.lease_name(1)]
+    with pytest.raises(LeaseError, match=f"process {os.getppid()} on"):
+        one.renew()
+    one.release()
+    assert store.files[fmt.lease_name(1)] == before
+
+
+def test_a_listing_without_a_file_that_is_being_replaced_takes_no_run(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = lease(store)
+    take(one)
+    monkeypatch.setattr(store, "children", lambda prefix: [])
+    one.check()
+    one.renew()
+
+
+# Who is dropped
+
+
+class User:
+    """What borrows a lease, and may be dropped without giving it back."""
+
+    def __init__(self, root: str, store: Any) -> None:
+        self.lease = leases.borrow(
+            root, lambda: mine(store, SystemClock(), ttl_seconds=TTL, renews=True)
+        )
+        weakref.finalize(self, leases.give_back_later, root, os.getpid())
+
+
+def test_who_is_dropped_gives_its_share_back_whatever_is_held_at_that_moment(
+    tmp_path: Path, watched: Watched
+) -> None:
+    root = str(tmp_path)
+    one, two = User(root, watched), User(root, watched)
+    held = one.lease
+    take(held)
+    keeper = held._keeper
+    assert keeper is not None
+    del one
+    leases.note_dropped()
+    held.check()
+    with held._lock, leases._borrowing:
+        del two  # as the collector of garbage may, at any allocation
+        assert watched.writes == []
+    assert watched.released.wait(10)
+    assert set(watched.threads) == {keeper}, "no finalizer writes"
+    keeper.join(10)
+    assert not keeper.is_alive()
+
+
+def test_who_borrows_after_another_was_dropped_need_not_wait_for_its_release(
+    tmp_path: Path, watched: Watched
+) -> None:
+    root = str(tmp_path)
+    one = User(root, watched)
+    take(one.lease)
+    watched.failing = 1 << 30
+    del one
+    second = leases.borrow(root, lambda: mine(watched, at_once()))
+    take(second)
+    assert second.epoch == 2
