@@ -526,9 +526,7 @@ class Restorer:
     ) -> tuple[dict[str, str], Any]:
         attempt = _Attempt()
         wrong: dict[str, str] = {}
-        is_sure = (
-            False  # the arrays' own checks say that they are damaged, whatever the records say
-        )
+        is_sure = False  # it is the arrays' own checks that say so, whatever the records say
 
         def look(votes: Sequence[tuple[tuple[dict[str, str], bool], str]]) -> dict[str, Any]:
             wrong = _all_of_them([found for (found, _), _ in votes])
