@@ -7,9 +7,8 @@
         handler.restore("/checkpoints", pipeline)
 
 Any target works on many hosts: what is a global array is saved once, and every other leaf (an
-    iterator's position, a host's own
-counters) is saved by each host and comes back to that host. Such a step restores on the same number
-of hosts only.
+iterator's position, a host's own counters) is saved by each host and comes back to that host. Such
+a step restores on the same number of hosts only.
 """
 
 from __future__ import annotations

@@ -354,15 +354,15 @@ class Lease:
         mine = fmt.LeaseRecord(run, epoch, secrets.token_hex(8), self._owner, self._ttl)
         _holders[mine.nonce] = self
         try:
-            if not self._store.create(name, fmt.dump_lease(mine)):
-                return False
-            if not self._take_over(run, mine, newest, fence):
-                return False
-            self._record, self._leaving = mine, None
-            return True
+            is_made = self._store.create(name, fmt.dump_lease(mine))
+            is_ours = is_made and self._take_over(run, mine, newest, fence)
         except BaseException:
             self._give_up(mine)
             raise
+        else:
+            if is_ours:
+                self._record, self._leaving = mine, None
+            return is_ours
         finally:
             if self._record is not mine:
                 _holders.pop(mine.nonce, None)
@@ -493,13 +493,11 @@ class Lease:
         if self._wake is not None and self._keeper is not None and self._keeper.is_alive():
             return
         wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._wake, self._keeper = (
-            wake,
-            threading.Thread(
-                target=self._keep, args=(wake,), name="datarax_dist-lease", daemon=True
-            ),
+        keeper = threading.Thread(
+            target=self._keep, args=(wake,), name="datarax_dist-lease", daemon=True
         )
-        self._keeper.start()
+        self._wake, self._keeper = wake, keeper
+        keeper.start()
 
     def _stop_keeping(self) -> None:
         wake, self._wake = self._wake, None
