@@ -429,7 +429,8 @@ class Checkpointer:
 
         Raises:
             StepNotFoundError: there is no committed step, or not this one.
-            CorruptStepError: the step is damaged, or every one is.
+            CorruptStepError: the step is damaged, or every one is, or has lost its marker.
+            StorageError: something cannot be read now; or the root is no directory.
             StructureMismatchError: the target does not fit; nothing was changed.
             PositionError: the data positions do not fit, and nothing was changed; or a loader
                 refused its own, and then none of the loaders can be used any more.
@@ -438,7 +439,8 @@ class Checkpointer:
             step=step, state=state, data=data, allow_data_changes=allow_data_changes
         )
         if restored is None:
-            raise StepNotFoundError(f"{self._root} has no committed step.", step=step)
+            told = f"{self._root} has no committed step.{self._restorer.why_nothing()}"
+            raise StepNotFoundError(told, step=step)
         return restored
 
     def try_restore(
@@ -450,7 +452,7 @@ class Checkpointer:
         allow_data_changes: Sequence[str] = (),
     ) -> Restored | None:
         """The same, but returns None for a run that has no step yet. Damage still raises, or falls
-        back.
+        back; so do steps that have all lost their markers.
         """
         self._check_open()
         self._drain()
@@ -470,9 +472,8 @@ class Checkpointer:
                 ),
                 phases,
             )
-        except CorruptStepError as error:
-            if error.step >= 0:
-                self._saver.suspects.add(error.step)
+        except CorruptStepError:
+            self._saver.suspects.update(self._restorer.damaged)
             raise
         if found is None:
             return None

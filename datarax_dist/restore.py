@@ -173,6 +173,7 @@ class Restorer:
         )
         self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
         self._refused: Mapping[str, str] = {}
+        self.damaged: Sequence[int] = ()  # what the last restore has found so, if it has failed
 
     def why_nothing(self) -> str:
         """Returns what directories there are that were not taken, and why, by the last restore, if
@@ -252,7 +253,7 @@ class Restorer:
             CorruptStepError: it is damaged, or every committed step is damaged or suspect; or, on a
                 file system, every step has lost its marker.
         """
-        self._refused = {}
+        self._refused, self.damaged = {}, ()
         for _ in range(_TRIES):
             try:
                 with phases.span("list"):
@@ -313,6 +314,7 @@ class Restorer:
             refused[f"step {candidate.step}"] = f"damaged: {files}"
             damage[candidate.step] = list(bad)
             logger.warning("step %d of %s is damaged: %s", candidate.step, self._store.root, files)
+        self.damaged = sorted(damage)
         if suspects and step is None:
             # Not None, which would make a job begin anew.
             newest = suspects[-1].step

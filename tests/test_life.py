@@ -323,3 +323,17 @@ def test_a_step_that_was_found_damaged_may_be_saved_again_and_is_no_good_one(
         ckpt.restore(step=1)
         assert ckpt.save(3, state=STATE).result(SECONDS).deleted == (), "1 and 3 are the good ones"
         assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+
+
+def test_where_all_steps_are_damaged_each_may_be_saved_again(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state=STATE).result(SECONDS)
+    for record in (tmp_path / "run").glob("*/hosts/*"):
+        record.write_bytes(b"{}")
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.CorruptStepError, match="Every committed step"):
+            ckpt.restore()
+        for step in (1, 2):
+            assert ckpt.save(step, state=STATE).result(SECONDS).step == step
+        assert ckpt.restore().step == 2
