@@ -29,8 +29,9 @@ from benchmarks.harness import Results, significant
 def simulated(count: int, message_seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Runs a first save, one that replaces nothing, and a restore, some rounds of each."""
     from datarax_dist import config
+    from datarax_dist.request import SaveRequest
     from datarax_dist.restore import Restorer
-    from datarax_dist.save import Saver, SaveRequest
+    from datarax_dist.save import Saver
     from datarax_dist.telemetry import Phases
     from datarax_dist.testing import MemoryArrays, MemoryStore
     from datarax_dist.testing.scale import ScaledHost, simulate

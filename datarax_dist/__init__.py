@@ -28,8 +28,8 @@ if TYPE_CHECKING:
         latest,
     )
     from datarax_dist.data import Checkpointable, CheckpointableIterator
+    from datarax_dist.request import SaveReport
     from datarax_dist.restore import RestoreReport
-    from datarax_dist.save import SaveReport
     from datarax_dist.trees import tree_digest
 
 __all__ = [

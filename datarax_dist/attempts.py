@@ -30,8 +30,8 @@ from datarax_dist import format as fmt
 from datarax_dist.clock import Clock
 from datarax_dist.errors import CheckpointError
 from datarax_dist.inspection import Candidate, Inspection
-from datarax_dist.lease import is_certainly_dead, writer_identity
 from datarax_dist.storage import Entry, Store, SupportsReplace, for_each
+from datarax_dist.writers import is_certainly_dead, writer_identity
 
 __all__ = ["Trial", "find_stale", "mark_suspects", "remove_attempts"]
 

@@ -26,15 +26,13 @@ from datarax_dist import codec, config, trees
 from datarax_dist.checkpointer import (
     Checkpointer,
     SaveHandle,
-    apply_state,
-    is_checkpointable,
-    state_tree,
 )
 from datarax_dist.data import positions as data_io
 from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError
 from datarax_dist.inspection import Candidate
+from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading
-from datarax_dist.save import SaveRequest
+from datarax_dist.states import apply_state, is_checkpointable, state_tree
 
 __all__ = [
     "CheckpointExistsError",

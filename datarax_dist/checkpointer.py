@@ -10,7 +10,6 @@ import logging
 import operator
 import os
 import platform
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,11 @@ from typing import Any
 import jax
 
 from datarax_dist import arrays as arrays_io
-from datarax_dist import config, trees
+from datarax_dist import config, sharing, trees
 from datarax_dist import format as fmt
 from datarax_dist import lease as leases
 from datarax_dist.clock import SystemClock
 from datarax_dist.config import KeepPolicy, Options, SavePolicy
-from datarax_dist.data import Checkpointable
 from datarax_dist.data import positions as data_io
 from datarax_dist.errors import (
     CheckpointError,
@@ -37,9 +35,11 @@ from datarax_dist.errors import (
 )
 from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, inspect_run
+from datarax_dist.request import SaveReport, SaveRequest
 from datarax_dist.restore import Loading, Restorer, RestoreReport
 from datarax_dist.retention import delete_step
-from datarax_dist.save import Saver, SaveReport, SaveRequest, StartedSave
+from datarax_dist.save import Saver, StartedSave
+from datarax_dist.states import apply_state, is_checkpointable, state_tree
 from datarax_dist.storage import open_store
 from datarax_dist.telemetry import Phases
 
@@ -179,7 +179,8 @@ class Checkpointer:
         self._store = open_store(self._root)
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
-        self._let_go: Callable[[], Any] = _nothing  # so that another job may write
+        self._dropped: weakref.finalize[..., Checkpointer] | None = None
+        self._process = os.getpid()
         # Reading needs no lease: it is taken by the first `save`.
         self._saver = Saver(
             self._store, self._group, self._clock, self._options, keep, self._borrow_lease()
@@ -191,7 +192,6 @@ class Checkpointer:
         # One worker, kept: waking it costs the training thread less than starting a thread.
         self._worker = ThreadPoolExecutor(1, "datarax_dist-save")
         self._running: _Running | None = None
-        self._process = os.getpid()
         _left_open.add(self)
         _drain_at_exit()
         self._handle: SaveHandle | None = None
@@ -209,11 +209,15 @@ class Checkpointer:
             wait_seconds=options.lease_wait_seconds,
             renews=True,
         )
-        lease = leases.borrow(self._root, make)
-        # Once, be it here or when this object is dropped.
-        self._let_go = give_back = weakref.finalize(self, leases.give_back, self._root)
-        give_back.atexit = False  # see `_drain_at_exit`
+        lease = sharing.borrow(self._root, make)
+        self._dropped = weakref.finalize(self, sharing.give_back_later, self._root, self._process)
+        self._dropped.atexit = False  # see `_drain_at_exit`
         return lease
+
+    def _let_go(self) -> None:
+        """Lets another job write."""
+        if self._dropped is not None and self._dropped.detach() is not None:
+            sharing.give_back(self._root, self._process)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -794,7 +798,7 @@ def _drain_at_exit() -> None:
             return  # a forked child ends: what it has inherited goes on in its parent
         for checkpointer in tuple(_left_open):
             checkpointer._drain()
-        leases.give_all_back()
+        sharing.give_all_back()
 
     with contextlib.suppress(AttributeError, RuntimeError):  # not there, or ending already
         threading._register_atexit(drain)  # type: ignore[attr-defined]
@@ -839,71 +843,6 @@ def _tree_digest(spec: trees.TreeSpec) -> str:
     return fmt.crc_text(fmt.crc32c(fmt.dumps([spec.structure, shape])))
 
 
-def _nnx() -> Any:
-    """Returns flax.nnx when the user's program has imported it; nothing of it can be in a state
-    otherwise.
-    """
-    return sys.modules.get("flax.nnx")
-
-
-def _is_nnx(value: Any) -> bool:
-    """Whether a value is an NNX module, or anything else of NNX that has a state."""
-    nnx = _nnx()
-    if nnx is None:
-        return False
-    kinds = (nnx.Module, nnx.State, getattr(nnx, "Pytree", nnx.Module))
-    return isinstance(value, kinds)
-
-
-def state_tree(state: Any) -> Any:
-    """Returns the tree of a state; NNX modules, anywhere in it, become dicts of arrays."""
-    if not _is_nnx(state) and is_checkpointable(state):
-        return state.get_state()
-    if _nnx() is None:
-        return state
-    try:
-        nodes, treedef = jax.tree.flatten(state, is_leaf=_is_nnx)
-    except ValueError:  # keys that cannot be sorted; the plan of the save says so better
-        return state
-    return jax.tree.unflatten(treedef, [_pure(n) if _is_nnx(n) else n for n in nodes])
-
-
-def _pure(node: Any) -> Any:
-    nnx = _nnx()
-    return nnx.to_pure_dict(node if isinstance(node, nnx.State) else nnx.state(node))
-
-
-def is_checkpointable(state: Any) -> bool:
-    """Whether an object is to be asked for its state, rather than being one."""
-    return isinstance(state, Checkpointable) and not isinstance(state, dict | list | tuple)
-
-
-def apply_state(target: Any, tree: Any) -> Any:
-    """Returns what `Restored.state` is: the tree, with the NNX modules of the target updated in
-    place; or the object that it was put into.
-    """
-    if target is None or (_nnx() is None and not is_checkpointable(target)):
-        return tree
-    if not _is_nnx(target) and is_checkpointable(target):
-        target.set_state(tree)
-        return target
-    return jax.tree.map(
-        lambda node, part: _update(node, part) if _is_nnx(node) else part,
-        target,
-        tree,
-        is_leaf=_is_nnx,
-    )
-
-
-def _update(node: Any, part: Any) -> Any:
-    nnx = _nnx()
-    if isinstance(node, nnx.State):
-        nnx.replace_by_pure_dict(node, part)
-    else:
-        nnx.update(node, part)
-    return node
-
-
 def _versions() -> dict[str, str]:
     from datarax_dist import __version__
 
@@ -915,7 +854,4 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _nothing() -> None: ...
-
-
-_no_state = _nothing
+def _no_state() -> None: ...

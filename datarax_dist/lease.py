@@ -31,12 +31,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import logging
 import os
 import queue
 import secrets
-import socket
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -48,19 +46,14 @@ from datarax_dist import format as fmt
 from datarax_dist.clock import Clock
 from datarax_dist.errors import FormatVersionError, LeaseError, StorageError
 from datarax_dist.storage import Store
+from datarax_dist.writers import is_certainly_dead, is_here, is_running, writer_identity
 
 __all__ = [
     "Lease",
     "Right",
     "Unguarded",
-    "borrow",
     "describe",
-    "give_all_back",
-    "give_back",
-    "give_back_later",
-    "is_certainly_dead",
     "newest_lease",
-    "writer_identity",
 ]
 
 logger = logging.getLogger("datarax_dist")
@@ -73,72 +66,6 @@ _UNREADABLE_SECONDS = 60.0  # how long a lease lasts that does not say it
 
 # Is given the run, the older leases, and what says whether there is none newer than ours.
 Fence = Callable[[str, Sequence[fmt.LeaseRecord], Callable[[], bool]], None]
-
-
-@functools.cache
-def _machine() -> str:
-    """Names this boot of this machine and its process numbering (containers have their own)."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-_UNKNOWN = ("?", "?")
-
-
-def _process(pid: int) -> tuple[str, str]:
-    """Returns when a process began, in ticks since boot, and its state; empty when there is none,
-    `_UNKNOWN` where that cannot be told: /proc may hide it (`hidepid`), or no file can be opened.
-    """
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rsplit(")", 1)[1].split()
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return "", ""
-        except (OSError, OverflowError):
-            return _UNKNOWN
-        return _UNKNOWN
-    return ("", "") if fields[0] == "Z" else (fields[19], fields[0])
-
-
-def writer_identity() -> dict[str, Any]:
-    """Returns this process as a writer."""
-    pid = os.getpid()
-    started, state = _process(pid)
-    is_known = (started, state) != _UNKNOWN  # or others would look for a process that began then
-    return {
-        "machine": _machine() if is_known else "",
-        "pid": pid,
-        "started": started if is_known else "",
-        "name": socket.gethostname(),
-    }
-
-
-def _is_here(writer: Mapping[str, Any]) -> bool:
-    machine = writer.get("machine")
-    return bool(machine) and machine == _machine() and isinstance(writer.get("pid"), int)
-
-
-def is_certainly_dead(writer: Mapping[str, Any]) -> bool:
-    """Whether a writer ran on this machine, and the kernel says that its process is gone."""
-    if not _is_here(writer):
-        return False
-    found = _process(writer["pid"])
-    return found != _UNKNOWN and found[0] != writer.get("started")
-
-
-def _is_running(writer: Mapping[str, Any]) -> bool:
-    """Whether a writer runs on this machine, and is not stopped."""
-    if not _is_here(writer):
-        return False
-    started, state = _process(writer["pid"])
-    return started == writer.get("started") and state in ("R", "S", "D")
 
 
 def describe(lease: fmt.LeaseRecord) -> str:
@@ -248,6 +175,7 @@ class Lease:
 
     Attributes:
         under_way: see `Right`.
+        on_wake: what the thread that renews it does first, whenever it looks about.
     """
 
     def __init__(
@@ -263,6 +191,7 @@ class Lease:
         self._store, self._clock = store, clock
         self._ttl, self._wait = ttl_seconds, wait_seconds
         self.under_way: set[str] = set()
+        self.on_wake: Callable[[], None] = lambda: None
         self._owner = dict(owner or writer_identity())
         self._renews = renews
         self._process = os.getpid()
@@ -323,7 +252,7 @@ class Lease:
                 self._try_again(tried, epoch)  # another job was faster
                 continue
             alive = moves
-            if (record := newest.record) is not None and _is_running(record.owner):
+            if (record := newest.record) is not None and is_running(record.owner):
                 alive = alive or now - since <= _MISSED * record.ttl_seconds / _RENEWALS
             if alive and now >= end:
                 raise self._held_by(newest)
@@ -508,7 +437,7 @@ class Lease:
         while True:
             with contextlib.suppress(queue.Empty):
                 wake.get(timeout=self._ttl / _RENEWALS)
-            note_dropped()
+            self.on_wake()
             with self._lock:
                 if self._wake is not wake:
                     return
@@ -634,96 +563,8 @@ def _is_free(lease: _Seen, unchanged_seconds: float) -> bool:
 
 
 def _is_of_this_process(record: fmt.LeaseRecord) -> bool:
-    return _is_here(record.owner) and record.owner == writer_identity()
+    return is_here(record.owner) and record.owner == writer_identity()
 
 
 # Who holds what in this process, by the nonces of their files
 _holders: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()
-
-
-# One lease for each run and process
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Share:
-    root: str
-    place: str
-    lease: Lease
-
-
-_shares: list[_Share] = []  # one for each user
-_dropped: queue.SimpleQueue[str] = queue.SimpleQueue()  # roots of users that have gone
-_borrowing = threading.RLock()
-
-
-def _begin_anew() -> None:
-    """In a forked child: all that was its parent's, and a lock may have been held."""
-    global _borrowing, _dropped
-    _borrowing, _dropped = threading.RLock(), queue.SimpleQueue()
-    _shares.clear()
-
-
-os.register_at_fork(after_in_child=_begin_anew)
-
-
-def borrow(root: str, make: Callable[[], Lease]) -> Lease:
-    """Returns the lease of this process on a root, for one more user of it. It is not held yet."""
-    # A directory may be known by several paths.
-    place = root if "://" in root else os.path.realpath(root)
-    note_dropped()
-    made = make()
-    with _borrowing:
-        lease = next((share.lease for share in _shares if share.place == place), made)
-        _shares.append(_Share(root, place, lease))
-    if lease is not made:
-        lease.share(made)
-    return lease
-
-
-def give_back(root: str, process: int | None = None) -> None:
-    """Takes note that one user has ended. When the last one has, the run is let go.
-
-    Args:
-        process: that has borrowed it; in a forked one nothing is done. Told where a forked process
-            may have borrowed one of its own.
-    """
-    if process in (None, os.getpid()) and (lease := _take_back(root)) is not None:
-        lease.release()
-
-
-def give_back_later(root: str, process: int | None = None) -> None:
-    """The same for a finalizer, which may run on any thread and between any two instructions, where
-    locks of this module are held: the thread that renews the lease does it.
-    """
-    if process in (None, os.getpid()):
-        _dropped.put(root)  # its `put` may interrupt itself
-        for share in tuple(_shares):
-            share.lease.wake()
-
-
-def note_dropped() -> None:
-    """Does what `give_back_later` has been told."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            if (lease := _take_back(_dropped.get_nowait())) is not None:
-                lease.leave_soon()
-
-
-def _take_back(root: str) -> Lease | None:
-    """Returns the lease, if it has no user any more."""
-    with _borrowing:
-        for share in reversed(_shares):
-            if share.root == root:
-                _shares.remove(share)
-                is_used = any(other.lease is share.lease for other in _shares)
-                return None if is_used else share.lease
-    return None
-
-
-def give_all_back() -> None:
-    """For a process that ends."""
-    with _borrowing:
-        ended = {id(share.lease): share.lease for share in _shares}
-        _shares.clear()
-    for lease in ended.values():
-        lease.release()

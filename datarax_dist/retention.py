@@ -31,14 +31,9 @@ from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
 from datarax_dist.errors import FormatVersionError, StorageError
 from datarax_dist.inspection import Inspection, inspect_step, is_committed
-from datarax_dist.lease import (
-    Right,
-    Unguarded,
-    is_certainly_dead,
-    newest_lease,
-    writer_identity,
-)
+from datarax_dist.lease import Right, Unguarded, newest_lease
 from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, for_each
+from datarax_dist.writers import is_certainly_dead, writer_identity
 
 __all__ = [
     "Leftover",

@@ -28,8 +28,8 @@ import numpy as np
 from datarax_dist import config, trees
 from datarax_dist import format as fmt
 from datarax_dist.checkpoint import Run, Target
-from datarax_dist.checkpointer import apply_state, state_tree
 from datarax_dist.errors import CorruptStepError, InvalidArgumentError, StepExistsError
+from datarax_dist.states import apply_state, state_tree
 
 __all__ = ["SubstraxStore"]
 

@@ -14,8 +14,9 @@ from datarax_dist.errors import CheckpointError, CorruptStepError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
 from datarax_dist.lease import Lease
+from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Restorer
-from datarax_dist.save import Saver, SaveRequest
+from datarax_dist.save import Saver
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryArrays
 from datarax_dist.testing.simulated import stepped

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import datarax_dist as dd
-from datarax_dist import cli, config, lease, retention, telemetry
+from datarax_dist import cli, config, retention, telemetry, writers
 from datarax_dist import format as fmt
 from datarax_dist.attempts import mark_suspects
 from datarax_dist.clock import SystemClock
@@ -25,8 +25,9 @@ from datarax_dist.errors import (
 )
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run
+from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Restorer
-from datarax_dist.save import Saver, SaveRequest
+from datarax_dist.save import Saver
 from datarax_dist.storage import LocalStore
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import (
@@ -44,7 +45,7 @@ OPTIONS = config.Options(
     exchange_timeout_seconds=20, save_timeout_seconds=20, restore_timeout_seconds=20
 )
 NOW = 1_700_000_000.0
-ME = lease.writer_identity()
+ME = writers.writer_identity()
 DEAD = {**ME, "started": "0"}
 ELSEWHERE = {**ME, "machine": "another boot/pid:[1]", "name": "another-host"}
 LONGEST = 7 * 20 + 600

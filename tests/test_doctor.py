@@ -15,8 +15,8 @@ from datarax_dist import cli
 from datarax_dist import format as fmt
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli import diagnosis
-from datarax_dist.lease import writer_identity
 from datarax_dist.testing import FakeGCS, conformance
+from datarax_dist.writers import writer_identity
 
 NEEDED = ("list", "get", "create", "delete")
 

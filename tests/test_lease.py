@@ -18,12 +18,13 @@ from datarax_dist import format as fmt
 from datarax_dist.errors import LeaseError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run
-from datarax_dist.lease import Lease, _process, newest_lease, writer_identity
+from datarax_dist.lease import Lease, newest_lease
 from datarax_dist.save import Saver
 from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore, SimulatedHosts
 from datarax_dist.testing.simulated import stepped
 from datarax_dist.testing.turns import Job as Turn
 from datarax_dist.testing.turns import Scheduler
+from datarax_dist.writers import _process, writer_identity
 
 TTL = 60.0
 ELSEWHERE = {"machine": "another boot/pid:[1]", "pid": 7, "started": "1", "name": "far"}

@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datarax_dist import config
+from datarax_dist import config, sharing, writers
 from datarax_dist import format as fmt
 from datarax_dist import lease as leases
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import InvalidArgumentError, LeaseError, StorageError
-from datarax_dist.lease import Lease, newest_lease, writer_identity
+from datarax_dist.lease import Lease, newest_lease
 from datarax_dist.storage import LocalStore
 from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore
+from datarax_dist.writers import writer_identity
 
 TTL = 60.0
 SOON = 0.12  # in seconds: then a thread renews each 20 ms
@@ -82,7 +83,7 @@ def store(request: pytest.FixtureRequest) -> Any:
 def parent() -> dict[str, Any]:
     """Another process of this machine, which runs, as an owner."""
     pid = os.getppid()
-    return {**writer_identity(), "pid": pid, "started": leases._process(pid)[0]}
+    return {**writer_identity(), "pid": pid, "started": writers._process(pid)[0]}
 
 
 class Watched(MemoryStore):
@@ -109,26 +110,26 @@ def watched() -> Iterator[Watched]:
     made = Watched()
     yield made
     made.delete("")  # so that whoever renews ends
-    leases.give_all_back()
+    sharing.give_all_back()
 
 
 # Forked processes
 
 FORKS = """
 import json, os, signal, sys, threading
-from datarax_dist import lease as leases
+from datarax_dist import lease as leases, sharing
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import LeaseError
 from datarax_dist.storage import LocalStore
 
 root = sys.argv[1]
 make = lambda: leases.Lease(LocalStore(root), SystemClock(), ttl_seconds=60, renews=True)
-one = leases.borrow(root, make)
+one = sharing.borrow(root, make)
 one.hold("run", lambda *_: None)
 held, done = threading.Event(), threading.Event()
 
 def hold_locks():
-    with one._lock, leases._borrowing:
+    with one._lock, sharing._borrowing:
         held.set()
         done.wait()
 
@@ -143,23 +144,23 @@ held.wait()
 if (pid := os.fork()) == 0:
     signal.alarm(20)  # a lock that nobody lets go in this process
     texts = [told(act) for act in (
-        one.release, lambda: leases.give_back(root), leases.give_all_back,
+        one.release, lambda: sharing.give_back(root), sharing.give_all_back,
         lambda: one.hold("run", lambda *_: None), one.check, one.raise_if_lost, one.renew,
         lambda: one.announce(1, "0" * 8),
     )]
-    own = leases.borrow(root, make)
+    own = sharing.borrow(root, make)
     texts.append(told(lambda: own.hold("run", lambda *_: None)))
-    leases.give_back(root, os.getppid())  # what was inherited, and ends here, too
-    leases.give_back_later(root, os.getppid())
-    leases.note_dropped()
-    texts.append(len(leases._shares))
+    sharing.give_back(root, os.getppid())  # what was inherited, and ends here, too
+    sharing.give_back_later(root, os.getppid())
+    sharing.note_dropped()
+    texts.append(len(sharing._shares))
     print(json.dumps(texts), flush=True)
     os._exit(0)
 _, status = os.waitpid(pid, 0)
 done.set()
 one.check()
 print(json.dumps([status, one.epoch, leases.newest_lease(LocalStore(root)).released]), flush=True)
-leases.give_back(root)
+sharing.give_back(root)
 """
 
 
@@ -297,7 +298,7 @@ def hide_processes(patch: pytest.MonkeyPatch, error: OSError) -> None:
     def refuse(*_: Any) -> Any:
         raise error
 
-    patch.setattr(leases, "open", refuse, raising=False)
+    patch.setattr(writers, "open", refuse, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -309,25 +310,25 @@ def test_a_process_is_gone_only_when_the_kernel_says_so(
     ended = subprocess.Popen(["true"])
     ended.wait()
     gone, runs, store = {**writer_identity(), "pid": ended.pid}, parent(), MemoryStore()
-    assert leases.is_certainly_dead(gone) and not leases.is_certainly_dead(runs)
+    assert writers.is_certainly_dead(gone) and not writers.is_certainly_dead(runs)
     take(lease(store, owner=runs))
     with monkeypatch.context() as patch:
         hide_processes(patch, error)
-        assert leases.is_certainly_dead(gone)
+        assert writers.is_certainly_dead(gone)
         for writer in (runs, {**runs, "pid": 2**80}):
-            assert not leases.is_certainly_dead(writer)
-            assert not leases._is_running(writer)
+            assert not writers.is_certainly_dead(writer)
+            assert not writers.is_running(writer)
         clock = Clock()
         take(lease(store, clock))
         assert TTL < clock.elapsed < TTL + 5, "as if it were on another machine"
 
 
 def test_who_cannot_tell_when_it_began_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    leases._machine()
+    writers._machine()
     with monkeypatch.context() as patch:
         hide_processes(patch, OSError(24, "Too many open files"))
         identity = writer_identity()
-    assert not leases.is_certainly_dead(identity)
+    assert not writers.is_certainly_dead(identity)
 
 
 def test_who_runs_and_does_not_renew_keeps_the_run_from_nobody_who_waits_long_enough(
@@ -367,14 +368,14 @@ def test_one_directory_by_two_paths_is_one_run(tmp_path: Path) -> None:
     root, link = str(tmp_path / "run"), str(tmp_path / "link")
     os.mkdir(root)
     os.symlink(root, link)
-    one = leases.borrow(root, lambda: mine(LocalStore(root)))
+    one = sharing.borrow(root, lambda: mine(LocalStore(root)))
     take(one)
-    assert leases.borrow(link, lambda: mine(LocalStore(link))) is one
+    assert sharing.borrow(link, lambda: mine(LocalStore(link))) is one
     os.unlink(link)
     os.symlink(tmp_path / "elsewhere", link)
-    leases.give_back(root)
+    sharing.give_back(root)
     assert one.epoch == 1
-    leases.give_back(link)
+    sharing.give_back(link)
     assert one.epoch == 0
     assert newest_lease(LocalStore(root)).released  # type: ignore[union-attr]
 
@@ -384,10 +385,10 @@ def test_a_root_in_a_bucket_is_no_path(tmp_path: Path, monkeypatch: pytest.Monke
     Path("gs:/b").mkdir(parents=True)
     os.symlink("b", "gs:/c")
     store = MemoryBucket()
-    one, two = (leases.borrow(f"gs://{name}", lambda: mine(store)) for name in "bc")
+    one, two = (sharing.borrow(f"gs://{name}", lambda: mine(store)) for name in "bc")
     assert one is not two
-    leases.give_back("gs://b")
-    leases.give_back("gs://c")
+    sharing.give_back("gs://b")
+    sharing.give_back("gs://c")
 
 
 def test_what_another_object_of_this_process_holds_is_not_free(store: Any) -> None:
@@ -407,15 +408,15 @@ def test_of_several_users_the_longest_wait_counts_and_the_first_ttl(
     store, root = MemoryStore(), str(tmp_path)
     take(lease(store, owner=parent()))
     clock = Clock()
-    one = leases.borrow(root, lambda: mine(store, clock))
-    leases.borrow(root, lambda: mine(store, wait_seconds=10.0))
+    one = sharing.borrow(root, lambda: mine(store, clock))
+    sharing.borrow(root, lambda: mine(store, wait_seconds=10.0))
     assert caplog.text == ""
-    leases.borrow(root, lambda: mine(store, ttl_seconds=600.0))
+    sharing.borrow(root, lambda: mine(store, ttl_seconds=600.0))
     assert "lasts for 60 s" in caplog.text and "600 s" in caplog.text
     with pytest.raises(LeaseError):
         take(one)
     assert 10 <= clock.elapsed <= 11
-    leases.give_all_back()
+    sharing.give_all_back()
 
 
 def test_a_lease_may_last_for_one_second() -> None:
@@ -633,10 +634,10 @@ class User:
     """What borrows a lease, and may be dropped without giving it back."""
 
     def __init__(self, root: str, store: Any) -> None:
-        self.lease = leases.borrow(
+        self.lease = sharing.borrow(
             root, lambda: mine(store, SystemClock(), ttl_seconds=100 * TTL, renews=True)
         )
-        weakref.finalize(self, leases.give_back_later, root, os.getpid())
+        weakref.finalize(self, sharing.give_back_later, root, os.getpid())
 
 
 def test_who_is_dropped_gives_its_share_back_whatever_is_held_at_that_moment(
@@ -649,9 +650,9 @@ def test_who_is_dropped_gives_its_share_back_whatever_is_held_at_that_moment(
     keeper = held._keeper
     assert keeper is not None
     del one
-    leases.note_dropped()
+    sharing.note_dropped()
     held.check()
-    with held._lock, leases._borrowing:
+    with held._lock, sharing._borrowing:
         del two  # as the collector of garbage may, at any allocation
         assert watched.writes == []
     assert watched.released.wait(10)
@@ -668,6 +669,6 @@ def test_who_borrows_after_another_was_dropped_need_not_wait_for_its_release(
     take(one.lease)
     watched.failing = 1 << 30
     del one
-    second = leases.borrow(root, lambda: mine(watched, at_once()))
+    second = sharing.borrow(root, lambda: mine(watched, at_once()))
     take(second)
     assert second.epoch == 2

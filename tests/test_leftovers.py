@@ -17,12 +17,12 @@ from datarax_dist import format as fmt
 from datarax_dist import publish, retention
 from datarax_dist.errors import CheckpointError
 from datarax_dist.inspection import inspect_run, is_committed
-from datarax_dist.lease import writer_identity
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import FakeClock, MemoryBucket
 from datarax_dist.testing.simulated import stepped
 from datarax_dist.testing.turns import Job as Turn
 from datarax_dist.testing.turns import Scheduler
+from datarax_dist.writers import writer_identity
 
 ELSEWHERE = {"machine": "another", "pid": 1, "started": "1", "name": "another"}
 DAY = 24 * 3600.0

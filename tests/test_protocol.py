@@ -29,8 +29,9 @@ from datarax_dist.inspection import (
     read_records,
     verify_files,
 )
+from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Restorer
-from datarax_dist.save import Saver, SaveRequest
+from datarax_dist.save import Saver
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import MemoryArrays, MemoryBucket, MemoryStore, SimulatedHosts, fail_at
 

@@ -17,7 +17,7 @@ import pytest
 from jobs import OPTIONS, Job
 
 import datarax_dist as dd
-from datarax_dist import attempts, cli, errors, lease, retention
+from datarax_dist import attempts, cli, errors, retention, writers
 from datarax_dist import format as fmt
 from datarax_dist import restore as restoring
 from datarax_dist.arrays import engine
@@ -94,7 +94,7 @@ def test_an_attempt_at_a_step_whose_marker_is_no_file_is_in_the_way_of_no_host_a
     [attempt] = inspect_run(store).attempts
     spoil(tmp_path / "2" / "COMMIT.json", how)
     (tmp_path / f"3.staging-{ASIDE}").mkdir()  # so that leftovers are looked for
-    dead = {**lease.writer_identity(), "started": "0"}
+    dead = {**writers.writer_identity(), "started": "0"}
     claim = fmt.StepClaim(str(found.run), 3, ASIDE, 1, dead, 0.0)
     store.put(f"3.staging-{ASIDE}/STEP.json", fmt.dump_claim(claim))
     results = SimulatedHosts(2).run(lambda group: restore(store, group))
@@ -369,7 +369,7 @@ def of(owner: dict[str, Any], *, released: bool = False) -> bytes:
     return fmt.dump_lease(record)
 
 
-HERE = lease.writer_identity()
+HERE = writers.writer_identity()
 ELSEWHERE = {**HERE, "machine": "another", "name": "another"}
 DEAD = {**HERE, "started": "0"}
 

@@ -474,7 +474,7 @@ class OrbaxWriter:
         self._arrays = arrays
 
     def choose(self) -> Any:
-        """See `save.ArrayWriter`."""
+        """See `request.ArrayWriter`."""
         return self._engine.choose().to_json()
 
     def start(
@@ -550,11 +550,11 @@ class _OrbaxWrite:
         self._gate.open()
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """See `save.ArrayWrite`."""
+        """See `request.ArrayWrite`."""
         return {f"state/{file}": digest for file, digest in self._gate.digests.items()}
 
     def notes(self) -> dict[str, str]:
-        """See `save.ArrayWrite`."""
+        """See `request.ArrayWrite`."""
         return {"compression": self._choice.why}
 
     def cancel(self) -> None:

@@ -24,8 +24,9 @@ from datarax_dist.cli.output import FINDINGS, NOT_AUTHORISED, OK, note, print_cl
 from datarax_dist.config import check_root, is_bucket
 from datarax_dist.errors import CheckpointError, StepNotFoundError
 from datarax_dist.inspection import inspect_run
-from datarax_dist.lease import describe, is_certainly_dead, newest_lease
+from datarax_dist.lease import describe, newest_lease
 from datarax_dist.storage import Store, SupportsRename, SupportsReplace, open_store
+from datarax_dist.writers import is_certainly_dead
 
 __all__ = ["Finding", "diagnose", "doctor"]
 

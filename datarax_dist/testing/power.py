@@ -31,7 +31,8 @@ from datarax_dist.clock import SystemClock
 from datarax_dist.errors import CheckpointError
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run, read_records, verify_files
-from datarax_dist.save import Saver, SaveRequest
+from datarax_dist.request import SaveRequest
+from datarax_dist.save import Saver
 from datarax_dist.storage import LocalStore
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import posix

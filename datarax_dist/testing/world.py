@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from unittest import mock
 
-from datarax_dist import attempts, config, lease, restore, retention, save, telemetry
+from datarax_dist import attempts, config, lease, restore, retention, save, telemetry, writers
 from datarax_dist import format as fmt
 from datarax_dist.clock import Clock
 from datarax_dist.errors import (
@@ -45,8 +45,9 @@ from datarax_dist.errors import (
 from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import Candidate, inspect_run, read_records, verify_files
 from datarax_dist.lease import Lease
+from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading, Restorer
-from datarax_dist.save import Saver, SaveRequest
+from datarax_dist.save import Saver
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing.simulated import MemoryArrays, MemoryBucket, MemoryStore, stepped
 from datarax_dist.testing.turns import Crash, Job, Ran, Scheduler, SteppedBoard
@@ -231,8 +232,8 @@ class World:
         for module, name, instead in (
             (secrets, "token_hex", token),
             (telemetry, "time", _NO_TIME),
-            (lease, "_machine", lambda: self._machine),
-            (lease, "_process", self._process),
+            (writers, "_machine", lambda: self._machine),
+            (writers, "_process", self._process),
             (lease, "writer_identity", self._writer),
             (retention, "writer_identity", self._writer),
             (save, "writer_identity", self._writer),
