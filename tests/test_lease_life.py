@@ -23,7 +23,6 @@ import pytest
 
 from datarax_dist import config, sharing, writers
 from datarax_dist import format as fmt
-from datarax_dist import lease as leases
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import InvalidArgumentError, LeaseError, StorageError
@@ -142,7 +141,7 @@ def told(act):
 threading.Thread(target=hold_locks).start()
 held.wait()
 if (pid := os.fork()) == 0:
-    signal.alarm(20)  # a lock that nobody lets go in this process
+    signal.alarm(8)  # a lock that nobody lets go in this process
     texts = [told(act) for act in (
         one.release, lambda: sharing.give_back(root), sharing.give_all_back,
         lambda: one.hold("run", lambda *_: None), one.check, one.raise_if_lost, one.renew,

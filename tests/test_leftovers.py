@@ -421,7 +421,9 @@ def test_a_step_is_not_taken_for_the_marker_that_stood_alone_there(
     assert whose(bucket) == {4: "old", 5: "new", 6: "new"}
 
 
-@pytest.mark.parametrize("stands_before", ["list: 5", "copy: 5/STEP.json"])
+@pytest.mark.parametrize(
+    "stands_before", ["list: 5", "copy: 5/STEP.json", "copy: 5/state/ocdbt.process_0/a"]
+)
 def test_what_was_copied_of_two_versions_is_never_the_step(stands_before: str) -> None:
     """Who copies the step aside stands still before; another job saves it again, and does so once
     more, and dies when it has put its void marker. The first one is killed at each later request.
@@ -441,11 +443,14 @@ def test_what_was_copied_of_two_versions_is_never_the_step(stands_before: str) -
             bucket: Any = bucket,
             requested: list[str] = requested,
             most: int = number,
+            staged: publish.Staged = staged,
         ) -> None:
             if not requested:
                 if not what.startswith(stands_before):
                     return
                 assert Job("new", requests(bucket)).save(5, replace=True) == "saved"
+            marker = bucket.files.get(f"{staged.aside}/COMMIT.json")
+            assert marker is None or fmt.parse_void(marker), "no marker speaks for it"
             if len(requested) > most:
                 raise Killed
             requested.append(what)

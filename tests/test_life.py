@@ -44,7 +44,7 @@ class Stall:
         def stalled(store: Any, key: str, *rest: Any, **more: Any) -> Any:
             if text in key and not self.reached.is_set():
                 self.reached.set()
-                assert self.goes_on.wait(SECONDS)
+                assert self.goes_on.wait(SECONDS / 2)
             return act(store, key, *rest, **more)
 
         monkeypatch.setattr(LocalStore, method, stalled)
@@ -266,7 +266,7 @@ ckpt.close()
 def test_a_forked_child_neither_saves_with_what_it_inherited_nor_ends_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FORKED, str(tmp_path / "run")]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Make one of its own" in done.stdout
     assert lease_of(tmp_path / "run")["epoch"] == 1
