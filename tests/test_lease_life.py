@@ -202,13 +202,18 @@ def test_who_cannot_start_the_thread_that_renews_does_not_take_the_run(
     assert watched.written.wait(10), "nobody renews"
 
 
-def test_a_thread_that_does_not_run_is_started_when_the_run_is_held_again(
-    watched: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def taken_without_a_thread(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> Lease:
     one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda self: None)
         take(one)
+    return one
+
+
+def test_a_thread_that_does_not_run_is_started_when_the_run_is_held_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = taken_without_a_thread(watched, monkeypatch)
     take(one)
     assert one.epoch == 1
     assert watched.written.wait(10), "nobody renews"
@@ -449,10 +454,7 @@ def test_a_release_that_fails_is_tried_again_until_it_is_done(watched: Watched) 
 def test_a_release_is_tried_again_where_no_thread_runs_any_more(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda self: None)
-        take(one)
+    one = taken_without_a_thread(watched, monkeypatch)
     watched.failing = 2
     one.release()
     assert watched.released.wait(10)
