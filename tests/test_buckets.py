@@ -214,8 +214,9 @@ def test_the_marker_is_the_last_object_written_and_the_first_deleted(
     assert written.index("runs/one/2/STEP.json") == len(written) - 3, "then nothing but the marker"
     assert all(name.startswith("runs/one/2/") for name in copied)
     deleted = [batch for batch in done if batch.kind == "batch"]
-    note, left, old = deleted[0], deleted[1:3], deleted[3:]
+    note, left, old, lease = deleted[0], deleted[1:3], deleted[3:-1], deleted[-1]
     assert (note.parts, done.index(note) < done.index(left[0])) == (1, True), "of the restore"
+    assert lease.parts == 1, "of the job before"
     assert left[1].parts == 1, "the claim of what was staged goes last"
     void = next(r for r in done if r.kind == "insert" and r.name == "runs/one/1/COMMIT.json")
     assert done.index(left[1]) < done.index(void) < done.index(old[0]), "a void marker goes first"
