@@ -232,15 +232,16 @@ class OrbaxCheckpointHandler:
             handle = run._save(
                 step, state=target, data=None, metadata=metadata, force=True, replace=overwrite
             )
+            assert isinstance(handle, SaveHandle)
+            if not self.async_checkpointing:
+                handle.result()
         except StepExistsError as error:
             raise CheckpointExistsError(
                 f"{error} Give overwrite=True to replace it.", step=step
             ) from error
-        assert isinstance(handle, SaveHandle)
-        if not self.async_checkpointing:
-            try:
-                handle.result()
-            finally:  # programs that share a directory, and save in turn, may go on doing so
+        finally:
+            if not self.async_checkpointing:
+                # Programs that share a directory, and save in turn, may go on doing so.
                 run._let_others_write()
         return os.path.join(run.root, str(step))
 

@@ -97,6 +97,7 @@ class SaveHandle:
         self._future: Future[SaveReport] = Future()
         self._settling = threading.Lock()
         self._seen = False
+        self._process = os.getpid()
 
     def done(self) -> bool:
         """Whether the outcome is known."""
@@ -108,7 +109,13 @@ class SaveHandle:
         Raises:
             PeerError: the save failed, on this host or another one; the same on every host.
             TimeoutError: it is not known yet; the save goes on.
+            InvalidArgumentError: it goes on in the process that this one was forked from.
         """
+        if os.getpid() != self._process and not self._future.done():
+            raise InvalidArgumentError(
+                f"The save of step {self.step} goes on in the process {self._process}; this is"
+                f" {os.getpid()}, forked from it, and does not hear of it."
+            )
         try:
             return self._future.result(timeout)
         except BaseException as error:
@@ -179,7 +186,7 @@ class Checkpointer:
         self._store = open_store(self._root)
         self._clock = SystemClock()
         self._arrays = arrays_io.OrbaxArrays(self._root, self._group.index, self._options)
-        self._dropped: weakref.finalize[..., Checkpointer] | None = None
+        self._share: sharing.Share | None = None
         self._process = os.getpid()
         # Reading needs no lease: it is taken by the first `save`.
         self._saver = Saver(
@@ -209,15 +216,15 @@ class Checkpointer:
             wait_seconds=options.lease_wait_seconds,
             renews=True,
         )
-        lease = sharing.borrow(self._root, make)
-        self._dropped = weakref.finalize(self, sharing.give_back_later, self._root, self._process)
-        self._dropped.atexit = False  # see `_drain_at_exit`
-        return lease
+        self._share = share = sharing.borrow(self._root, make)
+        # Where this object is dropped. At the end of Python `_drain_at_exit` does it.
+        weakref.finalize(self, share.give_back_later).atexit = False
+        return share.lease
 
     def _let_go(self) -> None:
         """Lets another job write."""
-        if self._dropped is not None and self._dropped.detach() is not None:
-            sharing.give_back(self._root, self._process)
+        if self._share is not None:
+            self._share.give_back()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -720,6 +727,8 @@ class Checkpointer:
         """
         if (running := self._running) is None:
             return
+        if os.getpid() != self._process:
+            raise self._forked()
         while not running.over.wait(1.0):  # in slices, so that Ctrl-C is answered
             started, handle = running.started, running.handle
             if handle.done() and (phase := started.hangs()) is not None:
@@ -735,12 +744,15 @@ class Checkpointer:
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
-            raise InvalidArgumentError(
-                f"The Checkpointer of {self._root} was made by the process {self._process}, and"
-                f" this is {os.getpid()}, forked from it. Make one of its own here."
-            )
+            raise self._forked()
         if self._closed:
             raise InvalidArgumentError(f"The Checkpointer of {self._root} is closed.")
+
+    def _forked(self) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"The Checkpointer of {self._root} was made by the process {self._process}, and this is"
+            f" {os.getpid()}, forked from it. Make one of its own here."
+        )
 
 
 class _Running:
@@ -784,6 +796,15 @@ def _whole_number(step: Any) -> int | None:
 _left_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
+def _end_all() -> None:
+    for checkpointer in tuple(_left_open):
+        try:
+            checkpointer._drain()
+        except Exception as error:  # the others have saves to end, too
+            logger.error("%s", error)
+    sharing.give_all_back()
+
+
 @functools.cache
 def _drain_at_exit() -> None:
     """Lets saves end that a script has begun, and left behind without `close()`. It must happen
@@ -794,14 +815,20 @@ def _drain_at_exit() -> None:
     process = os.getpid()
 
     def drain() -> None:
-        if os.getpid() != process:
-            return  # a forked child ends: what it has inherited goes on in its parent
-        for checkpointer in tuple(_left_open):
-            checkpointer._drain()
-        sharing.give_all_back()
+        if os.getpid() == process:  # else a forked child ends, and what it has inherited goes on
+            _end_all()
 
     with contextlib.suppress(AttributeError, RuntimeError):  # not there, or ending already
         threading._register_atexit(drain)  # type: ignore[attr-defined]
+
+
+def _begin_anew() -> None:
+    """In a forked child: what is open there is its parent's."""
+    _left_open.clear()
+    _drain_at_exit.cache_clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _check_metadata(metadata: Any) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class Right(Protocol):
 
     @property
     def under_way(self) -> set[str]:
-        """The staging directories of saves that go on now. Several objects of a process may share a
+        """What saves write to that go on now, directories. Several objects of a process may share a
         right, and none is to remove what another one is writing.
         """
 
@@ -245,7 +245,7 @@ class Lease:
             if newest is None and epochs:  # removed meanwhile, as there is a newer one
                 self._try_again(tried, epochs[-1])
                 continue
-            if newest is None or _is_free(newest, now - since):
+            if newest is None or self._is_free(newest, now - since):
                 epoch = 1 if newest is None else newest.epoch + 1
                 if self._create(run, epoch, newest, fence):
                     return
@@ -299,9 +299,11 @@ class Lease:
     def _take_over(
         self, run: str, mine: fmt.LeaseRecord, newest: _Seen | None, fence: Fence
     ) -> bool:
+        # Jobs may have come and gone since the newest lease was read, and have removed the file of
+        # this epoch, which was another one's.
+        if self._newer(mine.epoch) is not None:
+            return False
         if newest is not None and not (newest.record is not None and newest.record.released):
-            if self._newer(mine.epoch) is not None:
-                return False
             logger.warning("%s is taken over from %s", self._store.root, newest.owner)
             # Read once more: what they have announced before they could see our file is there now.
             older = [lease.record for lease in _all(self._store) if lease.epoch < mine.epoch]
@@ -391,9 +393,11 @@ class Lease:
         self.raise_if_lost()
         with self._lock:
             if self._record is not None:
+                record = self._record
+                self._ask(record, reads=True)
                 # The last few, since objects of this process on one root delete at once.
-                deleting = (*self._record.deleting[-7:], (step, marker_digest))
-                self._write(dataclasses.replace(self._record, deleting=deleting))
+                deleting = (*record.deleting[-7:], (step, marker_digest))
+                self._write(dataclasses.replace(record, deleting=deleting))
         self.check()
 
     def renew(self) -> None:
@@ -513,6 +517,17 @@ class Lease:
                 other._ttl,
             )
 
+    def _is_free(self, lease: _Seen, unchanged_seconds: float) -> bool:
+        record = lease.record
+        if record is None:
+            return unchanged_seconds > _UNREADABLE_SECONDS
+        is_over = record.released or not record.ttl_seconds
+        if _is_of_this_process(record):
+            # It could not be released, or not be taken to the end; or was copied with its run.
+            holder = _holders.get(record.nonce)
+            is_over |= holder is None or not _is_same_place(holder._store.root, self._store.root)
+        return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
+
     def _blocked_by(self, epoch: int, why: str) -> StorageError:
         return StorageError(
             f"{self._store.root} cannot be taken: {self._store.root}/{fmt.lease_name(epoch)} {why}."
@@ -552,18 +567,16 @@ class Lease:
         )
 
 
-def _is_free(lease: _Seen, unchanged_seconds: float) -> bool:
-    record = lease.record
-    if record is None:
-        return unchanged_seconds > _UNREADABLE_SECONDS
-    is_over = record.released or not record.ttl_seconds
-    if _is_of_this_process(record) and record.nonce not in _holders:
-        is_over = True  # it could not be released, or not be taken to the end
-    return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
-
-
 def _is_of_this_process(record: fmt.LeaseRecord) -> bool:
     return is_here(record.owner) and record.owner == writer_identity()
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    with contextlib.suppress(OSError):
+        return "://" not in one + other and os.path.samefile(one, other)
+    return False
 
 
 # Who holds what in this process, by the nonces of their files

@@ -107,7 +107,7 @@ class Saver:
         # they may be saved again, and they do not count where retention decides how many good ones
         # are left.
         self.suspects: set[int] = set()
-        self._staging = ""  # of the save under way
+        self._under_way: Sequence[str] = ()  # what this object writes to
         self.has_swept = False
         self.claim = b""  # of the save under way
         self._known = _Known()
@@ -206,10 +206,10 @@ class Saver:
                 },
                 timeout_seconds=self._agreement_seconds(),
             )
-            self._is_taken = True
             phases.seconds["prepare"] = self._clock.monotonic() - begin
             if decided.get("unseen") and previous_error is not None:
                 raise previous_error
+            self._is_taken = True
             assert request is not None
             started = StartedSave(self, request, decided, phases, replace or step in self.suspects)
             started.start()
@@ -222,7 +222,12 @@ class Saver:
 
     def ended(self) -> None:
         """Nothing is written any more of what this object had under way."""
-        self.lease.under_way.discard(self._staging)
+        self.lease.under_way.difference_update(self._under_way)
+        self._under_way = ()
+
+    def is_others(self, name: str) -> bool:
+        """Whether another object of this process writes to it now."""
+        return name in self.lease.under_way and name not in self._under_way
 
     def _stage(self, payloads: list[Any], phases: Phases, replace: bool) -> dict[str, Any]:
         if all(payload["unseen"] for payload in payloads):
@@ -239,8 +244,9 @@ class Saver:
         replace = replace or step in self.suspects
         staging = fmt.aside_name(step, "staging", nonce)
         self.ended()
-        self._staging = staging
-        self.lease.under_way.add(staging)
+        aside = fmt.aside_name(step, "replaced", nonce)
+        self._under_way = staging, fmt.step_name(step), aside
+        self.lease.under_way.update(self._under_way)
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
         if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
             return {**decided, "run": known.run}
@@ -492,6 +498,8 @@ class StartedSave:
             raise
         self._saver.suspects.discard(self.step)
         self._saver._known.steps[self.step] = True
+        # What retention deletes may take as long again.
+        self._deadline = self._saver._clock.monotonic() + self._saver._options.save_timeout_seconds
         return self._report(decided, self._retire() if self._group.is_primary else [])
 
     def _retire(self) -> Sequence[int]:
@@ -644,8 +652,11 @@ class StartedSave:
             )
         # Then nothing of it is what a job has staged that has taken the run since.
         self._saver.lease.check()
-        under_way = self._saver.lease.under_way
-        leftovers = [left for left in found if left.name not in under_way]
+        leftovers = [
+            left
+            for left in found
+            if left.name != self._staging and not self._saver.is_others(left.name)
+        ]
         removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
         if isinstance(store, SupportsSweep) and not self._saver.has_swept:
             self._saver.has_swept = True

@@ -9,22 +9,47 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from datarax_dist.lease import Lease
 
-__all__ = ["borrow", "give_all_back", "give_back", "give_back_later"]
+__all__ = ["Share", "borrow", "give_all_back"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Share:
-    root: str
-    place: str
-    lease: Lease
+class Share:
+    """What one user of a lease has, until it gives it back. A forked process has none of those that
+    it has inherited, and gives none back.
+    """
+
+    def __init__(self, lease: Lease, place: str) -> None:
+        self.lease, self.place = lease, place
+
+    def give_back(self) -> None:
+        """Takes note that the user has ended; once. When the last one has, the run is let go."""
+        try:
+            if self._is_last():
+                self.lease.release()
+        except BaseException:  # Ctrl-C while another thread renews it, say
+            if not any(share is self or share.lease is self.lease for share in tuple(_shares)):
+                self.lease.leave_soon()
+            raise
+
+    def give_back_later(self) -> None:
+        """The same for a finalizer, which may run on any thread and between any two instructions,
+        where locks of this module are held: the thread that renews the lease does it.
+        """
+        _dropped.put(self)  # its `put` may interrupt itself
+        self.lease.wake()
+
+    def _is_last(self) -> bool:
+        with _borrowing:
+            if self not in _shares:
+                return False
+            _shares.remove(self)
+            return not any(other.lease is self.lease for other in _shares)
 
 
-_shares: list[_Share] = []  # one for each user
-_dropped: queue.SimpleQueue[str] = queue.SimpleQueue()  # roots of users that have gone
+_shares: list[Share] = []  # one for each user
+_dropped: queue.SimpleQueue[Share] = queue.SimpleQueue()  # of users that have gone
 _borrowing = threading.RLock()
 
 
@@ -38,8 +63,8 @@ def _begin_anew() -> None:
 os.register_at_fork(after_in_child=_begin_anew)
 
 
-def borrow(root: str, make: Callable[[], Lease]) -> Lease:
-    """Returns the lease of this process on a root, for one more user of it. It is not held yet."""
+def borrow(root: str, make: Callable[[], Lease]) -> Share:
+    """Returns a share of this process's lease on a root, for one more user. It is not held yet."""
     # A directory may be known by several paths.
     place = root if "://" in root else os.path.realpath(root)
     note_dropped()
@@ -47,50 +72,19 @@ def borrow(root: str, make: Callable[[], Lease]) -> Lease:
     made.on_wake = note_dropped
     with _borrowing:
         lease = next((share.lease for share in _shares if share.place == place), made)
-        _shares.append(_Share(root, place, lease))
+        _shares.append(share := Share(lease, place))
     if lease is not made:
         lease.share(made)
-    return lease
-
-
-def give_back(root: str, process: int | None = None) -> None:
-    """Takes note that one user has ended. When the last one has, the run is let go.
-
-    Args:
-        process: that has borrowed it; in a forked one nothing is done. Told where a forked process
-            may have borrowed one of its own.
-    """
-    if process in (None, os.getpid()) and (lease := _take_back(root)) is not None:
-        lease.release()
-
-
-def give_back_later(root: str, process: int | None = None) -> None:
-    """The same for a finalizer, which may run on any thread and between any two instructions, where
-    locks of this module are held: the thread that renews the lease does it.
-    """
-    if process in (None, os.getpid()):
-        _dropped.put(root)  # its `put` may interrupt itself
-        for share in tuple(_shares):
-            share.lease.wake()
+    return share
 
 
 def note_dropped() -> None:
     """Does what `give_back_later` has been told."""
     with contextlib.suppress(queue.Empty):
         while True:
-            if (lease := _take_back(_dropped.get_nowait())) is not None:
-                lease.leave_soon()
-
-
-def _take_back(root: str) -> Lease | None:
-    """Returns the lease, if it has no user any more."""
-    with _borrowing:
-        for share in reversed(_shares):
-            if share.root == root:
-                _shares.remove(share)
-                is_used = any(other.lease is share.lease for other in _shares)
-                return None if is_used else share.lease
-    return None
+            share = _dropped.get_nowait()
+            if share._is_last():
+                share.lease.leave_soon()
 
 
 def give_all_back() -> None:

@@ -123,7 +123,8 @@ from datarax_dist.storage import LocalStore
 
 root = sys.argv[1]
 make = lambda: leases.Lease(LocalStore(root), SystemClock(), ttl_seconds=60, renews=True)
-one = sharing.borrow(root, make)
+share = sharing.borrow(root, make)
+one = share.lease
 one.hold("run", lambda *_: None)
 held, done = threading.Event(), threading.Event()
 
@@ -143,14 +144,14 @@ held.wait()
 if (pid := os.fork()) == 0:
     signal.alarm(8)  # a lock that nobody lets go in this process
     texts = [told(act) for act in (
-        one.release, lambda: sharing.give_back(root), sharing.give_all_back,
+        one.release, share.give_back, sharing.give_all_back,
         lambda: one.hold("run", lambda *_: None), one.check, one.raise_if_lost, one.renew,
         lambda: one.announce(1, "0" * 8),
     )]
-    own = sharing.borrow(root, make)
+    own = sharing.borrow(root, make).lease
     texts.append(told(lambda: own.hold("run", lambda *_: None)))
-    sharing.give_back(root, os.getppid())  # what was inherited, and ends here, too
-    sharing.give_back_later(root, os.getppid())
+    share.give_back()  # what was inherited, and ends here, too
+    share.give_back_later()
     sharing.note_dropped()
     texts.append(len(sharing._shares))
     print(json.dumps(texts), flush=True)
@@ -159,7 +160,7 @@ _, status = os.waitpid(pid, 0)
 done.set()
 one.check()
 print(json.dumps([status, one.epoch, leases.newest_lease(LocalStore(root)).released]), flush=True)
-sharing.give_back(root)
+share.give_back()
 """
 
 
@@ -372,15 +373,21 @@ def test_one_directory_by_two_paths_is_one_run(tmp_path: Path) -> None:
     root, link = str(tmp_path / "run"), str(tmp_path / "link")
     os.mkdir(root)
     os.symlink(root, link)
-    one = sharing.borrow(root, lambda: mine(LocalStore(root)))
+    first = sharing.borrow(root, lambda: mine(LocalStore(root)))
+    one = first.lease
     take(one)
-    assert sharing.borrow(link, lambda: mine(LocalStore(link))) is one
+    second = sharing.borrow(link, lambda: mine(LocalStore(link)))
+    assert second.lease is one
     os.unlink(link)
     os.symlink(tmp_path / "elsewhere", link)
-    sharing.give_back(root)
+    (tmp_path / "elsewhere").mkdir()
+    other = sharing.borrow(link, lambda: mine(LocalStore(link)))
+    take(other.lease)
+    first.give_back()
+    first.give_back()
     assert one.epoch == 1
-    sharing.give_back(link)
-    assert one.epoch == 0
+    second.give_back()
+    assert (one.epoch, other.lease.epoch) == (0, 1)
     assert newest_lease(LocalStore(root)).released  # type: ignore[union-attr]
 
 
@@ -390,9 +397,9 @@ def test_a_root_in_a_bucket_is_no_path(tmp_path: Path, monkeypatch: pytest.Monke
     os.symlink("b", "gs:/c")
     store = MemoryBucket()
     one, two = (sharing.borrow(f"gs://{name}", lambda: mine(store)) for name in "bc")
-    assert one is not two
-    sharing.give_back("gs://b")
-    sharing.give_back("gs://c")
+    assert one.lease is not two.lease
+    one.give_back()
+    two.give_back()
 
 
 def test_what_another_object_of_this_process_holds_is_not_free(store: Any) -> None:
@@ -412,7 +419,7 @@ def test_of_several_users_the_longest_wait_counts_and_the_first_ttl(
     store, root = MemoryStore(), str(tmp_path)
     take(lease(store, owner=parent()))
     clock = Clock()
-    one = sharing.borrow(root, lambda: mine(store, clock))
+    one = sharing.borrow(root, lambda: mine(store, clock)).lease
     sharing.borrow(root, lambda: mine(store, wait_seconds=10.0))
     assert caplog.text == ""
     sharing.borrow(root, lambda: mine(store, ttl_seconds=600.0))
@@ -468,8 +475,9 @@ def test_what_is_released_late_does_not_come_between_who_has_taken_the_run(
     watched.failing = 1 << 30
     one.release()
     second = mine(watched, at_once())
-    take(second)
-    watched.failing = 0
+    with one._lock:  # its thread does not stand in the middle of a try
+        take(second)
+        watched.failing = 0
     keeper = one._keeper
     assert keeper is not None
     keeper.join(10)
@@ -628,6 +636,69 @@ def test_a_listing_without_a_file_that_is_being_replaced_takes_no_run(
     one.renew()
 
 
+def test_who_was_overtaken_while_it_made_its_file_does_not_hold_the_run(store: Any) -> None:
+    """Others come and go in that moment, and remove the file of the same epoch."""
+    one = lease(store, at_once(), owner=ELSEWHERE)
+    create, owners = store.create, [lease(store, owner=parent()) for _ in range(2)]
+
+    def meanwhile(key: str, data: bytes) -> bool:
+        store.create = create
+        take(owners[0])
+        owners[0].release()
+        take(owners[1])
+        owners[1].renew()
+        assert files(store) == ["0000000002.json"]
+        return bool(create(key, data))
+
+    store.create = meanwhile
+    with pytest.raises(LeaseError, match="held by another job"):
+        take(one)
+    assert one.epoch == 0
+    owners[1].check()
+    owners[1].release()
+    take(one)
+    assert one.epoch == 3
+
+
+def test_who_announces_brings_nothing_back(store: Any) -> None:
+    one = lease(store)
+    take(one)
+    store.delete(fmt.LEASE_NAME)
+    with pytest.raises(LeaseError, match="was removed"):
+        one.announce(1, "0" * 8)
+    assert files(store) == []
+
+
+def test_a_run_that_this_process_has_copied_is_another_one(tmp_path: Path) -> None:
+    root, copy = LocalStore(str(tmp_path / "run")), LocalStore(str(tmp_path / "copy"))
+    one, other = mine(root), mine(copy)
+    take(one)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    take(other)
+    one.check()
+    other.check()
+
+
+def test_what_is_cut_short_while_it_is_given_back_is_given_back_all_the_same(
+    tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> Lease:
+        return mine(watched, SystemClock(), ttl_seconds=100 * TTL, renews=True)
+
+    share = sharing.borrow(str(tmp_path), make)
+    take(share.lease)
+    with monkeypatch.context() as patch:
+
+        def cut() -> None:
+            raise Interrupted
+
+        patch.setattr(share.lease, "release", cut)
+        with pytest.raises(Interrupted):
+            share.give_back()
+    share.give_back()
+    assert watched.released.wait(10)
+
+
 # Who is dropped
 
 
@@ -635,10 +706,11 @@ class User:
     """What borrows a lease, and may be dropped without giving it back."""
 
     def __init__(self, root: str, store: Any) -> None:
-        self.lease = sharing.borrow(
+        share = sharing.borrow(
             root, lambda: mine(store, SystemClock(), ttl_seconds=100 * TTL, renews=True)
         )
-        weakref.finalize(self, sharing.give_back_later, root, os.getpid())
+        self.lease = share.lease
+        weakref.finalize(self, share.give_back_later)
 
 
 def test_who_is_dropped_gives_its_share_back_whatever_is_held_at_that_moment(
@@ -670,6 +742,6 @@ def test_who_borrows_after_another_was_dropped_need_not_wait_for_its_release(
     take(one.lease)
     watched.failing = 1 << 30
     del one
-    second = sharing.borrow(root, lambda: mine(watched, at_once()))
+    second = sharing.borrow(root, lambda: mine(watched, at_once())).lease
     take(second)
     assert second.epoch == 2

@@ -18,6 +18,9 @@ import pytest
 import datarax_dist as dd
 from datarax_dist import checkpointer, errors, save
 from datarax_dist.arrays import engine
+from datarax_dist.buckets import BucketStore
+from datarax_dist.checkpoint import CheckpointExistsError, OrbaxCheckpointHandler
+from datarax_dist.clock import SystemClock
 from datarax_dist.storage import LocalStore
 
 STATE = {"w": np.ones(3)}
@@ -37,9 +40,11 @@ def staged(root: Path) -> list[str]:
 class Stall:
     """Lets a method of the store wait, for keys with some text in them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str, text: str) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, method: str, text: str, kind: Any = LocalStore
+    ) -> None:
         self.reached, self.goes_on = threading.Event(), threading.Event()
-        act = getattr(LocalStore, method)
+        act = getattr(kind, method)
 
         def stalled(store: Any, key: str, *rest: Any, **more: Any) -> Any:
             if text in key and not self.reached.is_set():
@@ -47,7 +52,7 @@ class Stall:
                 assert self.goes_on.wait(SECONDS / 2)
             return act(store, key, *rest, **more)
 
-        monkeypatch.setattr(LocalStore, method, stalled)
+        monkeypatch.setattr(kind, method, stalled)
 
 
 @pytest.fixture
@@ -172,12 +177,12 @@ def test_a_stall_after_the_commit_is_told_at_the_deadline(
 ) -> None:
     monkeypatch.setattr(save, "_HANGS_SECONDS", 0.1)
     ckpt = dd.Checkpointer(
-        tmp_path / "run", keep=dd.latest(1), options=dd.Options(save_timeout_seconds=2)
+        tmp_path / "run", keep=dd.latest(1), options=dd.Options(save_timeout_seconds=5)
     )
     ckpt.save(1, state=STATE).result(SECONDS)
     stall = Stall(monkeypatch, "delete", ".deleting-")
     handle = ckpt.save(2, state=STATE)
-    report = handle.result(10)
+    report = handle.result(20)
     assert (report.step, report.deleted) == (2, ())
     assert stall.reached.is_set()
     for act in (lambda: ckpt.save(3, state=STATE), ckpt.restore, ckpt.wait_until_finished):
@@ -186,6 +191,31 @@ def test_a_stall_after_the_commit_is_told_at_the_deadline(
     stall.goes_on.set()
     assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
     ckpt.close()
+
+
+class Ahead(SystemClock):
+    """A clock that can be put forward."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.seconds
+
+
+def test_slow_retention_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dd.Options(save_timeout_seconds=100)
+    with dd.Checkpointer(tmp_path / "run", keep=dd.latest(1), options=options) as ckpt:
+        ckpt._saver._clock = clock = Ahead()
+        ckpt.save(1, state=STATE).result(SECONDS)
+        stalls = Stall(monkeypatch, "put", "TREE.json"), Stall(monkeypatch, "delete", ".deleting-")
+        handle = ckpt.save(2, state=STATE)
+        for stall in stalls:  # each for less than the deadline, both together for longer
+            assert stall.reached.wait(SECONDS)
+            clock.seconds += 60
+            assert ckpt._running.started.hangs() is None
+            stall.goes_on.set()
+        assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
+        assert handle.result(SECONDS).deleted == (1,)
 
 
 # The end
@@ -229,47 +259,129 @@ def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path
 def test_one_that_is_dropped_finishes_its_save_and_lets_the_run_go(tmp_path: Path) -> None:
     ckpt = dd.Checkpointer(tmp_path / "run")
     handle = ckpt.save(1, state=STATE)
-    gone = threading.Event()
-    checkpointer.weakref.finalize(ckpt, gone.set)
+    keeper, running = ckpt._saver.lease._keeper, ckpt._running
     del ckpt
     assert handle.result(SECONDS).step == 1
+    assert running.over.wait(SECONDS)
+    del running
     gc.collect()
-    assert gone.wait(SECONDS)
-    with dd.Checkpointer(tmp_path / "run") as after:
-        after.save(2, state=STATE).result(SECONDS)
+    keeper.join(SECONDS)
     assert lease_of(tmp_path / "run")["released"]
 
 
+def run_script(script: str, root: Path) -> str:
+    command = [sys.executable, "-c", script, str(root)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 FORKED = """
-import os, sys
+import os, sys, threading
 import numpy as np
 import datarax_dist as dd
-from datarax_dist import errors
+from datarax_dist import errors, storage
 
 ckpt = dd.Checkpointer(sys.argv[1])
 ckpt.save(1, state={"w": np.ones(3)}).result()
+stalled, put = threading.Event(), storage.LocalStore.put
+
+def wait(store, key, data):
+    if key.endswith("TREE.json") and "2.staging" in key:
+        stalled.wait()
+    put(store, key, data)
+
+storage.LocalStore.put = wait
+handle = ckpt.save(2, state={"w": np.ones(3)})
 child = os.fork()
 if child == 0:
-    try:
-        ckpt.save(2, state={"w": np.ones(3)})
-    except errors.InvalidArgumentError as error:
-        print(error, flush=True)
+    for act in (
+        lambda: ckpt.save(2, state={"w": np.ones(3)}), ckpt.wait_until_finished, handle.result
+    ):
+        try:
+            act()
+        except errors.InvalidArgumentError as error:
+            print(error, flush=True)
     ckpt.close()
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-assert dd.Checkpointer.all_steps(ckpt) == [1]
-ckpt.save(2, state={"w": np.ones(3)}).result()
+assert ckpt.all_steps() == [1]
+stalled.set()
+assert handle.result().step == 2
 ckpt.close()
 """
 
 
 def test_a_forked_child_neither_saves_with_what_it_inherited_nor_ends_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FORKED, str(tmp_path / "run")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Make one of its own" in done.stdout
+    told = run_script(FORKED, tmp_path / "run")
+    assert told.count("Make one of its own") == 2
+    assert "and does not hear of it" in told
     assert lease_of(tmp_path / "run")["epoch"] == 1
+
+
+FORKED_EARLY = """
+import os, sys
+import numpy as np
+import datarax_dist as dd
+
+with dd.Checkpointer(sys.argv[1] + "/others") as ckpt:
+    ckpt.all_steps()
+child = os.fork()
+if child == 0:
+    own = dd.Checkpointer(sys.argv[1])
+    own.save(5, state={"w": np.ones(3)})
+    sys.exit(7)  # which waits for its own save
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_forked_child_that_leaves_its_own_object_open_keeps_its_last_save(tmp_path: Path) -> None:
+    run_script(FORKED_EARLY, tmp_path)
+    assert (tmp_path / "5" / "COMMIT.json").exists()
+    assert lease_of(tmp_path)["released"]
+
+
+def test_at_the_end_of_the_process_one_that_hangs_keeps_no_other_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, given_back = dd.Checkpointer(tmp_path / "a"), threading.Event()
+    others = [dd.Checkpointer(tmp_path / str(number)) for number in range(3)]
+    handles = [other.save(1, state=STATE) for other in others]
+    monkeypatch.setattr(checkpointer, "_left_open", [others[0], hangs, *others[1:]])
+    monkeypatch.setattr(checkpointer.sharing, "give_all_back", given_back.set)
+
+    def drain() -> None:
+        raise errors.StorageError("hangs still")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hangs, "_drain", drain)
+        checkpointer._end_all()
+    assert [handle.done() for handle in handles] == [True] * 3
+    assert given_back.is_set()
+    for ckpt in (hangs, *others):
+        ckpt.close()
+
+
+def test_the_run_is_taken_again_after_an_error_was_told_instead(
+    tmp_path: Path, disk_is_full: Callable[[bool], None]
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        disk_is_full(True)
+        ckpt.save(1, state=STATE)
+        ckpt._let_others_write()
+        disk_is_full(False)
+        with pytest.raises(errors.StorageError, match="no space left"):
+            ckpt.save(2, state=STATE)
+        assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+
+
+def test_a_handler_whose_save_is_refused_lets_the_run_go(tmp_path: Path) -> None:
+    handler = OrbaxCheckpointHandler()
+    handler.save(tmp_path, STATE, step=1)
+    with pytest.raises(CheckpointExistsError):
+        handler.save(tmp_path, STATE, step=1)
+    assert lease_of(tmp_path)["released"]
 
 
 # Two on one root
@@ -279,7 +391,18 @@ def test_two_of_one_process_save_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stall = Stall(monkeypatch, "put", "TREE.json")
-    with dd.Checkpointer(tmp_path / "run") as one, dd.Checkpointer(tmp_path / "run") as other:
+    save_both(str(tmp_path / "run"), stall)
+
+
+@pytest.mark.parametrize(("method", "text"), [("put", "TREE.json"), ("copy", "1.staging-")])
+def test_two_of_one_process_save_into_a_bucket_at_the_same_time(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, method: str, text: str
+) -> None:
+    save_both(f"gs://{bucket}/run", Stall(monkeypatch, method, text, BucketStore))
+
+
+def save_both(root: str, stall: Stall) -> None:
+    with dd.Checkpointer(root) as one, dd.Checkpointer(root) as other:
         handle = one.save(1, state=STATE)
         assert stall.reached.wait(SECONDS)
         assert other.save(2, state=STATE).result(SECONDS).step == 2
