@@ -9,22 +9,30 @@ a missing test, or a needless guard.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 TREE = Path(__file__).parent.parent
 JOBS = 2 * (os.cpu_count() or 1)  # a removed guard often means that somebody waits
 _HANGS_SECONDS = 120.0  # the slowest takes about 25
+# Tests run in processes forked from one that has loaded what takes long to load.
+_SERVER = multiprocessing.get_context("forkserver")
+_LOADED = ["pytest", "jax", "numpy", "orbax.checkpoint", "tensorstore", "gcsfs"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ def copied(folder: Path) -> Path:
 def main(wanted: list[str]) -> int:
     chosen = [g for g in GUARDS if not wanted or any(word in g.name for word in wanted)]
     unnoticed = []
+    _SERVER.set_forkserver_preload(_LOADED)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(JOBS):
@@ -90,32 +99,38 @@ def removed(copy: Path, guard: Guard) -> str:
             f"{guard.name}: {guard.file} has changed; it is there {text.count(guard.old)} times"
         )
     file.write_text(text.replace(guard.old, guard.new))
+    told = copy / "told.txt"
     try:
-        command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -n 0 {guard.tests}"
-        environment = {**os.environ, "PYTHONPATH": str(copy)}
-        with subprocess.Popen(
-            command,
-            shell=True,
-            cwd=copy,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        ) as done:
-            try:
-                output, _ = done.communicate(timeout=_HANGS_SECONDS)
-            except subprocess.TimeoutExpired:
-                return "a test that does not come to an end"
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # the tests' own processes, too
-                    os.killpg(done.pid, signal.SIGKILL)
+        tests = _SERVER.Process(target=_run, args=(str(copy), shlex.split(guard.tests), str(told)))
+        tests.start()
+        tests.join(_HANGS_SECONDS)
+        code = tests.exitcode
+        with contextlib.suppress(ProcessLookupError):  # the tests' own processes, too
+            os.killpg(tests.pid or 0, signal.SIGKILL)
+        tests.join()
     finally:
         file.write_text(text)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{guard.name}: {guard.tests} did not run:\n{output[-2000:]}")
+    if code is None:
+        return "a test that does not come to an end"
+    output = told.read_text()
     failed = [line for line in output.splitlines() if line.startswith("FAILED ")]
+    if code != len(failed):  # -x: one at the most
+        raise SystemExit(f"{guard.name}: {guard.tests} did not run:\n{output[-2000:]}")
     return failed[0].removeprefix("FAILED tests/").split(" - ")[0] if failed else ""
+
+
+def _run(copy: str, tests: Sequence[str], told: str) -> NoReturn:
+    """In a process of its own."""
+    os.setsid()
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = copy
+    sys.path[:0] = [copy, f"{copy}/tests"]
+    with open(told, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-n", "0", *tests])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import secrets
 import types
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from unittest import mock
 
 from datarax_dist import attempts, config, lease, restore, retention, save, telemetry, writers
@@ -77,6 +77,21 @@ _PARSERS = {
         "parse_lease",
     )
 }
+
+
+_protocols: Any = type(Protocol)
+_ask_protocol = _protocols.__instancecheck__
+_known_kinds: dict[tuple[type, type], bool] = {}
+
+
+def _is_of_kind(protocol: type, instance: object) -> bool:
+    """What `isinstance` says of a protocol. It is asked at each step what a store can do, and a
+    seventh of the time would go into that.
+    """
+    key = protocol, type(instance)
+    if (known := _known_kinds.get(key)) is None:
+        known = _known_kinds[key] = _ask_protocol(protocol, instance)
+    return known
 
 
 class BreachError(AssertionError):
@@ -232,6 +247,7 @@ class World:
         for module, name, instead in (
             (secrets, "token_hex", token),
             (telemetry, "time", _NO_TIME),
+            (_protocols, "__instancecheck__", _is_of_kind),
             (writers, "_machine", lambda: self._machine),
             (writers, "_process", self._process),
             (lease, "writer_identity", self._writer),
