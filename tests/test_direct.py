@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -526,20 +525,18 @@ def test_of_several_files_the_one_that_failed_is_told(
     """Not that another one was stopped for it."""
     monkeypatch.setattr(writing, "_FILE_BYTES", 2_000_000)
     writer = direct.Writing(str(tmp_path))
-    first: list[int] = []
+    arrays = [np.full((1, 200_000), number, np.float32) for number in (1, 2)]
+    of_the_first = arrays[0].tobytes()[:64]
 
     def act(data: bytearray) -> None:
-        if not first or first[0] == threading.get_ident():  # the first file waits for its end
-            first.append(threading.get_ident())
-            assert writer._stopped.wait(20)
-        else:
+        if of_the_first not in data:
             raise OSError(errno.EIO, "Input/output error")
+        assert writer._stopped.wait(20)  # the first file waits for its end
 
     disk = Disk(act)
     disk.sched_getaffinity = lambda process: {0, 1}  # two threads, on any machine
     monkeypatch.setattr(writing, "os", disk)
-    for number in range(2):
-        array = values((1, 200_000), np.float32)
+    for number, array in enumerate(arrays):
         writer.add_chunks(f"p{number}", [((0, 0), array), ((1, 0), array)])
     with pytest.raises(OSError, match="Input/output error"):
         writer.run()
