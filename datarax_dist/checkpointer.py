@@ -217,14 +217,15 @@ class Checkpointer:
             renews=True,
         )
         self._share = share = sharing.borrow(self._root, make)
-        # Where this object is dropped. At the end of Python `_drain_at_exit` does it.
-        weakref.finalize(self, share.give_back_later).atexit = False
+        self._dropped = weakref.finalize(self, share.give_back_later)
+        self._dropped.atexit = False  # see `_drain_at_exit`
         return share.lease
 
     def _let_go(self) -> None:
         """Lets another job write."""
         if self._share is not None:
             self._share.give_back()
+            self._dropped.detach()  # a handler that saves and lets go would keep one for each save
 
     def __enter__(self) -> Checkpointer:
         return self

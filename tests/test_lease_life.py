@@ -179,7 +179,7 @@ def test_a_forked_process_neither_writes_by_its_parents_lease_nor_lets_it_go(
     assert all("must open its own Checkpointer" in text for text in child[3:8]), child
     assert "is held by another job" in child[8]
     assert child[9] == 1
-    assert newest_lease(LocalStore(str(tmp_path))).released  # type: ignore[union-attr]
+    assert newest_lease(LocalStore(str(tmp_path))).released
 
 
 # The thread that renews
@@ -257,7 +257,7 @@ def test_who_takes_and_releases_the_run_again_and_again_leaves_one_file(
         assert one.epoch == number, "an epoch never comes twice"
         one.release()
         assert files(store) == [f"{number:010d}.json"]
-        assert newest_lease(store).released  # type: ignore[union-attr]
+        assert newest_lease(store).released
     for number in range(11, 21):  # as earlier versions have left them
         store.put(fmt.lease_name(number), store.files[fmt.lease_name(10)])
     reads.clear()
@@ -282,7 +282,7 @@ def test_who_cannot_delete_the_older_files_has_released_all_the_same(
     take(second)
 
     def delete(prefix: str) -> None:
-        assert newest_lease(store).released, "it is released first"  # type: ignore[union-attr]
+        assert newest_lease(store).released, "it is released first"
         raise StorageError("no")
 
     with monkeypatch.context() as patch:
@@ -388,7 +388,7 @@ def test_one_directory_by_two_paths_is_one_run(tmp_path: Path) -> None:
     assert one.epoch == 1
     second.give_back()
     assert (one.epoch, other.lease.epoch) == (0, 1)
-    assert newest_lease(LocalStore(root)).released  # type: ignore[union-attr]
+    assert newest_lease(LocalStore(root)).released
 
 
 def test_a_root_in_a_bucket_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +538,7 @@ def test_where_that_cannot_be_said_this_process_takes_it_at_once_and_others_when
 def test_a_file_of_another_job_is_not_given_up(store: Any) -> None:
     other = lease(store, owner=parent())
 
-    class Late(type(store)):  # type: ignore[misc]
+    class Late(type(store)):
         def create(self, key: str, data: bytes) -> bool:
             take(other)
             raise StorageError("no reply")
@@ -547,7 +547,7 @@ def test_a_file_of_another_job_is_not_given_up(store: Any) -> None:
     late.files = store.files
     with pytest.raises(StorageError):
         take(mine(late))
-    assert newest_lease(store).ttl_seconds == TTL  # type: ignore[union-attr]
+    assert newest_lease(store).ttl_seconds == TTL
     other.check()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import datarax_dist as dd
-from datarax_dist import checkpointer, errors, save
+from datarax_dist import checkpointer, errors, save, sharing
 from datarax_dist.arrays import engine
 from datarax_dist.buckets import BucketStore
 from datarax_dist.checkpoint import CheckpointExistsError, OrbaxCheckpointHandler
@@ -94,14 +94,21 @@ def test_an_error_that_a_save_tells_is_not_told_again(
     tmp_path: Path, disk_is_full: Callable[[bool], None]
 ) -> None:
     with dd.Checkpointer(tmp_path / "run") as ckpt:
-        disk_is_full(True)
-        ckpt.save(1, state=STATE)
-        ckpt._drain()
-        disk_is_full(False)
-        with pytest.raises(errors.StorageError, match="no space left"):
-            ckpt.save(2, state=STATE)
-        ckpt.check_for_errors()
+        told_by_the_next_save(ckpt, disk_is_full, ckpt._drain)
         assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+
+
+def told_by_the_next_save(
+    ckpt: dd.Checkpointer, disk_is_full: Callable[[bool], None], end: Callable[[], None]
+) -> None:
+    """A save fails; `end` waits for that."""
+    disk_is_full(True)
+    ckpt.save(1, state=STATE)
+    end()
+    disk_is_full(False)
+    with pytest.raises(errors.StorageError, match="no space left"):
+        ckpt.save(2, state=STATE)
+    ckpt.check_for_errors()
 
 
 # Threads that cannot be had
@@ -368,13 +375,17 @@ def test_the_run_is_taken_again_after_an_error_was_told_instead(
     tmp_path: Path, disk_is_full: Callable[[bool], None]
 ) -> None:
     with dd.Checkpointer(tmp_path / "run") as ckpt:
-        disk_is_full(True)
-        ckpt.save(1, state=STATE)
-        ckpt._let_others_write()
-        disk_is_full(False)
-        with pytest.raises(errors.StorageError, match="no space left"):
-            ckpt.save(2, state=STATE)
+        told_by_the_next_save(ckpt, disk_is_full, ckpt._let_others_write)
         assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+
+
+def test_a_handler_keeps_nothing_of_the_leases_that_it_has_let_go(tmp_path: Path) -> None:
+    handler = OrbaxCheckpointHandler()
+    for step in range(4):
+        handler.save(tmp_path, STATE, step=step)
+    gc.collect()
+    held = [one for one in gc.get_objects() if type(one) is sharing.Share]
+    assert len([one for one in held if one.place == str(tmp_path)]) == 1
 
 
 def test_a_handler_whose_save_is_refused_lets_the_run_go(tmp_path: Path) -> None:
