@@ -318,7 +318,7 @@ class Checkpointer:
         running: _Running | None = None
         try:
             started = self._saver.begin(
-                step if number is None else number,
+                -1 if number is None else number,  # `capture` refuses it
                 capture,
                 phases,
                 replace=replace,
@@ -469,12 +469,6 @@ class Checkpointer:
         self._check_open()
         self._drain()
         number = None if step is None else _whole_number(step)
-        if step is not None and number is None:
-            self._group.exchange(  # the others hear of it, and do not wait
-                "list",
-                error=_no_step(step),
-                timeout_seconds=self._options.exchange_timeout_seconds,
-            )
         phases = Phases("restore", self._group.index)
         try:
             found = self._restorer.restore(
@@ -483,6 +477,7 @@ class Checkpointer:
                     candidate, state, data, loading=loading, allow=allow_data_changes
                 ),
                 phases,
+                refused=None if step is None or number is not None else _no_step(step),
             )
         except CorruptStepError:
             self._saver.suspects.update(self._restorer.damaged)

@@ -92,7 +92,23 @@ class HostGroup:
         number = next(self._sequence)
         with self._lock:
             self._open.add(number)
-        return Operation(self, self._board, self._clock, number, name, consequence)
+        return Operation(self, self._board, self._clock, number, name, consequence, f"{number}/")
+
+    @contextlib.contextmanager
+    def in_parts(self, name: str) -> Iterator[Operation]:
+        """Begins an operation that consists of parts (`exchange(..., within=)`), and ends it. When
+        this host cannot go on between two of them, the next one fails on the others.
+        """
+        operation = self.begin(name)
+        try:
+            yield operation
+        except BaseException as error:
+            if not isinstance(error, CheckpointError):
+                with operation.part(name) as part:
+                    part.fail(name, error)
+            raise
+        finally:
+            operation.close()
 
     def _oldest_open(self) -> int:
         with self._lock:
@@ -118,6 +134,7 @@ class HostGroup:
         error: BaseException | None = None,
         leader: Leader | None = None,
         timeout_seconds: float,
+        within: Operation | None = None,
     ) -> Any:
         """Contributes `payload`, or `error`; returns the same result on every host, or raises on
         every host.
@@ -130,6 +147,7 @@ class HostGroup:
                 the result. Without one the result is the list of payloads. What it raises is raised
                 on every host.
             timeout_seconds: how long to wait for the others.
+            within: the operation of which this is a part.
 
         Raises:
             PeerError: a host contributed an error. An error of this module's tree that this host
@@ -137,8 +155,17 @@ class HostGroup:
                 the only host.
             PeerLostError: hosts did not arrive; `.missing`.
         """
-        operation = self.begin(phase)
-        try:
+        if within is None:
+            with self.in_parts(phase) as within:
+                return self.exchange(
+                    phase,
+                    payload,
+                    error=error,
+                    leader=leader,
+                    timeout_seconds=timeout_seconds,
+                    within=within,
+                )
+        with within.part(phase) as operation:
             deadline = self._clock.monotonic() + timeout_seconds
             if error is not None:
                 operation.fail(phase, error)
@@ -147,8 +174,6 @@ class HostGroup:
                 if self.is_primary:
                     operation.lead(phase, leader or (lambda payloads: payloads), deadline)
             return operation.result(phase, deadline, own=error)
-        finally:
-            operation.close()
 
 
 class Operation:
@@ -162,15 +187,46 @@ class Operation:
         number: int,
         name: str,
         consequence: Consequence,
+        prefix: str,
     ) -> None:
         self.name = name
-        self._consequence = consequence
+        self.consequence = consequence
         self._group = group
         self._board = board
         self._clock = clock
         self._number = number
-        self._prefix = f"{number}/"
+        self._prefix = prefix
+        self._parts = itertools.count()
         self._own: BaseException | None = None
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[Operation]:
+        """Begins the next part of this operation, an agreement of its own. Every host must begin
+        the same parts in the same order.
+        """
+        part = Operation(
+            self._group,
+            self._board,
+            self._clock,
+            self._number,
+            name,
+            lambda phase: "",
+            f"{self._prefix}{next(self._parts)}/",
+        )
+        with part.failing(name):
+            yield part
+
+    @contextlib.contextmanager
+    def failing(self, phase: str) -> Iterator[None]:
+        """Says it to the others when this host cannot go on: Ctrl-C, say. They know of an error of
+        this module's tree, which is how agreements fail.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, CheckpointError):
+                self.fail(phase, error)
+            raise
 
     def contribute(self, phase: str, payload: Any) -> None:
         """Posts this host's payload of a phase, and which older operations it is still in.
@@ -362,7 +418,7 @@ class Operation:
             text = f"{type(cause).__name__}: {text}"
         told = f"{self.name}: host {host} failed in phase {phase!r}: {text}"
         return PeerError(
-            f"{told} {self._consequence(phase)}".rstrip(),
+            f"{told} {self.consequence(phase)}".rstrip(),
             phase=phase,
             failures={host: text},
         )
@@ -398,7 +454,7 @@ class Operation:
                 " ago, and hang, or did not make the same call; or they have never begun."
             )
         return PeerLostError(
-            f"{told} {self._consequence(known)}".rstrip(),
+            f"{told} {self.consequence(known)}".rstrip(),
             phase=phase,
             failures={
                 host: _silence(silent[host]) if host in silent else "did not arrive"
@@ -421,7 +477,7 @@ class Operation:
             " Then restart the job; the last committed step will restore."
         )
         return PeerLostError(
-            f"{told} {self._consequence('')}".rstrip(),
+            f"{told} {self.consequence('')}".rstrip(),
             phase=phase,
             failures={0: f"cannot be reached for {seconds}"},
             missing=[0],

@@ -41,7 +41,7 @@ from datarax_dist.errors import (
     StepNotFoundError,
     StorageError,
 )
-from datarax_dist.hosts import HostGroup
+from datarax_dist.hosts import HostGroup, Operation
 from datarax_dist.inspection import (
     Candidate,
     Inspection,
@@ -172,6 +172,7 @@ class Restorer:
             options.restore_timeout_seconds + options.exchange_timeout_seconds,
         )
         self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
+        self._operation: Operation | None = None  # the restore that is under way
         self._refused: Mapping[str, str] = {}
         self.damaged: Sequence[int] = ()  # what the last restore has found so, if it has failed
 
@@ -185,12 +186,19 @@ class Restorer:
         """Returns the primary's view of the root, on every host."""
         return self._inspect(None, self._list)
 
+    def _exchange(self, phase: str, payload: Any = None, **more: Any) -> Any:
+        return self._group.exchange(phase, payload, within=self._operation, **more)
+
     def _inspect(
-        self, step: int | None, leader: Callable[[Sequence[Any]], dict[str, Any]]
+        self,
+        step: int | None,
+        leader: Callable[[Sequence[Any]], dict[str, Any]],
+        refused: Exception | None = None,
     ) -> Inspection:
-        body = self._group.exchange(
+        body = self._exchange(
             "list",
             [self._store.root, step],
+            error=refused,
             leader=leader,
             timeout_seconds=self._options.exchange_timeout_seconds,
         )
@@ -233,7 +241,12 @@ class Restorer:
         return inspection_to_json(inspection)
 
     def restore(
-        self, step: int | None, load: Loader, phases: Phases
+        self,
+        step: int | None,
+        load: Loader,
+        phases: Phases,
+        *,
+        refused: Exception | None = None,
     ) -> tuple[Any, RestoreReport] | None:
         """Restores the newest good step, or `step`.
 
@@ -243,6 +256,7 @@ class Restorer:
                 verified is verified when it has returned.
                 An error of the tree other than damage (a target that does not fit, say) ends the
                 restore on every host.
+            refused: why this host cannot take part. It is raised on every host.
 
         Returns:
             What the function that `load` returned has returned, with the report; None when there is
@@ -254,18 +268,24 @@ class Restorer:
                 file system, every step has lost its marker.
         """
         self._refused, self.damaged = {}, ()
-        for _ in range(_TRIES):
-            try:
-                with phases.span("list"):
-                    inspection = self._inspect(step, self._propose)
-                return self._restore(inspection, step, load, phases)
-            except _MovedError:
-                logger.info("%s changes while it is read; reading it again", self._store.root)
-            except PeerLostError:
-                self._trial.leave()
-                raise
-            finally:
-                self._trial.end()
+        try:
+            with self._group.in_parts("restore") as self._operation:
+                for _ in range(_TRIES):
+                    try:
+                        with phases.span("list"):
+                            inspection = self._inspect(step, self._propose, refused)
+                        return self._restore(inspection, step, load, phases)
+                    except _MovedError:
+                        logger.info(
+                            "%s changes while it is read; reading it again", self._store.root
+                        )
+                    except PeerLostError:
+                        self._trial.leave()
+                        raise
+                    finally:
+                        self._trial.end()
+        finally:
+            self._operation = None
         raise StorageError(
             f"{self._store.root} changed {_TRIES} times while it was read. Is a job saving and"
             " deleting steps faster than they can be read?",
@@ -420,7 +440,7 @@ class Restorer:
                 otherwise()
             return moved
 
-        moved = self._group.exchange(
+        moved = self._exchange(
             "moved",
             None,
             leader=look,
@@ -480,7 +500,7 @@ class Restorer:
                 wrong = dict.fromkeys(error.files, str(error))
             except BaseException as error:
                 failure = error
-            wrong = self._group.exchange(
+            wrong = self._exchange(
                 "verify",
                 wrong,
                 error=failure,
@@ -552,7 +572,7 @@ class Restorer:
                     self._stop_if_away(candidate)
                 if attempt.apply is None:
                     attempt = self._try_load(candidate, load, unverified)
-                told = self._group.exchange(
+                told = self._exchange(
                     "load",
                     [[attempt.wrong, attempt.is_sure], attempt.loading.gathers],
                     error=attempt.failure,
@@ -569,7 +589,7 @@ class Restorer:
             _, found, _ = self._verify(candidate, phases, "full", read_all=True)
             if not found and not is_sure:
                 self._stop_if_moved(candidate)
-                self._group.exchange(
+                self._exchange(
                     "load",
                     None,
                     error=attempt.unread,
@@ -579,10 +599,10 @@ class Restorer:
             wrong = found or wrong
         if wrong:
             return wrong, None
-        assert attempt.apply is not None
+        assert attempt.apply is not None and self._operation is not None
         if attempt.loading.gathers:
             with phases.span("gather"):
-                self._gather(attempt.loading)
+                self._gather(attempt.loading, self._operation)
         failure: BaseException | None = None
         result = None
         with phases.span("positions"):
@@ -590,7 +610,7 @@ class Restorer:
                 result = attempt.apply()
             except BaseException as error:
                 failure = error
-            self._group.exchange(
+            self._exchange(
                 "positions",
                 None,
                 error=failure,
@@ -599,16 +619,15 @@ class Restorer:
             )
         return {}, result
 
-    def _gather(self, loading: Loading) -> None:
+    def _gather(self, loading: Loading, restore: Operation) -> None:
         """Lets all hosts do together what they have agreed on in the vote.
 
         It cannot be stopped, and does not end where a host has died in it. So it has a thread of
         its own, which is left alone then, and this one waits for the other hosts.
         """
-        operation = self._group.begin("gather")
         known = threading.Event()
 
-        def run() -> None:
+        def run(operation: Operation) -> None:
             try:
                 loading.gather()
             except BaseException as error:
@@ -622,14 +641,16 @@ class Restorer:
                     operation.contribute("gather", None)
 
         try:
-            threading.Thread(target=run, name="datarax_dist-gather", daemon=True).start()
-            deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
-            if self._group.is_primary:
-                operation.lead("gather", _nothing, deadline, together=True)
-            operation.result("gather", deadline)
+            with restore.part("gather") as operation:
+                threading.Thread(
+                    target=run, args=(operation,), name="datarax_dist-gather", daemon=True
+                ).start()
+                deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
+                if self._group.is_primary:
+                    operation.lead("gather", _nothing, deadline, together=True)
+                operation.result("gather", deadline)
         finally:
             known.set()
-            operation.close()
 
     def _try_load(
         self, candidate: Candidate, load: Loader, unverified: Sequence[fmt.FileEntry]

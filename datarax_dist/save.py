@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -179,6 +180,12 @@ class Saver:
         request: SaveRequest | None = None
         failure: BaseException | None = None
         payload: dict[str, Any] = {}
+        replace = replace or step in self.suspects
+        # A host that is interrupted while hosts agree does not know whether the others go on with
+        # the save; it tells them here.
+        operation = self._group.begin(
+            f"save of step {step}", consequence=functools.partial(self._consequence, step, replace)
+        )
         try:
             with phases.span("capture"):
                 request = capture()
@@ -196,29 +203,45 @@ class Saver:
         begin = self._clock.monotonic()
         started: StartedSave | None = None
         try:
-            decided = self._group.exchange(
-                "prepare",
-                payload,
-                error=failure,
-                leader=lambda payloads: {
-                    **self._stage(payloads, phases, replace),
-                    "arrays": request and request.writer.choose(),
-                },
-                timeout_seconds=self._agreement_seconds(),
-            )
-            phases.seconds["prepare"] = self._clock.monotonic() - begin
-            if decided.get("unseen") and previous_error is not None:
-                raise previous_error
-            self._is_taken = True
-            assert request is not None
-            started = StartedSave(self, request, decided, phases, replace or step in self.suspects)
+            with operation.failing("save:prepare"):
+                decided = self._group.exchange(
+                    "prepare",
+                    payload,
+                    error=failure,
+                    leader=lambda payloads: {
+                        **self._stage(payloads, phases, replace),
+                        "arrays": request and request.writer.choose(),
+                    },
+                    timeout_seconds=self._agreement_seconds(),
+                    within=operation,
+                )
+                phases.seconds["prepare"] = self._clock.monotonic() - begin
+                if decided.get("unseen") and previous_error is not None:
+                    raise previous_error
+                self._is_taken = True
+                assert request is not None
+                started = StartedSave(self, operation, request, decided, phases, replace)
             started.start()
             return started
         except BaseException as error:
             if started is not None:
                 started.abandon(error)
+            operation.close()
             self.ended()
             raise
+
+    def may_be_committed(self, phase: str) -> bool:
+        """Whether a save that fails in a phase may have committed its step."""
+        renames = isinstance(self._store, SupportsRename)
+        return phase in ("", "save:publish" if renames else "save:commit", "save:committed")
+
+    def _consequence(self, step: int, replace: bool, phase: str) -> str:
+        """Returns what has become of a step when its save fails in a phase."""
+        if self.may_be_committed(phase):
+            return f"Step {step} may be committed or not; earlier steps are as they were."
+        if replace:
+            return f"Step {step} was not saved again: what it was is there still."
+        return f"Step {step} was not committed; earlier steps are as they were."
 
     def ended(self) -> None:
         """Nothing is written any more of what this object had under way."""
@@ -368,10 +391,11 @@ class StartedSave:
     def __init__(
         self,
         saver: Saver,
+        operation: Operation,
         request: SaveRequest,
         decided: Mapping[str, Any],
         phases: Phases,
-        replace: bool = False,
+        replace: bool,
     ) -> None:
         self._replace = replace
         self.step = request.step
@@ -381,9 +405,7 @@ class StartedSave:
         self._keep = saver.keep
         self._store = saver._store
         self._group = saver._group
-        self.operation: Operation = self._group.begin(
-            f"save of step {self.step}", consequence=self._consequence
-        )
+        self.operation = operation
         self._request = request
         self._staging: str = decided["staging"]
         self._nonce: str = decided["nonce"]
@@ -393,18 +415,6 @@ class StartedSave:
         self._failure: BaseException | None = None
         self._deadline = saver._clock.monotonic() + saver._options.save_timeout_seconds
         self._aside = False
-
-    def _may_be_committed(self, phase: str) -> bool:
-        renames = isinstance(self._store, SupportsRename)
-        return phase in ("", "save:publish" if renames else "save:commit", "save:committed")
-
-    def _consequence(self, phase: str) -> str:
-        """Returns what has become of the step when the save fails in a phase."""
-        if self._may_be_committed(phase):
-            return f"Step {self.step} may be committed or not; earlier steps are as they were."
-        if self._replace:
-            return f"Step {self.step} was not saved again: what it was is there still."
-        return f"Step {self.step} was not committed; earlier steps are as they were."
 
     def start(self) -> None:
         """Step 3. A failure is kept for `finish`, so that the handles of all hosts end alike."""
@@ -467,7 +477,9 @@ class StartedSave:
             errno=errno.ETIMEDOUT,
         )
         if self._group.count == 1:
-            error = StorageError(f"{error} {self._consequence(phase)}", errno=errno.ETIMEDOUT)
+            error = StorageError(
+                f"{error} {self.operation.consequence(phase)}", errno=errno.ETIMEDOUT
+            )
         return phase, error
 
     def hangs(self) -> str | None:
@@ -812,9 +824,9 @@ class StartedSave:
         except StorageError as error:
             # What travels to other hosts says what has become of the step; this does not.
             phase = self.phases.current
-            if self._group.count > 1 or not self._may_be_committed(phase):
+            if self._group.count > 1 or not self._saver.may_be_committed(phase):
                 raise
-            told = f"{error} {self._consequence(phase)}"
+            told = f"{error} {self.operation.consequence(phase)}"
             raise StorageError(told, errno=error.errno) from error
 
     def clean_up(self) -> None:

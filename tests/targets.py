@@ -464,6 +464,60 @@ def killed_in_a_save(root: str, silence_seconds: float) -> Any:
     raise AssertionError("the save has not failed")
 
 
+def interrupted(root: str, pid: str, heard: str) -> Any:
+    """Host 1 gets SIGINT while hosts agree on step 2, and while it waits for step 3, and goes on.
+    Returns how each call ended. `pid` is a file, `heard` a FIFO.
+    """
+    import os
+    import pathlib
+    import signal
+    import threading
+
+    import jax
+
+    import datarax_dist as dd
+    from datarax_dist import telemetry
+
+    me = jax.process_index()
+    if me == 1:
+        pathlib.Path(pid).write_text(str(os.getpid()))
+    ended: list[Any] = []
+
+    def send(phase: str, host: int) -> None:
+        if phase == "save:stage":  # on host 0, when host 1 waits for what it decides
+            os.kill(int(pathlib.Path(pid).read_text()), signal.SIGINT)
+            pathlib.Path(heard).read_text()
+
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state=mesh_state((-1,), ("x",), 1)).result(60)  # type: ignore[union-attr]
+        remove = telemetry.observe(send)
+        try:
+            ckpt.save(2, state=mesh_state((-1,), ("x",), 2))
+        except KeyboardInterrupt:
+            pathlib.Path(heard).write_text("heard")
+            ended.append("interrupted")
+        except dd.errors.PeerError as error:
+            ended.append((type(error).__name__, dict(error.failures)))
+        remove()
+        waits = threading.Event()
+        if me == 1:
+            telemetry.observe(
+                lambda phase, _: (
+                    phase == "save:record"
+                    and waits.wait(60)
+                    and os.kill(os.getpid(), signal.SIGINT)
+                )
+            )
+        handle = ckpt.save(3, state=mesh_state((-1,), ("x",), 3))
+        try:
+            waits.set()
+            ended.append(handle.result(60).step)  # type: ignore[union-attr]
+        except KeyboardInterrupt:
+            ended.append("interrupted")
+        ckpt.wait_until_finished()
+        return ended, ckpt.all_steps()
+
+
 _REPLICATED = {  # dtype, shape, axes of a mesh ("data", "model")
     "weights": ("float32", (4096, 1024), ()),
     "split": ("float32", (2048, 1024), (None, "model")),

@@ -105,7 +105,7 @@ def quiet(index: int, silence: Mapping[int, Silence]) -> tuple[HostGroup, Quiet]
 
 def test_the_primary_names_a_silent_host_and_does_not_wait_for_the_deadline() -> None:
     group, board = quiet(0, {2: Silence(11.0, "c, process 12")})
-    board.set("0/prepare/1", "[0, null]")
+    board.set("0/0/prepare/1", "[0, null]")
     with pytest.raises(PeerLostError) as caught:
         group.exchange("prepare", None, timeout_seconds=16)
     assert caught.value.missing == [2]
@@ -122,16 +122,16 @@ def test_the_primary_names_a_silent_host_and_does_not_wait_for_the_deadline() ->
 def test_a_silent_host_that_has_done_its_part_fails_nothing() -> None:
     group, board = quiet(0, {2: Silence(11.0)})
     for host in (1, 2):
-        board.set(f"0/vote/{host}", f"[0, {host}]")
+        board.set(f"0/0/vote/{host}", f"[0, {host}]")
     assert group.exchange("vote", 0, timeout_seconds=3600) == [0, 1, 2]
 
 
 def test_a_slow_host_is_waited_for_though_another_one_is_silent_that_has_arrived() -> None:
     group, board = quiet(0, {2: Silence(11.0)})
-    board.set("0/vote/2", "[0, 2]")
+    board.set("0/0/vote/2", "[0, 2]")
 
     def arrive() -> None:
-        board.set("0/vote/1", "[0, 1]")
+        board.set("0/0/vote/1", "[0, 1]")
 
     timer = threading.Timer(1.0, arrive)
     timer.start()

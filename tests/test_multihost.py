@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,6 +152,22 @@ def test_an_error_on_one_host_is_raised_on_all_within_two_seconds_and_the_next_s
         assert list(failures) == [host] and "No space left on device" in failures[host]
         assert steps == [1, 3]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "3", "RUN.json", "lease"]
+
+
+def test_ctrl_c_on_one_host_is_heard_by_the_others_and_ends_no_save_in_the_background(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "heard")
+    paths = [str(tmp_path / name) for name in ("run", "pid", "heard")]
+    hosts = run_hosts(targets.interrupted, 2, args=tuple(paths), timeout_seconds=90)
+    assert [h.error for h in hosts] == [None, None]
+    (first, steps), (second, also) = (h.value for h in hosts)
+    assert (second, steps, also) == (["interrupted", "interrupted"], [1, 3], [1, 3])
+    [(kind, failures), saved] = first
+    assert (kind, list(failures), saved) == ("PeerError", [1], 3)
+    assert "KeyboardInterrupt" in failures[1]
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["1", "3", "RUN.json", "lease"]
 
 
 @pytest.mark.parametrize("host", [0, 1])

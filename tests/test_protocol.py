@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -203,10 +204,14 @@ def content_of(store: Any, step: int) -> bytes:
     return store.get(f"{name}/state/ocdbt.process_0/a")
 
 
-def restore(store: Any, group: HostGroup, load: Any = None, level: str = "full") -> Any:
-    options = config.Options(
-        exchange_timeout_seconds=20, save_timeout_seconds=20, verify_on_restore=level
-    )
+def restore(
+    store: Any,
+    group: HostGroup,
+    load: Any = None,
+    level: str = "full",
+    options: config.Options = OPTIONS,
+) -> Any:
+    options = dataclasses.replace(options, verify_on_restore=level)
     restorer = Restorer(store, group, options)
     default = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
     found = restorer.restore(None, load or default, Phases("restore", group.index))
@@ -777,6 +782,85 @@ def test_a_save_that_is_not_over_at_its_deadline_ends_alike_on_all_hosts_and_com
     results = SimulatedHosts(2).run(one)
     assert [type(result) for result in results] == [PeerLostError, PeerLostError]
     assert inspect_run(store).committed == []
+
+
+class _Board:
+    """A host's board, on which something happens at the first wait for how an agreement ends, or
+    before the first decision.
+    """
+
+    def __init__(self, group: HostGroup) -> None:
+        self._board = group._board
+        group._board = self
+        self.at_wait: Any = None
+        self.at_decision: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._board, name)
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        if "/outcome/" in key and (act := self.at_wait):
+            self.at_wait = None
+            act(key)
+        found: str | None = self._board.wait(key, seconds)
+        return found
+
+    def set(self, key: str, value: str) -> bool:
+        if "/outcome/" in key and (act := self.at_decision):
+            self.at_decision = None
+            act()
+        return bool(self._board.set(key, value))
+
+
+@stores
+@pytest.mark.parametrize(
+    ("call", "decided", "victim"),
+    [
+        *((call, True, victim) for call in ("save", "restore") for victim in (0, 1, 2)),
+        *((call, False, 1) for call in ("save", "restore")),
+    ],
+)
+def test_ctrl_c_on_one_host_while_hosts_agree_is_heard_by_all_and_the_next_save_works(
+    make: Any, call: str, decided: bool, victim: int
+) -> None:
+    store, hosts, interrupted = make(), SimulatedHosts(3), threading.Event()
+    options = config.Options(
+        exchange_timeout_seconds=5,
+        save_timeout_seconds=5,
+        restore_timeout_seconds=5,
+        lease_ttl_seconds=5,
+    )
+    hosts.run(lambda group: save(store, group, 1))
+    boards = [_Board(group) for group in hosts.groups]
+
+    def interrupt(key: str) -> None:
+        if decided:
+            assert boards[victim]._board.wait(key, 20)
+        raise KeyboardInterrupt
+
+    boards[victim].at_wait = interrupt
+    if not decided:
+        boards[0].at_decision = lambda: interrupted.wait(20)
+
+    def one(group: HostGroup) -> list[Any]:
+        first: Any = None
+        try:
+            if call == "restore":
+                first = restore(store, group, options=options)
+            else:
+                first = save(store, group, 2, options=options)
+        except (KeyboardInterrupt, PeerError) as error:
+            interrupted.set()
+            first = error
+        return [first, save(store, group, 3, options=options).step]
+
+    for host, (error, step) in enumerate(hosts.run(one)):
+        assert type(error) is (KeyboardInterrupt if host == victim else PeerError)
+        if host != victim:
+            assert list(error.failures) == [victim]
+            assert "KeyboardInterrupt" in error.failures[victim]
+        assert step == 3
+    assert inspect_run(store).committed == [1, 3]
 
 
 def test_hosts_that_wait_in_vain_for_the_primary_do_not_say_that_nothing_was_committed() -> None:

@@ -353,7 +353,7 @@ class SteppedBoard:
         self._scheduler, self._values = scheduler, values
 
     def set(self, key: str, value: str) -> bool:
-        number, phase, _ = key.split("/")
+        number, *_, phase, _ = key.split("/")
         what = f"tells the others (agreement {number}): {phase}"
         self._scheduler.step(f"{what}: {value:.400}" if '"error"' in value else what)
         if key in self._values:
