@@ -30,6 +30,7 @@ from datarax_dist.errors import (
     CheckpointError,
     CorruptStepError,
     InvalidArgumentError,
+    PeerLostError,
     StepNotFoundError,
     StorageError,
 )
@@ -89,7 +90,9 @@ class Restored:
 
 
 class SaveHandle:
-    """A save that goes on in the background. Its outcome is the same on every host."""
+    """A save that goes on in the background. Its outcome is the same on every host; but one that
+    cannot reach the others has an error, and cannot know whether the step is committed.
+    """
 
     def __init__(self, step: int, phases: Phases) -> None:
         self.step = step
@@ -131,10 +134,16 @@ class SaveHandle:
     def _settle(
         self, *, report: SaveReport | None = None, error: BaseException | None = None
     ) -> None:
-        """The first outcome stands: the worker and the watcher both bring one."""
+        """The first outcome stands: the worker and the watcher both bring one. But who could not
+        reach the others for a while may hear afterwards that all is well.
+        """
         with self._settling:
             if self._future.done():
-                return
+                told = self._future.exception()
+                if report is None or not isinstance(told, PeerLostError):
+                    return
+                logger.warning("step %d is committed after all, though: %s", self.step, told)
+                self._future = Future()
             if report is not None:
                 self._future.set_result(report)
             else:
@@ -292,7 +301,7 @@ class Checkpointer:
     ) -> SaveHandle | None:
         self._check_open()
         number = _whole_number(step)
-        refused: Exception | None = None
+        refused: BaseException | None = None
         wanted = force or number is None
         try:
             wanted = wanted or self.should_save(number or 0)
@@ -301,10 +310,7 @@ class Checkpointer:
         if not wanted:
             self._saver.take()  # a job that may not write is told now, and not in an hour
             return None
-        try:
-            self._drain()
-        except StorageError as error:
-            refused = error
+        refused = self._drained() or refused
         previous = self._handle
         unseen = previous._unseen_error() if previous is not None else None
         phases = Phases("save", self._group.index)
@@ -332,8 +338,10 @@ class Checkpointer:
                 previous._seen = True
             # Ctrl-C, or no thread to be had: nobody else would end what has begun.
             if started is not None and (running is None or running.take()):
-                self._running, self._handle = None, previous
-                started.abandon(error)
+                try:
+                    started.abandon(error)
+                finally:
+                    self._running, self._handle = None, previous
             raise
         return running.handle
 
@@ -416,7 +424,8 @@ class Checkpointer:
         finally:
             if watcher.ident is not None:
                 watcher.join()  # it has the same outcome
-            started.operation.close()
+            started.let_go()
+            self._running = None
             running.over.set()
 
     def restore(
@@ -467,8 +476,10 @@ class Checkpointer:
         back; so do steps that have all lost their markers.
         """
         self._check_open()
-        self._drain()
+        refused = self._drained()
         number = None if step is None else _whole_number(step)
+        if step is not None and number is None:
+            refused = refused or _no_step(step)
         phases = Phases("restore", self._group.index)
         try:
             found = self._restorer.restore(
@@ -477,7 +488,7 @@ class Checkpointer:
                     candidate, state, data, loading=loading, allow=allow_data_changes
                 ),
                 phases,
-                refused=None if step is None or number is not None else _no_step(step),
+                refused=refused,
             )
         except CorruptStepError:
             self._saver.suspects.update(self._restorer.damaged)
@@ -660,18 +671,19 @@ class Checkpointer:
             StorageError: another job writes to it in this moment.
         """
         self._check_open()
-        self._drain()
-        self.step_info(step)
-        self._saver.take()
-        self._saver.forget()
+        number = _whole_number(step)
         self._group.exchange(
             "delete",
-            _whole_number(step),
+            number,
+            error=self._drained() or (_no_step(step) if number is None else None),
             leader=self._delete,
-            timeout_seconds=self._options.exchange_timeout_seconds,
+            timeout_seconds=self._saver.agreement_seconds(),
         )
 
     def _delete(self, steps: Sequence[int]) -> None:
+        self._describe(steps)
+        self._saver.hold()
+        self._saver.forget()
         self._describe(steps)  # the run is this job's by now, and was another's before, maybe
         step = steps[0]
         now, lease = self._clock.now(), self._saver.lease
@@ -712,8 +724,10 @@ class Checkpointer:
     def _let_others_write(self) -> None:
         """Lets the run go, until this one saves again."""
         self._drain()
-        self._let_go()
-        self._saver.let_go(self._borrow_lease())
+        try:
+            self._let_go()
+        finally:  # Ctrl-C in between would leave a lease that nobody holds
+            self._saver.let_go(self._borrow_lease())
 
     def _drain(self) -> None:
         """Waits until the worker has nothing to do: two saves never overlap.
@@ -727,8 +741,8 @@ class Checkpointer:
             raise self._forked()
         while not running.over.wait(1.0):  # in slices, so that Ctrl-C is answered
             started, handle = running.started, running.handle
-            if handle.done() and (phase := started.hangs()) is not None:
-                failed = handle._future.exception() is not None
+            if (phase := started.hangs()) is not None:
+                failed = not handle.done() or handle._future.exception() is not None
                 how = "has failed at its deadline, and" if failed else "is committed, but"
                 raise StorageError(
                     f"{self._root}: the save of step {started.step} {how} still hangs in phase"
@@ -737,6 +751,16 @@ class Checkpointer:
                     errno=errno.ETIMEDOUT,
                 )
         self._running = None
+
+    def _drained(self) -> BaseException | None:
+        """Drains before hosts agree; returns why that was not possible, or was cut short, for the
+        others to hear.
+        """
+        try:
+            self._drain()
+        except BaseException as error:
+            return error
+        return None
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:

@@ -58,6 +58,12 @@ _GRACE_SECONDS = 10.0  # how long after a deadline the others wait for the prima
 _LATE_SECONDS = 0.5  # and it for itself, where it hangs
 
 
+class _AnotherCallError(CheckpointError):
+    """An agreement has failed that was about another call: not all hosts have made it, or one that
+    others have not. Then what this host calls is one of the next ones.
+    """
+
+
 class HostGroup:
     """All hosts of a job, as one of them sees it. Operations must begin in the same order on every
     host.
@@ -80,19 +86,34 @@ class HostGroup:
     def is_primary(self) -> bool:
         return self.index == 0
 
-    def begin(self, name: str, *, consequence: Consequence = lambda phase: "") -> Operation:
+    def begin(
+        self,
+        name: str,
+        *,
+        consequence: Consequence = lambda phase: "",
+        is_any_call: bool = False,
+    ) -> Operation:
         """Begins the next operation. Every host must begin the same ones in the same order, on its
         main thread.
 
         Args:
-            name: what it is, in errors.
+            name: what it is, in errors. A host that has missed a call, or has made one alone, is
+                known by it: its next call has another name, and passes over the failed one.
             consequence: says in one sentence what a failure in a phase means; the phase is empty
                 when the outcome is not known here.
+            is_any_call: if it fails here, so does what the others call now, whatever its name.
         """
+        number = self._next()
+        call = None if is_any_call else name
+        return Operation(
+            self, self._board, self._clock, number, name, consequence, f"{number}/", call
+        )
+
+    def _next(self) -> int:
         number = next(self._sequence)
         with self._lock:
             self._open.add(number)
-        return Operation(self, self._board, self._clock, number, name, consequence, f"{number}/")
+        return number
 
     @contextlib.contextmanager
     def in_parts(self, name: str) -> Iterator[Operation]:
@@ -165,15 +186,20 @@ class HostGroup:
                     timeout_seconds=timeout_seconds,
                     within=within,
                 )
-        with within.part(phase) as operation:
-            deadline = self._clock.monotonic() + timeout_seconds
-            if error is not None:
-                operation.fail(phase, error)
-            else:
-                operation.contribute(phase, payload)
-                if self.is_primary:
-                    operation.lead(phase, leader or (lambda payloads: payloads), deadline)
-            return operation.result(phase, deadline, own=error)
+        deadline = self._clock.monotonic() + timeout_seconds
+        while True:
+            try:
+                with within.part(phase) as operation:
+                    if error is not None:
+                        operation.fail(phase, error)
+                    else:
+                        operation.contribute(phase, payload)
+                        if self.is_primary:
+                            operation.lead(phase, leader or (lambda payloads: payloads), deadline)
+                    return operation.result(phase, deadline, own=error)
+            except _AnotherCallError as skipped:
+                logger.warning("%s: passed over an agreement that %s", within.name, skipped)
+                within.begin_anew()
 
 
 class Operation:
@@ -188,15 +214,17 @@ class Operation:
         name: str,
         consequence: Consequence,
         prefix: str,
+        call: str | None,
     ) -> None:
         self.name = name
+        self._call = call  # the whole of which this may be a part
         self.consequence = consequence
         self._group = group
         self._board = board
         self._clock = clock
         self._number = number
         self._prefix = prefix
-        self._parts = itertools.count()
+        self._begun = 0  # parts
         self._own: BaseException | None = None
 
     @contextlib.contextmanager
@@ -211,20 +239,28 @@ class Operation:
             self._number,
             name,
             lambda phase: "",
-            f"{self._prefix}{next(self._parts)}/",
+            f"{self._prefix}{self._begun}/",
+            self._call,
         )
+        self._begun += 1
         with part.failing(name):
             yield part
+
+    def begin_anew(self) -> None:
+        """Takes the next number, as this one was another call's."""
+        self.close()
+        self._number = self._group._next()
+        self._prefix, self._begun = f"{self._number}/", 0
 
     @contextlib.contextmanager
     def failing(self, phase: str) -> Iterator[None]:
         """Says it to the others when this host cannot go on: Ctrl-C, say. They know of an error of
-        this module's tree, which is how agreements fail.
+        this module's tree, which is how agreements fail; not of what this host could not reach.
         """
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, CheckpointError):
+            if not isinstance(error, CheckpointError) or isinstance(error, PeerLostError):
                 self.fail(phase, error)
             raise
 
@@ -242,11 +278,22 @@ class Operation:
         """Says that this host will not ask for this operation again; its registers may go."""
         self._group._closed(self._number)
 
-    def fail(self, phase: str, error: BaseException) -> None:
-        """Decides this operation: it failed here. The first decision stands."""
+    def fail(self, phase: str, error: BaseException, *, heard: bool = False) -> None:
+        """Decides this operation: it failed here. The first decision stands.
+
+        Args:
+            heard: all hosts have contributed to it.
+        """
         self._own = error
+        told = errors.encode(error)
+        if isinstance(unreachable := error.__cause__, UnreachableError):
+            # Of the others it is this host that was out of reach.
+            message = f"it could not reach JAX's coordination service: {_first_line(unreachable)}."
+            told = {"type": "CheckpointError", "message": message}
+        call = None if heard else self._call
+        decided = {"phase": phase, "host": self._group.index, "error": told, "call": call}
         with contextlib.suppress(PeerLostError), self._reaching(phase):  # `result` will say so
-            self._decide({"phase": phase, "host": self._group.index, "error": errors.encode(error)})
+            self._decide(decided)
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase."""
@@ -335,7 +382,7 @@ class Operation:
         try:
             self.succeed(leader(payloads))
         except BaseException as error:
-            self.fail(phase, error)
+            self.fail(phase, error, heard=True)
             if not isinstance(error, Exception):
                 raise
 
@@ -392,6 +439,9 @@ class Operation:
         outcome = json.loads(value)
         if "error" not in outcome:
             return outcome.get("result")
+        call = outcome.get("call")
+        if call is not None and self._call not in (None, call):
+            raise _AnotherCallError(f"was about {call}, and failed: {outcome['error']['message']}")
         own = own or self._own  # what another thread of this host has failed with meanwhile
         if own is not None and (
             self._group.count == 1 or not isinstance(own, Exception) or _same_everywhere(own)
@@ -466,7 +516,7 @@ class Operation:
     def _out_of_reach(self, phase: str, error: UnreachableError) -> PeerLostError:
         silence, me = error.silence, self._group.index
         seconds = f"{silence.seconds:.0f} s"
-        said = (str(error).splitlines() or [""])[0][:300]
+        said = _first_line(error)
         name = f" ({silence.name})" if silence.name else ""
         place = f" in phase {phase!r}" if phase else ""
         told = (
@@ -482,6 +532,10 @@ class Operation:
             failures={0: f"cannot be reached for {seconds}"},
             missing=[0],
         )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
 
 
 def _silence(silence: Silence) -> str:

@@ -193,7 +193,7 @@ class Restorer:
         self,
         step: int | None,
         leader: Callable[[Sequence[Any]], dict[str, Any]],
-        refused: Exception | None = None,
+        refused: BaseException | None = None,
     ) -> Inspection:
         body = self._exchange(
             "list",
@@ -246,7 +246,7 @@ class Restorer:
         load: Loader,
         phases: Phases,
         *,
-        refused: Exception | None = None,
+        refused: BaseException | None = None,
     ) -> tuple[Any, RestoreReport] | None:
         """Restores the newest good step, or `step`.
 

@@ -58,6 +58,7 @@ from datarax_dist.config import KeepPolicy, Options
 from datarax_dist.errors import (
     CorruptStepError,
     PeerError,
+    PeerLostError,
     StepExistsError,
     StorageError,
 )
@@ -99,7 +100,7 @@ class Saver:
     ) -> None:
         self._store = store
         self.lease: Right = lease or Unguarded()
-        self._is_taken = False
+        self._is_taken = self._has_asked = False
         self._group = group
         self._clock = clock
         self._options = options
@@ -133,32 +134,38 @@ class Saver:
         self._known = _Known()
 
     def take(self) -> None:
-        """Takes the run for this job, the first time that something is to be written. Collective.
+        """Takes the run for this job, in the first call. Collective. Later ones do nothing: whether
+        hosts ask each other must not depend on how that ended, which may be known to some only.
 
         Raises:
             LeaseError: another job has it.
         """
-        if self._is_taken:
+        if self._has_asked:
             return
+        self._has_asked = True
         self._group.exchange(
-            "lease", leader=lambda _: self._hold(), timeout_seconds=self._agreement_seconds()
+            "lease", leader=lambda _: self.hold(), timeout_seconds=self.agreement_seconds()
         )
         self._is_taken = True
 
     def let_go(self, lease: Right) -> None:
         """Takes note that the lease was given back, and which one will be held next."""
-        self.lease, self._is_taken = lease, False
+        self.lease, self._is_taken, self._has_asked = lease, False, False
 
-    def _agreement_seconds(self) -> float:
+    def agreement_seconds(self) -> float:
         """Returns how long hosts wait for each other, while the primary may wait for the run."""
         options = self._options
         patience = options.lease_wait_seconds + options.lease_ttl_seconds
         return options.exchange_timeout_seconds + (0.0 if self._is_taken else patience)
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
+        """Takes the run, if it has not. On the primary."""
+        if self._is_taken:
+            return
         run = self._known.run or self._claim_run(self._store.children(""))
         self.lease.hold(run, self._fence)
         self.forget()  # another job may have held it since a restore of this one has looked
+        self._is_taken = True
 
     def _fence(
         self, run: str, older: Sequence[fmt.LeaseRecord], is_newest: Callable[[], bool]
@@ -176,7 +183,11 @@ class Saver:
     ) -> StartedSave:
         """Steps 1 to 3. Returns the save that goes on in the background; raises when the hosts do
         not agree.
+
+        Args:
+            step: less than 0 when it is none, which `capture` says.
         """
+        self._has_asked = True
         request: SaveRequest | None = None
         failure: BaseException | None = None
         payload: dict[str, Any] = {}
@@ -184,7 +195,9 @@ class Saver:
         # A host that is interrupted while hosts agree does not know whether the others go on with
         # the save; it tells them here.
         operation = self._group.begin(
-            f"save of step {step}", consequence=functools.partial(self._consequence, step, replace)
+            f"save of step {step}",
+            consequence=functools.partial(self._consequence, step, replace),
+            is_any_call=step < 0,
         )
         try:
             with phases.span("capture"):
@@ -200,7 +213,7 @@ class Saver:
             }
         except BaseException as error:
             failure = error
-        begin = self._clock.monotonic()
+        begin, before = self._clock.monotonic(), self._under_way
         started: StartedSave | None = None
         try:
             with operation.failing("save:prepare"):
@@ -212,7 +225,7 @@ class Saver:
                         **self._stage(payloads, phases, replace),
                         "arrays": request and request.writer.choose(),
                     },
-                    timeout_seconds=self._agreement_seconds(),
+                    timeout_seconds=self.agreement_seconds(),
                     within=operation,
                 )
                 phases.seconds["prepare"] = self._clock.monotonic() - begin
@@ -227,7 +240,8 @@ class Saver:
             if started is not None:
                 started.abandon(error)
             operation.close()
-            self.ended()
+            if self._under_way is not before:  # or it is an earlier save's, which goes on
+                self.ended()
             raise
 
     def may_be_committed(self, phase: str) -> bool:
@@ -257,8 +271,7 @@ class Saver:
             return {"unseen": True}
         check_agreement(payloads)
         check_positions([payload["positions"] for payload in payloads])
-        if not self._is_taken:
-            self._hold()
+        self.hold()
         self.lease.raise_if_lost()
         phases.reach("stage")
         step = int(payloads[0]["step"])
@@ -437,11 +450,20 @@ class StartedSave:
 
     def abandon(self, error: BaseException) -> None:
         """Fails the save instead of `finish`, which nobody will call."""
-        self.fail(error)
-        self._end_write(_CANCEL_SECONDS)
-        self._saver.ended()
-        self._saver.forget()
+        with contextlib.ExitStack() as then:  # all of it, though Ctrl-C may come once more
+            then.callback(self.let_go)
+            then.callback(self._saver.forget)
+            then.callback(self._saver.ended)
+            then.callback(self._end_write, _CANCEL_SECONDS)
+            self.fail(error)
+
+    def let_go(self) -> None:
+        """Ends: nobody asks for anything any more. An error's traceback may keep this object, which
+        must not keep the arrays, on their devices.
+        """
         self.operation.close()
+        self._write = None
+        del self._request
 
     def _all_written(self) -> None:
         self.phases.reach("arrays")
@@ -495,6 +517,8 @@ class StartedSave:
             self._work()
         except PeerError as error:
             logger.debug("step %d: stopped, as the save has failed: %s", self.step, error)
+            if isinstance(error, PeerLostError):  # known to this host only, maybe
+                self.operation.fail(self.phases.current, error)
         except BaseException as error:
             self._failure = self._failure or error
             self.operation.fail(self.phases.current, error)

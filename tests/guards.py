@@ -28,7 +28,7 @@ from typing import NoReturn
 import pytest
 
 TREE = Path(__file__).parent.parent
-JOBS = 2 * (os.cpu_count() or 1)  # a removed guard often means that somebody waits
+JOBS = 3 * (os.cpu_count() or 1)  # a removed guard often means that somebody waits
 _HANGS_SECONDS = 120.0  # the slowest takes about 25
 # Tests run in processes forked from one that has loaded what takes long to load.
 _SERVER = multiprocessing.get_context("forkserver")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -174,6 +177,68 @@ def test_a_save_that_is_cut_short_while_it_begins_leaves_nothing_waiting(
     ckpt.close()
     assert staged(root) == []
     assert engine.gates == {}
+
+
+def test_ctrl_c_twice_while_a_save_begins_leaves_no_agreement_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = dd.Checkpointer(tmp_path / "run")
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt._worker, "submit", interrupted)
+        patch.setattr(save.StartedSave, "fail", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.save(1, state=STATE)
+    assert ckpt._group._open == set()
+    assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+    ckpt.close()
+
+
+def test_ctrl_c_while_a_save_waits_for_the_one_before_ends_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the one before has staged is still known as what is being written."""
+    root, stall = tmp_path / "run", Stall(monkeypatch, "put", "TREE.json")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with dd.Checkpointer(root) as one, dd.Checkpointer(root) as other:
+        handle = one.save(1, state=STATE)
+        assert stall.reached.wait(SECONDS)
+        with monkeypatch.context() as patch:
+            patch.setattr(one, "_drain", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                one.save(2, state=STATE)
+        assert other.save(3, state=STATE).result(SECONDS).step == 3
+        stall.goes_on.set()
+        assert handle.result(SECONDS).step == 1
+
+
+# Memory
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_saved_is_not_kept_on_its_devices(
+    tmp_path: Path, disk_is_full: Callable[[bool], None], fails: bool
+) -> None:
+    array = jnp.ones((64, 64))
+    alive = weakref.ref(array)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        disk_is_full(fails)
+        handle = ckpt.save(1, state={"w": array})
+        ckpt._drain()
+        if fails:
+            assert "no space left" in str(handle._future.exception())
+        del array
+        gc.collect()
+        assert alive() is None
+        disk_is_full(False)
+        with contextlib.suppress(errors.StorageError):
+            handle.result(SECONDS)
 
 
 # Stalls
@@ -394,6 +459,26 @@ def test_a_handler_whose_save_is_refused_lets_the_run_go(tmp_path: Path) -> None
     with pytest.raises(CheckpointExistsError):
         handler.save(tmp_path, STATE, step=1)
     assert lease_of(tmp_path)["released"]
+
+
+def test_a_handler_that_is_interrupted_while_it_lets_the_run_go_can_save_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, put = OrbaxCheckpointHandler(), LocalStore.put
+    handler.save(tmp_path, STATE, step=1, keep=None)
+
+    def interrupted(store: Any, key: str, data: bytes) -> None:
+        put(store, key, data)
+        if key.startswith("lease/") and json.loads(data)["released"]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            handler.save(tmp_path, STATE, step=2, keep=None)
+    handler.save(tmp_path, STATE, step=3, keep=None)
+    assert lease_of(tmp_path)["released"]
+    assert handler.get_checkpoint_steps(tmp_path) == [1, 2, 3]
 
 
 # Two on one root

@@ -1,0 +1,404 @@
+"""Hosts that do not all make the same call, are interrupted in one, or cannot reach the others for
+a moment: the others hear of it, and the next calls work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import datarax_dist as dd
+from datarax_dist import checkpointer, hosts
+from datarax_dist.beacons import Silence
+from datarax_dist.boards import UnreachableError
+from datarax_dist.clock import Clock, SystemClock
+from datarax_dist.errors import CheckpointError, PeerError, PeerLostError, StorageError
+from datarax_dist.hosts import HostGroup
+from datarax_dist.inspection import inspect_run
+from datarax_dist.request import SaveRequest
+from datarax_dist.restore import Restorer
+from datarax_dist.save import Saver, StartedSave
+from datarax_dist.telemetry import Phases
+from datarax_dist.testing import (
+    FakeClock,
+    MemoryArrays,
+    MemoryBucket,
+    MemoryStore,
+    SimulatedHosts,
+)
+
+stores = pytest.mark.parametrize("make", [MemoryStore, MemoryBucket], ids=["file system", "bucket"])
+SECONDS = 20.0  # for what must happen
+# Nothing here waits for these, but where a host is waited for that does not come.
+OPTIONS = dd.Options(
+    exchange_timeout_seconds=5,
+    save_timeout_seconds=5,
+    restore_timeout_seconds=5,
+    lease_ttl_seconds=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "_GRACE_SECONDS", 1.0)
+
+
+class Board:
+    """A host's board, on which something happens once: `at[method]` is called with a key, before
+    the method, until it returns True.
+    """
+
+    def __init__(self, group: HostGroup) -> None:
+        self._board = group._board
+        group._board = self
+        self.at: dict[str, Callable[[str], bool]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        act = getattr(self._board, name)
+
+        def method(key: str, *rest: Any) -> Any:
+            if name in self.at and self.at[name](key):
+                del self.at[name]
+            return act(key, *rest)
+
+        return method if name in ("set", "wait", "read") else act
+
+
+def unreachable() -> UnreachableError:
+    return UnreachableError("it does not answer", Silence(11.0, "the first", cut_off=True))
+
+
+class Job:
+    """The hosts of a job, with what each saves with. In lock step, as training is."""
+
+    def __init__(self, store: Any, count: int = 3, clock: Clock | None = None) -> None:
+        self.store = store
+        clock = clock or SystemClock()
+        self.hosts = SimulatedHosts(count)
+        self.boards = [Board(group) for group in self.hosts.groups]
+        for group in self.hosts.groups:
+            group._clock = clock
+        self.savers = [Saver(store, group, clock, OPTIONS, None) for group in self.hosts.groups]
+
+    def begin(self, group: HostGroup, step: int) -> StartedSave:
+        request = SaveRequest(
+            step=step,
+            writer=MemoryArrays(self.store, group.index, {"a": b"x"}),
+            shared={"TREE.json": b"{}"},
+            items=("state",),
+        )
+        return self.savers[group.index].begin(step, lambda: request, Phases("save", group.index))
+
+    def save(self, group: HostGroup, step: int) -> int:
+        return self.begin(group, step).finish().step
+
+    def restore(self, group: HostGroup) -> Any:
+        restorer = Restorer(self.store, group, OPTIONS)
+        load = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
+        return restorer.restore(None, load, Phases("restore", group.index))
+
+    def each(self, *calls: Callable[[HostGroup], Any]) -> list[list[Any]]:
+        """Makes calls on every host, all one after the other; returns how each one ended, for each
+        host.
+        """
+        together = threading.Barrier(len(self.boards))
+
+        def one(group: HostGroup) -> list[Any]:
+            ended: list[Any] = []
+            for call in calls:
+                together.wait(60)
+                try:
+                    ended.append(call(group))
+                except (KeyboardInterrupt, ZeroDivisionError, CheckpointError) as error:
+                    ended.append(error)
+            return ended
+
+        found = self.hosts.run(one)
+        assert all(isinstance(ended, list) for ended in found), found
+        return found
+
+    def saves(self, step: int) -> Callable[[HostGroup], int]:
+        return lambda group: self.save(group, step)
+
+
+def check_told(errors: list[Any], victim: int, own: type, text: str) -> None:
+    """All hosts have an error, the victim its own; the others name it at once."""
+    for host, error in enumerate(errors):
+        assert type(error) is (own if host == victim else PeerError), (host, error)
+        if host != victim:
+            assert list(error.failures) == [victim]
+            assert text in error.failures[victim]
+
+
+@stores
+@pytest.mark.parametrize(
+    ("call", "decided", "victim"),
+    [
+        *((call, True, victim) for call in ("save", "restore") for victim in (0, 1, 2)),
+        *((call, False, 1) for call in ("save", "restore")),
+    ],
+)
+def test_ctrl_c_on_one_host_while_hosts_agree_is_heard_by_all_and_the_next_save_works(
+    make: Any, call: str, decided: bool, victim: int
+) -> None:
+    job, interrupted = Job(make()), threading.Event()
+    job.each(job.saves(1))
+
+    def interrupt(key: str) -> bool:
+        if "/outcome/" in key:
+            del job.boards[victim].at["wait"]
+            if decided:
+                assert job.boards[victim].wait(key, SECONDS)
+            raise KeyboardInterrupt
+        return False
+
+    def after_it(key: str) -> bool:
+        return "/outcome/" in key and interrupted.wait(SECONDS)
+
+    def first(group: HostGroup) -> Any:
+        try:
+            return job.restore(group) if call == "restore" else job.save(group, 2)
+        finally:
+            if group.index == victim:
+                interrupted.set()
+
+    job.boards[victim].at["wait"] = interrupt
+    if not decided:
+        job.boards[0].at["set"] = after_it
+    ended = job.each(first, job.saves(3))
+    check_told([errors for errors, _ in ended], victim, KeyboardInterrupt, "KeyboardInterrupt")
+    assert [step for _, step in ended] == [3, 3, 3]
+    assert inspect_run(job.store).committed == [1, 3]
+
+
+@stores
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_host_that_has_missed_a_call_is_with_the_others_in_the_next_one(
+    make: Any, victim: int
+) -> None:
+    clock, ended_elsewhere = FakeClock(), threading.Semaphore(0)
+    job = Job(make(), clock=clock)
+
+    def not_on_one(group: HostGroup) -> int:
+        if group.index == victim:
+            for _ in range(2):
+                while not ended_elsewhere.acquire(timeout=0.05):
+                    clock.sleep(60)
+            raise ZeroDivisionError
+        try:
+            return job.save(group, 2)
+        finally:
+            ended_elsewhere.release()
+
+    ended = job.each(job.saves(1), not_on_one, job.saves(3), job.saves(4))
+    for host, (one, two, three, four) in enumerate(ended):
+        assert type(two) is (ZeroDivisionError if host == victim else PeerLostError)
+        assert (one, three, four) == (1, 3, 4)
+
+
+@stores
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_host_that_has_made_a_call_alone_is_with_the_others_in_the_next_one(
+    make: Any, victim: int
+) -> None:
+    job = Job(make())
+
+    def fails() -> Any:
+        raise ZeroDivisionError
+
+    def on_one(group: HostGroup) -> Any:
+        if group.index == victim:
+            job.savers[victim].begin(2, fails, Phases("save", victim))
+
+    ended = job.each(job.saves(1), on_one, job.saves(3), job.restore, job.saves(4))
+    for host, (one, two, three, restored, four) in enumerate(ended):
+        assert (type(two) in (ZeroDivisionError, PeerError)) == (host == victim)
+        assert (one, three, restored[0], four) == (1, 3, 3, 4)
+
+
+@stores
+def test_hosts_that_save_different_steps_are_all_told(make: Any) -> None:
+    job = Job(make())
+    ended = job.each(job.saves(1), lambda group: job.save(group, 2 + group.index), job.saves(3))
+    for one, two, three in ended:
+        assert isinstance(two, PeerError) and not isinstance(two, PeerLostError)
+        assert (one, three) == (1, 3)
+
+
+@stores
+def test_a_step_that_is_no_step_on_one_host_is_refused_on_all(make: Any) -> None:
+    job = Job(make())
+
+    def refused() -> Any:
+        raise ZeroDivisionError
+
+    def call(group: HostGroup) -> Any:
+        if group.index == 1:
+            return job.savers[1].begin(-1, refused, Phases("save", 1))
+        return job.save(group, 2)
+
+    ended = job.each(job.saves(1), call, job.saves(3))
+    for one, two, three in ended:
+        assert type(two) is PeerError and list(two.failures) == [1]
+        assert (one, three) == (1, 3)
+
+
+@stores
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_host_that_did_not_hear_what_was_agreed_fails_the_save_at_once(
+    make: Any, victim: int
+) -> None:
+    job = Job(make())
+
+    def cut_off(key: str) -> bool:
+        if "/outcome/" not in key:
+            return False
+        del job.boards[victim].at["wait"]
+        assert job.boards[victim].wait(key, SECONDS)
+        raise unreachable()
+
+    job.each(job.saves(1))
+    job.boards[victim].at["wait"] = cut_off
+    ended = job.each(job.saves(2), job.saves(3))
+    check_told([two for two, _ in ended], victim, PeerLostError, "could not reach JAX's")
+    assert [three for _, three in ended] == [3, 3, 3]
+
+
+@stores
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_host_that_could_not_say_how_far_it_is_fails_the_save_at_once(
+    make: Any, victim: int
+) -> None:
+    job = Job(make())
+
+    def cut_off(key: str) -> bool:
+        if "/arrays/" not in key:
+            return False
+        del job.boards[victim].at["set"]
+        raise unreachable()
+
+    job.boards[victim].at["set"] = cut_off
+    ended = job.each(job.saves(1), job.saves(2))
+    check_told([one for one, _ in ended], victim, PeerLostError, "could not reach JAX's")
+    assert [two for _, two in ended] == [2, 2, 2]
+
+
+@stores
+def test_whether_hosts_ask_each_other_does_not_depend_on_what_only_some_know(make: Any) -> None:
+    """The first call takes the run, though it saves nothing."""
+    job = Job(make())
+
+    def interrupt(key: str) -> bool:
+        if "/outcome/" in key:
+            del job.boards[1].at["wait"]
+            assert job.boards[1].wait(key, SECONDS)
+            raise KeyboardInterrupt
+        return False
+
+    def no_save(group: HostGroup) -> None:
+        job.savers[group.index].take()
+
+    job.boards[1].at["wait"] = interrupt
+    ended = job.each(no_save, no_save, job.saves(3), no_save, job.saves(5))
+    for host, (first, *rest) in enumerate(ended):
+        assert type(first) is (KeyboardInterrupt if host == 1 else type(None))
+        assert rest == [None, 3, None, 5]
+
+
+def test_a_host_that_was_cut_off_while_its_save_went_on_hears_that_it_is_committed() -> None:
+    job, is_out = Job(MemoryStore()), threading.Event()
+
+    def cut_off(key: str) -> bool:
+        if threading.current_thread().name != "datarax_dist-watch":
+            return False
+        del job.boards[1].at["wait"]
+        raise unreachable()
+
+    def not_before(key: str) -> bool:
+        return "/written/" in key and is_out.wait(SECONDS)
+
+    def save(group: HostGroup) -> tuple[int, Any]:
+        started = job.begin(group, 1)
+        handle = dd.SaveHandle(1, started.phases)
+        running = checkpointer._Running(started, handle)
+        ckpt: Any = SimpleNamespace(_root="run")
+        if group.index == 1:
+            job.boards[1].at["wait"], job.boards[1].at["set"] = cut_off, not_before
+        threading.Thread(target=dd.Checkpointer._finish, args=(ckpt, running)).start()
+        told: Any = None
+        try:
+            handle.result(SECONDS)
+        except PeerLostError as error:
+            told = error
+            is_out.set()
+        assert running.over.wait(SECONDS)
+        return handle.result(SECONDS).step, told
+
+    ended = job.each(save)
+    assert [(step, type(told)) for [(step, told)] in ended] == [
+        (1, type(None)),
+        (1, PeerLostError),
+        (1, type(None)),
+    ]
+
+
+class Count:
+    """A loader."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __iter__(self) -> Count:
+        return self
+
+    def __next__(self) -> int:
+        self.number += 1
+        return self.number
+
+    def get_state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt(), StorageError("it hangs", errno=None)])
+@pytest.mark.parametrize("call", ["save", "restore", "delete"])
+def test_who_cannot_end_its_save_before_a_call_tells_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, what: BaseException
+) -> None:
+    """Here one is interrupted, or its storage hangs, while a call waits for the save before."""
+    job, place = Job(MemoryStore(), 2), threading.local()
+    monkeypatch.setattr(checkpointer, "current_group", lambda *_: job.hosts.groups[place.index])
+    ckpts: dict[int, dd.Checkpointer] = {}
+
+    def opened(group: HostGroup) -> None:
+        place.index = group.index
+        ckpts[group.index] = dd.Checkpointer(tmp_path / "run", options=OPTIONS)
+
+    def saves(step: int) -> Callable[[HostGroup], int]:
+        return lambda group: ckpts[group.index].save(step, data=Count()).result(SECONDS).step
+
+    def acts(group: HostGroup) -> Any:
+        ckpt = ckpts[group.index]
+        if group.index == 1:
+
+            def cut() -> None:
+                del ckpt._drain
+                raise what
+
+            ckpt._drain = cut  # type: ignore[method-assign]
+        if call == "save":
+            return saves(2)(group)
+        return ckpt.restore(data=Count()) if call == "restore" else ckpt.delete(1)
+
+    ended = job.each(opened, saves(1), acts, saves(3), lambda group: ckpts[group.index].all_steps())
+    own = PeerError if isinstance(what, StorageError) else type(what)
+    check_told([errors for _, _, errors, *_ in ended], 1, own, type(what).__name__)
+    assert [steps for *_, steps in ended] == [[1, 3], [1, 3]]
+    job.each(lambda group: ckpts[group.index].close())
