@@ -62,6 +62,7 @@ _RENEWALS = 6  # in the time that a lease lasts
 _MISSED = 2  # so many, and it is no sign of life that a process runs
 _LOOK_SECONDS = 0.5
 _TRIES = 10  # to make a file that is not in the listing, and cannot be made
+_SLACK_SECONDS = 5.0  # for a lease that lasts as long as ours to run out
 _UNREADABLE_SECONDS = 60.0  # how long a lease lasts that does not say it
 
 # Is given the run, the older leases, and what says whether there is none newer than ours.
@@ -235,6 +236,7 @@ class Lease:
         watched: _Seen | None = None
         since = clock.monotonic()
         tried: list[int] = []
+        missed = 0
         while True:
             epochs = _epochs(store)
             newest = _read(store, epochs[-1]) if epochs else None
@@ -243,7 +245,15 @@ class Lease:
             if newest != watched:
                 moves, watched, since = watched is not None, newest, now
             if newest is None and epochs:  # removed meanwhile, as there is a newer one
-                self._try_again(tried, epochs[-1])
+                if now >= end + self._ttl:
+                    raise self._blocked_by(
+                        epochs[-1],
+                        "is listed, and is not there: does this machine remember listings for so"
+                        " long (NFS: actimeo)?",
+                        "Try again.",
+                    )
+                missed += 1
+                clock.sleep(_LOOK_SECONDS if missed > 1 else 0.0)
                 continue
             if newest is None or self._is_free(newest, now - since):
                 epoch = 1 if newest is None else newest.epoch + 1
@@ -256,6 +266,8 @@ class Lease:
                 alive = alive or now - since <= _MISSED * record.ttl_seconds / _RENEWALS
             if alive and now >= end:
                 raise self._held_by(newest)
+            if now >= end + max(self._ttl, _UNREADABLE_SECONDS) + _SLACK_SECONDS:
+                raise self._held_for_long(newest, now - since)
             if now == since:
                 logger.warning(
                     "%s is held by %s; watching whether it is alive, for up to %.0f s",
@@ -353,6 +365,14 @@ class Lease:
         epochs = _epochs(self._store)
         if (lost := self._loss(record, epochs, reads)) is None:
             return epochs
+        if not epochs and not self._store.children(""):
+            # No reason to give the run up: it may be mounted again, as it was.
+            raise StorageError(
+                f"There is nothing in {self._store.root}, or it is not there, and this job has"
+                " written to it. Is its file system mounted? If it was removed, close every"
+                " Checkpointer of this root, and open a new one.",
+                errno=errno.ENOENT,
+            )
         self._lost = lost
         logger.error("%s", lost)
         raise lost
@@ -438,6 +458,7 @@ class Lease:
             wake.put(None)
 
     def _keep(self, wake: queue.SimpleQueue[None]) -> None:
+        told = ""
         while True:
             with contextlib.suppress(queue.Empty):
                 wake.get(timeout=self._ttl / _RENEWALS)
@@ -451,13 +472,16 @@ class Lease:
                         self._stop_keeping()
                         return
                     self.renew()
+                    told = ""
                 except LeaseError:  # whoever saves next is told
                     self._stop_keeping()
                     return
                 except Exception as error:
-                    logger.warning(
-                        "the lease of %s could not be renewed: %s", self._store.root, error
-                    )
+                    if str(error) != told:
+                        told = str(error)
+                        logger.warning(
+                            "the lease of %s could not be renewed: %s", self._store.root, told
+                        )
 
     def _write(self, record: fmt.LeaseRecord) -> None:
         self._store.put(fmt.lease_name(record.epoch), fmt.dump_lease(record))
@@ -496,9 +520,13 @@ class Lease:
     def leave_soon(self) -> None:
         """The same, on the thread that renews it."""
         self._is_over = True
-        if (record := self._record) is not None:
-            _holders.pop(record.nonce, None)  # so that a new user need not wait for it
+        self.disown()
         self.wake()
+
+    def disown(self) -> None:
+        """Says that it is about to be released: a new user in this process need not wait for it."""
+        if (record := self._record) is not None:
+            _holders.pop(record.nonce, None)
 
     def wake(self) -> None:
         """Makes the thread that renews it look about. May be called at any time and place."""
@@ -528,10 +556,12 @@ class Lease:
             is_over |= holder is None or not _is_same_place(holder._store.root, self._store.root)
         return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
 
-    def _blocked_by(self, epoch: int, why: str) -> StorageError:
+    def _blocked_by(
+        self, epoch: int, why: str, then: str = "When no job writes to this run, remove it."
+    ) -> StorageError:
         return StorageError(
             f"{self._store.root} cannot be taken: {self._store.root}/{fmt.lease_name(epoch)} {why}."
-            " Nothing was written. When no job writes to this run, remove it.",
+            f" Nothing was written. {then}",
             errno=errno.EEXIST,
         )
 
@@ -554,6 +584,16 @@ class Lease:
         return LeaseError(
             f"{self._store.root} is held by another job: {lease.owner}, which is alive. Only one"
             " job at a time may write to a run; nothing was written. Stop that one, or wait for it"
+            " (Options.lease_wait_seconds), or choose another root.",
+            owner=lease.owner,
+        )
+
+    def _held_for_long(self, lease: _Seen, unchanged_seconds: float) -> LeaseError:
+        lasts = lease.record.ttl_seconds if lease.record is not None else _UNREADABLE_SECONDS
+        return LeaseError(
+            f"{self._store.root} is held by another job: {lease.owner}. It has shown no sign of"
+            f" life for {unchanged_seconds:.0f} s, but has said that its lease lasts for"
+            f" {lasts:.0f} s; nothing was written. Wait for that long"
             " (Options.lease_wait_seconds), or choose another root.",
             owner=lease.owner,
         )

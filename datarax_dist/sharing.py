@@ -27,6 +27,7 @@ class Share:
         """Takes note that the user has ended; once. When the last one has, the run is let go."""
         try:
             if self._is_last():
+                self.lease.disown()
                 self.lease.release()
         except BaseException:  # Ctrl-C while another thread renews it, say
             if not any(share is self or share.lease is self.lease for share in tuple(_shares)):

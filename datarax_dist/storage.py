@@ -436,7 +436,13 @@ class LocalStore:
             # too.
             if os.path.lexists(target):
                 raise FileExistsError(17, "something of that name is there already", target)
-            os.rename(self.path(source), target)
+            before = os.lstat(self.path(source))
+            try:
+                os.rename(self.path(source), target)
+            except FileNotFoundError:
+                # A server that did not answer is asked again, and has done it already (NFS).
+                if not os.path.lexists(target) or not os.path.samestat(before, os.lstat(target)):
+                    raise
             for directory in {os.path.dirname(target), os.path.dirname(self.path(source))}:
                 _sync_directory(directory)
 

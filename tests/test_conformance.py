@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,30 @@ def test_local_store_never_renames_onto_an_empty_directory(tmp_path: Path) -> No
     with pytest.raises(StorageError, match="there already"):
         store.rename("7.staging-x", "7")
     assert store.get("7.staging-x/a") == b"content"
+
+
+def test_local_store_knows_a_renaming_whose_reply_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of NFS asks again then, and is told that there is nothing to rename."""
+    store, rename = LocalStore(str(tmp_path)), os.rename
+
+    def twice(source: str, target: str) -> None:
+        rename(source, target)
+        rename(source, target)
+
+    def elsewhere(source: str, target: str) -> None:
+        rename(source, source + ".gone")
+        os.mkdir(target)
+        rename(source, target)
+
+    store.put("7.staging-x/a", b"content")
+    monkeypatch.setattr(os, "rename", twice)
+    store.rename("7.staging-x", "7")
+    assert store.get("7/a") == b"content"
+    monkeypatch.setattr(os, "rename", elsewhere)
+    with pytest.raises(KeyError):
+        store.rename("7", "8")
 
 
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=lambda check: check.__name__)

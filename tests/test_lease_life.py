@@ -108,7 +108,8 @@ class Watched(MemoryStore):
 def watched() -> Iterator[Watched]:
     made = Watched()
     yield made
-    made.delete("")  # so that whoever renews ends
+    made.files.update({"RUN.json": b""})
+    made.delete(fmt.LEASE_NAME)  # so that whoever renews ends
     sharing.give_all_back()
 
 
@@ -578,9 +579,44 @@ def test_a_lease_that_is_listed_and_never_there_is_named(
 ) -> None:
     monkeypatch.setattr(store, "children", lambda prefix: ["0000000003.json"])
     clock = Clock()
-    with pytest.raises(StorageError, match=r"0000000003\.json"):
+    with pytest.raises(StorageError, match=r"0000000003\.json is listed, and is not there"):
         take(lease(store, clock))
-    assert 3 < clock.elapsed < 10
+    assert TTL <= clock.elapsed <= TTL + 1
+
+
+def test_who_sees_an_old_listing_for_a_while_waits(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a client of NFS may, while another job takes the run over."""
+    dead, listed = lease(store), store.children
+    take(dead)
+    seen = listed(fmt.LEASE_NAME)
+
+    def meanwhile() -> None:
+        if clock.elapsed > TTL and files(store) == seen:
+            take(other)
+            other.renew()
+
+    def old(prefix: str) -> list[str]:
+        return seen if prefix == fmt.LEASE_NAME and clock.elapsed < TTL + 30 else listed(prefix)
+
+    clock = Clock(meanwhile)
+    other = lease(store, Clock(), owner=parent())
+    monkeypatch.setattr(store, "children", old)
+    with pytest.raises(LeaseError, match=f"held by another job: process {os.getppid()} on"):
+        take(lease(store, clock, wait_seconds=100.0))
+
+
+def test_a_dead_job_whose_lease_lasts_for_a_day_is_not_waited_for_so_long(store: Any) -> None:
+    take(lease(store, ttl_seconds=86400.0))
+    clock = Clock()
+    one = lease(store, clock, owner=parent())
+    with pytest.raises(LeaseError, match=r"for 6\d s, but has said .* for 86400 s"):
+        take(one)
+    assert TTL <= clock.elapsed <= TTL + 10
+    clock = Clock()
+    take(lease(store, clock, owner=parent(), wait_seconds=86400.0))
+    assert 86400 <= clock.elapsed <= 86410
 
 
 # What is gone
@@ -593,7 +629,8 @@ def test_what_was_removed_does_not_come_back(
     root = tmp_path / "run"
     one = lease(LocalStore(str(root)))
     take(one)
-    shutil.rmtree(root)
+    (root / "RUN.json").touch()
+    shutil.rmtree(root / "lease")
     if act == "release":
         one.release()
         assert caplog.text == ""
@@ -605,6 +642,38 @@ def test_what_was_removed_does_not_come_back(
             with pytest.raises(LeaseError, match="open a new one"):
                 late()
         one.release()
+    assert [path.name for path in root.iterdir()] == ["RUN.json"]
+
+
+@pytest.mark.parametrize("act", ["renew", "check"])
+def test_a_root_that_is_away_for_a_moment_is_not_lost(tmp_path: Path, act: str) -> None:
+    """It is mounted again, as it was."""
+    root = tmp_path / "run"
+    one = lease(LocalStore(str(root)))
+    take(one)
+    root.rename(tmp_path / "away")
+    for empty in (False, True):
+        if empty:
+            root.mkdir()
+        with pytest.raises(StorageError, match="Is its file system mounted"):
+            getattr(one, act)()
+    root.rmdir()
+    (tmp_path / "away").rename(root)
+    getattr(one, act)()
+
+
+def test_a_root_that_was_removed_is_not_brought_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "run"
+    one = lease(LocalStore(str(root)))
+    take(one)
+    shutil.rmtree(root)
+    for act in (one.renew, one.check, lambda: one.announce(1, "0" * 8)):
+        with pytest.raises(StorageError, match="If it was removed"):
+            act()
+    one.release()
+    assert caplog.text == ""
     assert not root.exists()
 
 
@@ -663,6 +732,7 @@ def test_who_was_overtaken_while_it_made_its_file_does_not_hold_the_run(store: A
 def test_who_announces_brings_nothing_back(store: Any) -> None:
     one = lease(store)
     take(one)
+    store.put("RUN.json", b"")
     store.delete(fmt.LEASE_NAME)
     with pytest.raises(LeaseError, match="was removed"):
         one.announce(1, "0" * 8)
@@ -732,6 +802,24 @@ def test_who_is_dropped_gives_its_share_back_whatever_is_held_at_that_moment(
     assert set(watched.threads) == {keeper}, "no finalizer writes"
     keeper.join(10)
     assert not keeper.is_alive()
+
+
+def test_who_borrows_while_another_gives_back_need_not_wait_for_its_release(
+    tmp_path: Path, watched: Watched
+) -> None:
+    root = str(tmp_path)
+    share = sharing.borrow(root, lambda: mine(watched, SystemClock(), ttl_seconds=TTL))
+    take(share.lease)
+    second = sharing.borrow(root + "/x", lambda: mine(watched, at_once())).lease
+    with share.lease._lock:  # which renews it, and takes its time
+        giving = threading.Thread(target=share.give_back)
+        giving.start()
+        while share.lease in [one.lease for one in sharing._shares]:
+            giving.join(0.01)
+        take(second)
+        assert second.epoch == 2
+    giving.join(10)
+    second.check()
 
 
 def test_who_borrows_after_another_was_dropped_need_not_wait_for_its_release(
