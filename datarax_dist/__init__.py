@@ -74,6 +74,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "checkpoint", "testing"]
+
+
 def __getattr__(name: str) -> Any:
     if name in ("checkpoint", "data", "errors", "testing"):
         return importlib.import_module(f"datarax_dist.{name}")

@@ -161,7 +161,8 @@ def _pack(leaf: Any) -> Any:
 
 def _unpack(value: Any, spec: trees.LeafSpec, goal: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__jax__"}:
-        return jax.device_put(value["__jax__"], getattr(goal, "sharding", None))
+        placed = jax.device_put(value["__jax__"], getattr(goal, "sharding", None))
+        return trees.bound_like(goal, placed)
     return trees.finish_leaf(spec, value, goal) if spec.kind in ("numpy", "scalar") else value
 
 

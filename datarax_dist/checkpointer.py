@@ -190,6 +190,14 @@ class Checkpointer:
             raise InvalidArgumentError(
                 f"options must be datarax_dist.Options, not {type(options).__name__}."
             )
+        for name, policy, kind, example in (
+            ("save_when", save_when, SavePolicy, "every_steps(100)"),
+            ("keep", keep, KeepPolicy, "latest(3)"),
+        ):
+            if policy is not None and not isinstance(policy, kind):
+                raise InvalidArgumentError(
+                    f"{name} must be a policy, datarax_dist.{example} say, not {policy!r}."
+                )
         self._save_when = save_when
         self._group: HostGroup = current_group(self._root, self._options.peer_silence_seconds)
         self._store = open_store(self._root)

@@ -20,10 +20,12 @@ Who waits does not wait for the dead: a host whose beacon stands still (`beacons
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +55,7 @@ Leader = Callable[[list[Any]], Any]
 Consequence = Callable[[str], str]
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
+_TOLD_SECONDS = 30.0  # how soon it is said that hosts are waited for
 _PATIENCE_SECONDS = 3.0
 _GRACE_SECONDS = 10.0  # how long after a deadline the others wait for the primary to say so
 _LATE_SECONDS = 0.5  # and it for itself, where it hangs
@@ -324,8 +327,16 @@ class Operation:
         """
         begin = self._clock.monotonic()
         rows, missing = self._arrived(phase)
+        is_told = not self._prefix.endswith("/0/")  # that hosts have not made the call
         while missing:
             self.check(phase)
+            if not is_told and self._clock.monotonic() - begin > _TOLD_SECONDS:
+                is_told = True
+                logger.warning(
+                    "%s: waiting for hosts %s to make the same call, on the same root",
+                    self._call,
+                    _ranges(missing),
+                )
             left = deadline - self._clock.monotonic()
             if left <= 0 or self._gone(missing, together):
                 rows, missing = self._arrived(phase)  # some may have come since
@@ -501,7 +512,8 @@ class Operation:
         else:
             told += (
                 f" Look at the logs of hosts {_ranges(missing)}: they are alive, or were a moment"
-                " ago, and hang, or did not make the same call; or they have never begun."
+                " ago, and hang, or did not make the same call, on the same root; or they have"
+                " never begun."
             )
         return PeerLostError(
             f"{told} {self.consequence(known)}".rstrip(),
@@ -573,6 +585,19 @@ def _ranges(hosts: Sequence[int]) -> str:
     return ", ".join(parts) or "none"
 
 
+@functools.cache
+def _warn_of_a_job_of_its_own() -> None:
+    """Once: a script that was started on several hosts, and does not know it."""
+    count = os.environ.get("JAX_NUM_PROCESSES", "1")
+    if count.isdecimal() and int(count) > 1:
+        logger.warning(
+            "This process was started as one of %s (JAX_NUM_PROCESSES), but"
+            " jax.distributed.initialize() was not called: for JAX, and here, it is a job of its"
+            " own.",
+            count,
+        )
+
+
 _opened: dict[str, int] = {}
 
 
@@ -585,6 +610,7 @@ def current_group(root: str, silence_seconds: float = SILENCE_SECONDS) -> HostGr
     from jax._src import distributed
 
     if distributed.global_state.client is None:
+        _warn_of_a_job_of_its_own()
         return HostGroup(LocalBoard())
     _opened[root] = number = _opened.get(root, 0) + 1
     namespace = f"{hashlib.sha256(root.encode()).hexdigest()[:16]}/{number}"

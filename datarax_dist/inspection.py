@@ -12,7 +12,12 @@ from typing import Any
 
 from datarax_dist import errors
 from datarax_dist import format as fmt
-from datarax_dist.errors import CorruptStepError, FormatVersionError, StorageError
+from datarax_dist.errors import (
+    CorruptStepError,
+    FormatVersionError,
+    InvalidArgumentError,
+    StorageError,
+)
 from datarax_dist.storage import Entry, Store, SupportsRename, for_each
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "is_committed",
     "read_marker",
     "read_records",
+    "refuse_a_step",
     "records_verified_by",
     "verify_files",
 ]
@@ -101,16 +107,33 @@ def find_run(store: Store) -> str | None:
         return inspect_run(store).run
 
 
+def refuse_a_step(store: Store, names: Sequence[str]) -> None:
+    """Raises when a root, in which `names` are, is itself a step of a run: it would be taken for a
+    run without steps, which begins anew.
+
+    Raises:
+        InvalidArgumentError: it is.
+    """
+    if fmt.COMMIT_NAME in names and fmt.STEP_NAME in names:
+        above, _, name = store.root.rpartition("/")
+        raise InvalidArgumentError(
+            f"{store.root} is a step, and no root of a run. The root is {above}, it seems;"
+            f" restore(step={name}) takes that step."
+        )
+
+
 def inspect_run(store: Store) -> Inspection:
     """Returns every directory of a root that looks like a step, newest first, with what it is and
     why. Reads markers only.
 
     Raises:
+        InvalidArgumentError: the root is a step itself.
         StorageError: steps are moved all the time while it looks.
     """
     before: Any = None
     for _ in range(_TRIES):
         names = store.children("")
+        refuse_a_step(store, names)
         inspection = _inspect(store, names)
         # In a bucket markers come and go inside the directories. Looked at one after another, the
         # new step may have had none yet, and the old one none any more.

@@ -350,8 +350,8 @@ class Restorer:
             newest = max(damage) if step is None else step
             which = f"Step {newest}" if step is not None else "Every committed step"
             raise CorruptStepError(
-                f"{which} of {self._store.root} is damaged: {_lines(refused)}\nRestore another"
-                " step, or a copy.",
+                f"{which} of {self._store.root} is damaged: {_lines(refused)}\nRestore"
+                f" {'another step, or ' if step is not None else ''}a copy of the run.",
                 step=newest,
                 files=list(damage[newest]),
             )

@@ -70,6 +70,7 @@ from datarax_dist.inspection import (
     inspect_step,
     is_committed,
     read_records,
+    refuse_a_step,
 )
 from datarax_dist.lease import Right, Unguarded
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
@@ -357,6 +358,7 @@ class Saver:
     def _claim_run(self, there: Sequence[str]) -> str:
         """Returns the run of the root, in which `there` is; makes one in a new root."""
         store = self._store
+        refuse_a_step(store, there)
         run = find_run(store) if there else None
         if run is not None and fmt.RUN_NAME in there:
             return run

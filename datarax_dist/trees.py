@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.array import ArrayImpl
 
 from datarax_dist import codec
 from datarax_dist import format as fmt
@@ -28,6 +29,7 @@ __all__ = [
     "LeafSpec",
     "StatePlan",
     "TreeSpec",
+    "bound_like",
     "fits_exactly",
     "match",
     "plan_state",
@@ -286,6 +288,12 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             f"{name}: a {what} cannot be saved. Convert it to another type first.", path=name
         )
     if isinstance(leaf, jax.Array):
+        if leaf.is_deleted():
+            raise UnsupportedLeafError(
+                f"{name}: the array has been deleted. Was it donated to a jitted function? Save"
+                " what that function has returned.",
+                path=name,
+            )
         local = hosts > 1 and leaf.is_fully_addressable
         if is_key(leaf):
             impl = str(jax.random.key_impl(leaf))
@@ -340,7 +348,7 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
     raise UnsupportedLeafError(
         f"{name or 'the state'}: a {type(leaf).__module__}.{type(leaf).__qualname__} cannot be"
         " saved. A state has jax and numpy arrays, typed PRNG keys, numbers, str, bytes and None,"
-        " in containers that JAX knows; objects with get_state/set_state go to `data`.",
+        " in containers that JAX knows. A loader with get_state/set_state goes to `data`.",
         path=name,
     )
 
@@ -560,6 +568,30 @@ def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
         value = _as_saved(spec, value)
     except (TypeError, ValueError) as error:
         raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {spec.name}: {error}") from error
+    return bound_like(target, _as_wanted(spec, value, target))
+
+
+def bound_like(target: Any, value: Any) -> Any:
+    """Returns a restored array free to go where a computation needs it, where the target's is, as
+    `jnp.zeros(())` is: the counter of a fresh state, say, which one that is bound to a device could
+    not replace.
+    """
+    if isinstance(target, jax.Array) and isinstance(value, jax.Array) and not target.committed:
+        return _uncommitted(value)
+    return value
+
+
+def _uncommitted(array: Any) -> Any:
+    """JAX has no public way that does not copy."""
+    if is_key(array):
+        data, impl = jax.random.key_data(array), jax.random.key_impl(array)
+        return jax.random.wrap_key_data(_uncommitted(data), impl=impl)
+    if not array.committed or len(array.sharding.device_set) > 1:
+        return array
+    return ArrayImpl(array.aval, array.sharding, array._arrays, committed=False)
+
+
+def _as_wanted(spec: LeafSpec, value: Any, target: Any) -> Any:
     if spec.kind == "empty" and is_key(value):
         return value
     if target is None or isinstance(target, jax.Array | jax.ShapeDtypeStruct):

@@ -299,13 +299,13 @@ def test_a_step_that_the_owner_before_has_deleted_is_not_found(
 ) -> None:
     with dd.Checkpointer(tmp_path / "run") as ckpt:
         ckpt.save(1, state={"a": np.arange(3)}).result()
-        take = ckpt._saver.take
+        hold = ckpt._saver.hold
 
         def then_it_is_gone() -> None:
             delete_step(LocalStore(str(tmp_path / "run")), 1, now=0.0)
-            take()
+            hold()
 
-        monkeypatch.setattr(ckpt._saver, "take", then_it_is_gone)
+        monkeypatch.setattr(ckpt._saver, "hold", then_it_is_gone)
         with pytest.raises(errors.StepNotFoundError):
             ckpt.delete(1)
 
@@ -679,3 +679,32 @@ def test_a_zero_size_array_takes_the_kind_of_its_target(tmp_path: Path) -> None:
         back = ckpt.restore(state={"n": jnp.zeros((0, 3)), "j": np.zeros((2, 0), np.float32)}).state
     assert isinstance(back["n"], jax.Array) and back["n"].shape == (0, 3)
     assert isinstance(back["j"], np.ndarray) and back["j"].shape == (2, 0)
+
+
+def test_what_is_bound_to_no_device_is_not_bound_after_a_restore(tmp_path: Path) -> None:
+    """A fresh counter goes where a computation with sharded arrays is; so must a restored one."""
+    mesh = jax.make_mesh((2,), ("x",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    state = {
+        "count": jnp.zeros(()),
+        "key": jax.random.key(3),
+        "none": jnp.zeros((0, 2)),
+        "bound": jax.device_put(jnp.ones(2), jax.devices()[1]),
+        "w": jax.device_put(jnp.arange(4.0), spread),
+    }
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=state)
+        ckpt.wait_until_finished()
+        restored = ckpt.restore(state=state).state
+    assert {name: leaf.committed for name, leaf in restored.items()} == {
+        name: leaf.committed for name, leaf in state.items()
+    }
+    assert restored["bound"].devices() == {jax.devices()[1]}
+    assert dd.tree_digest(restored) == dd.tree_digest(state)
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        return state["w"] + state["count"] + jax.random.uniform(state["key"])
+
+    free = {name: restored[name] for name in ("count", "key", "w")}
+    assert step(free).tolist() == step({name: state[name] for name in free}).tolist()

@@ -38,7 +38,7 @@ def wrapped(action: str, path: str) -> Iterator[None]:
         if number is None and is_bucket(path):
             number, hint = advice(error, bucket_and_prefix(path)[0]) or (None, _BUCKET_HINT)
         raise StorageError(
-            f"Could not {action} the arrays: {_cause(error)}. {hint}",
+            f"Could not {action} the arrays: {_cause(error).rstrip('.')}. {hint}",
             errno=number,
         ) from cause(error)
 

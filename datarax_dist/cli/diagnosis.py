@@ -22,7 +22,8 @@ from datarax_dist.attempts import mark_suspects
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli.output import FINDINGS, NOT_AUTHORISED, OK, note, print_clean, print_json
 from datarax_dist.config import check_root, is_bucket
-from datarax_dist.errors import CheckpointError, StepNotFoundError
+from datarax_dist.errors import CheckpointError, StepNotFoundError, storage_hint
+from datarax_dist.errors import describe as describe_error
 from datarax_dist.inspection import inspect_run
 from datarax_dist.lease import describe, newest_lease
 from datarax_dist.storage import Store, SupportsRename, SupportsReplace, open_store
@@ -256,6 +257,9 @@ def _directory(root: str, write: bool) -> Iterator[Finding]:
     there = root
     while not os.path.isdir(there) and there != os.path.dirname(there):
         there = os.path.dirname(there)
+    if os.path.lexists(root) and there != root:
+        yield Finding("error", "root", f"{root} is no directory")
+        return
     if there != root and not write:
         raise StepNotFoundError(
             f"{root} is not there; it is made with the first save, or by doctor --write.", step=None
@@ -303,7 +307,14 @@ def _writes(root: str) -> Iterator[Finding]:
     place = f"{root}/doctor-{secrets.token_hex(6)}"
     made = not is_bucket(root) and not os.path.isdir(root)
     if not is_bucket(root):
-        os.makedirs(place)
+        try:
+            os.makedirs(place)
+        except OSError as error:
+            hint = storage_hint(error.errno)
+            denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            text = f"cannot be tried: {describe_error(error)}. {hint}"
+            yield Finding("denied" if denied else "error", "writing", text)
+            return
     try:
         failed = False
         for number, check in enumerate(_checks(open_store(place))):

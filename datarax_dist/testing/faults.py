@@ -78,7 +78,16 @@ def fail_at(phase: str, host: int, error: BaseException, *, occurrence: int = 1)
 
 
 def install_from_environment(text: str) -> None:
-    """Installs `PHASE@HOST[#OCCURRENCE]` for the life of this process."""
+    """Installs `PHASE@HOST[#OCCURRENCE]` for the life of this process.
+
+    Raises:
+        ValueError: it is none, or there is no such phase.
+    """
     place, _, occurrence = text.partition("#")
     phase, _, host = place.rpartition("@")
+    if not (host.isdecimal() and (occurrence or "1").isdecimal()):
+        raise ValueError(
+            f"{telemetry.KILL_VARIABLE} must be PHASE@HOST or PHASE@HOST#OCCURRENCE, such as"
+            f" save:record@1, not {text!r}."
+        )
     _at(phase, int(host), int(occurrence or 1), _kill)
