@@ -21,11 +21,24 @@ from datarax_dist.testing import FakeGCS
 HERE = Path(__file__).parent
 
 
-def test_the_code_in_the_readme_runs() -> None:
+def test_the_code_in_the_readme_runs(tmp_path: Path) -> None:
     text = (HERE.parent / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) == 2
-    subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, timeout=120, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "train.py").write_text(blocks[0])
+    assert run(sys.executable, "train.py") == "began with step 0\n"
+    assert run(sys.executable, "train.py") == "began with step 5\n"
+    command = [sys.executable, "-m", "datarax_dist"]
+    told = run(*command, "launch", "--hosts", "2", "--", sys.executable, "train.py")
+    assert sorted(told.splitlines()) == [f"[host {host}] began with step 9" for host in (0, 1)]
+    assert "12" in run(*command, "ls", "run42")
+    run(sys.executable, "-c", "\n".join(blocks))
 
 
 @pytest.mark.parametrize(("place", "code"), docs_code.blocks())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import threading
 
 from datarax_dist.testing.fake_gcs import FakeGCS
@@ -18,7 +19,9 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
         signal.signal(number, lambda *_: stop.set())
-    with FakeGCS(buckets=options.bucket or ("bucket",), port=options.port) as gcs:
+    buckets = options.bucket or ["bucket"]
+    with FakeGCS(buckets=buckets, port=options.port) as gcs:
+        print("serving", *(f"gs://{name}" for name in buckets), file=sys.stderr)
         for key, value in gcs.environment().items():
             print(f"export {key}={value!r}", flush=True)
         stop.wait()
