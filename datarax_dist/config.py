@@ -36,7 +36,8 @@ class Options:
             of the array files. Array data carries a checksum of its own that is checked at every
             level while it is read. In a bucket "full" compares the checksums that the bucket keeps
             of each object, which takes one listing; `datarax-dist verify` reads every byte.
-        exchange_timeout_seconds: how long hosts wait for each other in one agreement (default 600).
+        exchange_timeout_seconds: how long hosts wait for each other in one agreement (default 600);
+            in the one that takes the run, for as long as the run may be waited for besides.
         peer_silence_seconds: a host whose process has shown no sign of life for so long is named,
             and not waited for any more (default 10). More than some library of the job may keep
             Python from running.
