@@ -48,6 +48,7 @@ __all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
 
 logger = logging.getLogger("datarax_dist")
 
+_SAYS_NOTHING_SECONDS = 20.0  # how long a handle may need to say so of the primary
 _ORBAX_MARKER = "commit_success.txt"  # what plain Orbax takes for a whole step, in a bucket
 
 
@@ -316,7 +317,8 @@ class Checkpointer:
         except Exception as error:  # the others must hear of it, if they save
             refused, wanted = error, True
         if not wanted:
-            self._saver.take()  # a job that may not write is told now, and not in an hour
+            # A job that may not write is told now, and not in an hour.
+            self._saver.take(number or 0)
             return None
         refused = self._drained() or refused
         previous = self._handle
@@ -735,7 +737,8 @@ class Checkpointer:
         try:
             self._let_go()
         finally:  # Ctrl-C in between would leave a lease that nobody holds
-            self._saver.let_go(self._borrow_lease())
+            if self._share is None or not self._share.is_lent:
+                self._saver.let_go(self._borrow_lease())
 
     def _drain(self) -> None:
         """Waits until the worker has nothing to do: two saves never overlap.
@@ -749,7 +752,9 @@ class Checkpointer:
             raise self._forked()
         while not running.over.wait(1.0):  # in slices, so that Ctrl-C is answered
             started, handle = running.started, running.handle
-            if (phase := started.hangs()) is not None:
+            # Where this host's part is done, and host 0 says nothing, the handle says so soon.
+            phase = started.hangs(0.0 if handle.done() else _SAYS_NOTHING_SECONDS)
+            if phase is not None:
                 failed = not handle.done() or handle._future.exception() is not None
                 how = "has failed at its deadline, and" if failed else "is committed, but"
                 raise StorageError(

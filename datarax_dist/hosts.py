@@ -47,6 +47,7 @@ __all__ = [
     "HostGroup",
     "Operation",
     "current_group",
+    "is_unheard",
 ]
 
 logger = logging.getLogger("datarax_dist")
@@ -127,7 +128,7 @@ class HostGroup:
         try:
             yield operation
         except BaseException as error:
-            if not isinstance(error, CheckpointError):
+            if is_unheard(error) and not operation.is_told:
                 with operation.part(name) as part:
                     part.fail(name, error)
             raise
@@ -202,7 +203,7 @@ class HostGroup:
                     return operation.result(phase, deadline, own=error)
             except _AnotherCallError as skipped:
                 logger.warning("%s: passed over an agreement that %s", within.name, skipped)
-                within.begin_anew()
+                within.begin_anew(str(skipped))
 
 
 class Operation:
@@ -228,6 +229,8 @@ class Operation:
         self._number = number
         self._prefix = prefix
         self._begun = 0  # parts
+        self._passed_over = ""
+        self.is_told = False  # the others hear from this host that it, or a part of it, has failed
         self._own: BaseException | None = None
 
     @contextlib.contextmanager
@@ -245,25 +248,28 @@ class Operation:
             f"{self._prefix}{self._begun}/",
             self._call,
         )
+        part._passed_over = self._passed_over
         self._begun += 1
-        with part.failing(name):
-            yield part
+        try:
+            with part.failing(name):
+                yield part
+        finally:
+            self.is_told |= part.is_told
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, why: str) -> None:
         """Takes the next number, as this one was another call's."""
+        self._passed_over = f" Before, an agreement was passed over that {why}"
         self.close()
         self._number = self._group._next()
         self._prefix, self._begun = f"{self._number}/", 0
 
     @contextlib.contextmanager
     def failing(self, phase: str) -> Iterator[None]:
-        """Says it to the others when this host cannot go on: Ctrl-C, say. They know of an error of
-        this module's tree, which is how agreements fail; not of what this host could not reach.
-        """
+        """Says it to the others when this host cannot go on: Ctrl-C, say."""
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, CheckpointError) or isinstance(error, PeerLostError):
+            if is_unheard(error):
                 self.fail(phase, error)
             raise
 
@@ -274,8 +280,12 @@ class Operation:
             PeerLostError: the board does not answer; so do the other methods.
         """
         row = json.dumps([self._group._oldest_open(), payload])
+        key = f"{self._prefix}{phase}/{self._group.index}"
         with self._reaching(phase):
-            self._board.set(f"{self._prefix}{phase}/{self._group.index}", row)
+            try:
+                self._board.set(key, row)
+            except UnreachableError:  # it may have arrived, and the others go on
+                self._board.set(key, row)
 
     def close(self) -> None:
         """Says that this host will not ask for this operation again; its registers may go."""
@@ -296,7 +306,7 @@ class Operation:
         call = None if heard else self._call
         decided = {"phase": phase, "host": self._group.index, "error": told, "call": call}
         with contextlib.suppress(PeerLostError), self._reaching(phase):  # `result` will say so
-            self._decide(decided)
+            self.is_told |= self._decide(decided)
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase."""
@@ -310,8 +320,9 @@ class Operation:
         except UnreachableError as error:
             raise self._out_of_reach(phase, error) from error
 
-    def _decide(self, outcome: dict[str, Any]) -> None:
-        self._board.set(f"{self._prefix}outcome/0", json.dumps(outcome))
+    def _decide(self, outcome: dict[str, Any]) -> bool:
+        """Returns whether this decision stands: the first one does."""
+        return self._board.set(f"{self._prefix}outcome/0", json.dumps(outcome))
 
     def gather(self, phase: str, deadline: float, *, together: bool = False) -> list[Any]:
         """Returns every host's payload of a phase, in host order. For the primary only.
@@ -436,7 +447,8 @@ class Operation:
                 continue
             if 0 in silent and silent[0].cut_off:
                 # Nobody hears what is decided here.
-                raise self._out_of_reach(phase, UnreachableError("no answer", silent[0])) from own
+                unreachable = UnreachableError("no answer", silent[0])
+                raise self._out_of_reach(phase, unreachable) from own or unreachable
             _, missing = self._arrived(phase)
             if 0 in silent or not silent.keys().isdisjoint(missing):
                 # Where the primary waits for that host itself, in `gather`, it can say more.
@@ -513,7 +525,7 @@ class Operation:
             told += (
                 f" Look at the logs of hosts {_ranges(missing)}: they are alive, or were a moment"
                 " ago, and hang, or did not make the same call, on the same root; or they have"
-                " never begun."
+                f" never begun.{self._passed_over}"
             )
         return PeerLostError(
             f"{told} {self.consequence(known)}".rstrip(),
@@ -544,6 +556,14 @@ class Operation:
             failures={0: f"cannot be reached for {seconds}"},
             missing=[0],
         )
+
+
+def is_unheard(error: BaseException) -> bool:
+    """Whether the other hosts do not know of it: agreements fail with errors of this module's tree,
+    on all hosts; but not with what this one could not reach.
+    """
+    unreachable = isinstance(error.__cause__, UnreachableError)
+    return unreachable or not isinstance(error, CheckpointError)
 
 
 def _first_line(error: BaseException) -> str:

@@ -199,6 +199,7 @@ class Lease:
         self._record: fmt.LeaseRecord | None = None
         self._leaving: fmt.LeaseRecord | None = None  # says that it is released; not written yet
         self._is_over = False  # it has no user any more
+        self._was_away = False  # the root; what is there now may be another run
         self._lost: LeaseError | None = None
         self._lock = threading.RLock()  # one write of the file at a time
         self._keeper: threading.Thread | None = None
@@ -363,10 +364,12 @@ class Lease:
             reads: look into our own file, too, before it is written again.
         """
         epochs = _epochs(self._store)
-        if (lost := self._loss(record, epochs, reads)) is None:
+        if (lost := self._loss(record, epochs, reads or self._was_away)) is None:
+            self._was_away = False
             return epochs
         if not epochs and not self._store.children(""):
             # No reason to give the run up: it may be mounted again, as it was.
+            self._was_away = True
             raise StorageError(
                 f"There is nothing in {self._store.root}, or it is not there, and this job has"
                 " written to it. Is its file system mounted? If it was removed, close every"

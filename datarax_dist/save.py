@@ -58,11 +58,10 @@ from datarax_dist.config import KeepPolicy, Options
 from datarax_dist.errors import (
     CorruptStepError,
     PeerError,
-    PeerLostError,
     StepExistsError,
     StorageError,
 )
-from datarax_dist.hosts import HostGroup, Operation
+from datarax_dist.hosts import HostGroup, Operation, is_unheard
 from datarax_dist.inspection import (
     Inspection,
     find_run,
@@ -134,9 +133,12 @@ class Saver:
         """The root may hold something else than what was learnt."""
         self._known = _Known()
 
-    def take(self) -> None:
+    def take(self, step: int) -> None:
         """Takes the run for this job, in the first call. Collective. Later ones do nothing: whether
         hosts ask each other must not depend on how that ended, which may be known to some only.
+
+        Args:
+            step: what is not saved in this call.
 
         Raises:
             LeaseError: another job has it.
@@ -144,9 +146,13 @@ class Saver:
         if self._has_asked:
             return
         self._has_asked = True
-        self._group.exchange(
-            "lease", leader=lambda _: self.hold(), timeout_seconds=self.agreement_seconds()
-        )
+        with self._group.in_parts(f"save of step {step}") as operation:
+            self._group.exchange(
+                "lease",
+                leader=lambda _: self.hold(),
+                timeout_seconds=self.agreement_seconds(),
+                within=operation,
+            )
         self._is_taken = True
 
     def let_go(self, lease: Right) -> None:
@@ -248,7 +254,9 @@ class Saver:
     def may_be_committed(self, phase: str) -> bool:
         """Whether a save that fails in a phase may have committed its step."""
         renames = isinstance(self._store, SupportsRename)
-        return phase in ("", "save:publish" if renames else "save:commit", "save:committed")
+        late = "save:publish" if renames else "save:commit"
+        # Who says what it has written, and hears no reply, does not know what becomes of it.
+        return phase in ("", "save:written", late, "save:committed")
 
     def _consequence(self, step: int, replace: bool, phase: str) -> str:
         """Returns what has become of a step when its save fails in a phase."""
@@ -287,7 +295,8 @@ class Saver:
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
         if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
             return {**decided, "run": known.run}
-        there = store.children("")
+        if not (there := store.children("")):
+            self.lease.check()  # the run was there, and must not begin anew in an empty directory
         run = self._claim_run(there)
         try:
             self._check_free(run, step, replace, there)
@@ -506,10 +515,10 @@ class StartedSave:
             )
         return phase, error
 
-    def hangs(self) -> str | None:
+    def hangs(self, more_seconds: float = 0.0) -> str | None:
         """Returns where this host's work is, though the save should have ended a while ago."""
         late = self._saver._clock.monotonic() - self._deadline
-        return self.phases.current if late > _HANGS_SECONDS else None
+        return self.phases.current if late > _HANGS_SECONDS + more_seconds else None
 
     def finish(self) -> SaveReport:
         """Steps 4 to 10. Returns when this host has nothing more to do for the save; raises what
@@ -519,7 +528,7 @@ class StartedSave:
             self._work()
         except PeerError as error:
             logger.debug("step %d: stopped, as the save has failed: %s", self.step, error)
-            if isinstance(error, PeerLostError):  # known to this host only, maybe
+            if is_unheard(error):
                 self.operation.fail(self.phases.current, error)
         except BaseException as error:
             self._failure = self._failure or error

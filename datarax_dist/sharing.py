@@ -34,6 +34,11 @@ class Share:
                 self.lease.leave_soon()
             raise
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether it was not given back yet."""
+        return self in _shares
+
     def give_back_later(self) -> None:
         """The same for a finalizer, which may run on any thread and between any two instructions,
         where locks of this module are held: the thread that renews the lease does it.

@@ -4,6 +4,7 @@ a moment: the others hear of it, and the next calls work.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,13 @@ class Board:
         self._board = group._board
         group._board = self
         self.at: dict[str, Callable[[str], bool]] = {}
+        self.value = ""  # that is being set
 
     def __getattr__(self, name: str) -> Any:
         act = getattr(self._board, name)
 
         def method(key: str, *rest: Any) -> Any:
+            self.value = str(rest[0]) if rest else ""
             if name in self.at and self.at[name](key):
                 del self.at[name]
             return act(key, *rest)
@@ -249,9 +252,10 @@ def test_a_step_that_is_no_step_on_one_host_is_refused_on_all(make: Any) -> None
 
 
 @stores
+@pytest.mark.parametrize("call", ["save", "restore"])
 @pytest.mark.parametrize("victim", [1, 2])
-def test_a_host_that_did_not_hear_what_was_agreed_fails_the_save_at_once(
-    make: Any, victim: int
+def test_a_host_that_did_not_hear_what_was_agreed_fails_the_call_at_once(
+    make: Any, victim: int, call: str
 ) -> None:
     job = Job(make())
 
@@ -264,7 +268,7 @@ def test_a_host_that_did_not_hear_what_was_agreed_fails_the_save_at_once(
 
     job.each(job.saves(1))
     job.boards[victim].at["wait"] = cut_off
-    ended = job.each(job.saves(2), job.saves(3))
+    ended = job.each(job.saves(2) if call == "save" else job.restore, job.saves(3))
     check_told([two for two, _ in ended], victim, PeerLostError, "could not reach JAX's")
     assert [three for _, three in ended] == [3, 3, 3]
 
@@ -276,16 +280,138 @@ def test_a_host_that_could_not_say_how_far_it_is_fails_the_save_at_once(
 ) -> None:
     job = Job(make())
 
+    tries: list[str] = []
+
     def cut_off(key: str) -> bool:
         if "/arrays/" not in key:
-            return False
-        del job.boards[victim].at["set"]
+            return len(tries) == 2
+        tries.append(key)
         raise unreachable()
 
     job.boards[victim].at["set"] = cut_off
     ended = job.each(job.saves(1), job.saves(2))
     check_told([one for one, _ in ended], victim, PeerLostError, "could not reach JAX's")
     assert [two for _, two in ended] == [2, 2, 2]
+
+
+@stores
+@pytest.mark.parametrize("phase", ["prepare", "arrays", "written"])
+def test_a_reply_that_is_lost_fails_nothing(make: Any, phase: str) -> None:
+    """What the host has said has arrived, and the others go on."""
+    job = Job(make())
+
+    def lost(key: str) -> bool:
+        if f"/{phase}/" not in key:
+            return False
+        del job.boards[1].at["set"]
+        job.boards[1]._board.set(key, job.boards[1].value)
+        raise unreachable()
+
+    job.boards[1].at["set"] = lost
+    assert job.each(job.saves(1)) == [[1], [1], [1]]
+
+
+def test_who_loses_the_reply_to_what_it_has_written_does_not_say_what_became_of_it() -> None:
+    job = Job(MemoryStore())
+    renamed, told = threading.Event(), threading.Event()
+    rename = job.store.rename
+
+    def slow(source: str, target: str) -> None:
+        rename(source, target)
+        renamed.set()
+        assert told.wait(SECONDS)
+
+    def lost(key: str) -> bool:
+        if "/outcome/" in key:
+            job.boards[1]._board.set(key, job.boards[1].value)
+            told.set()
+        if "/written/" not in key:
+            return False
+        job.boards[1]._board.set(key, job.boards[1].value)
+        assert renamed.wait(SECONDS)
+        raise unreachable()
+
+    job.boards[1].at["set"], job.store.rename = lost, slow
+    [[error], _, [also]] = job.each(job.saves(1))
+    assert str(error) == str(also)
+    assert "Step 1 may be committed or not" in str(error)
+    assert inspect_run(job.store).committed == [1]
+
+
+def test_what_was_passed_over_is_told_by_who_waits_in_vain() -> None:
+    """Hosts are one step apart, and one of them cannot save: the others do not take that for theirs
+    and are told of it when they have waited.
+    """
+    clock, waits = FakeClock(), threading.Event()
+    job = Job(MemoryStore(), clock=clock)
+
+    def fails() -> Any:
+        raise ZeroDivisionError("no batch")
+
+    def call(group: HostGroup) -> Any:
+        if group.index == 1:
+            with contextlib.suppress(PeerError):
+                job.savers[1].begin(3, fails, Phases("save", 1))
+            while not waits.wait(0.05):
+                clock.sleep(60)
+            return None
+        try:
+            return job.save(group, 2)
+        finally:
+            waits.set()
+
+    ended = job.each(job.saves(1), call, job.saves(4))
+    assert [four for *_, four in ended] == [4, 4, 4]
+    [error, _, also] = [two for _, two, _ in ended]
+    assert isinstance(error, PeerLostError) and isinstance(also, PeerLostError)
+    assert "was about save of step 3, and failed: " in str(error) and "no batch" in str(error)
+
+
+def test_a_policy_that_fails_on_one_host_in_the_first_call_is_heard_by_all() -> None:
+    """The others do not save, and ask whether they may."""
+    job = Job(MemoryStore())
+
+    def fails() -> Any:
+        raise ZeroDivisionError
+
+    def call(group: HostGroup) -> Any:
+        if group.index == 1:
+            return job.savers[1].begin(1, fails, Phases("save", 1))
+        return job.savers[group.index].take(1)
+
+    ended = job.each(call, job.saves(2), job.saves(3))
+    for first, *rest in ended:
+        assert type(first) is PeerError and list(first.failures) == [1]
+        assert rest == [2, 3]
+
+
+def test_of_many_hosts_that_hear_of_a_lost_one_none_says_it_once_more() -> None:
+    clock = FakeClock()
+    job, over = Job(MemoryStore(), 20, clock), threading.Event()
+    outcomes: list[str] = []
+
+    def count(key: str) -> bool:
+        if "/outcome/" in key:
+            outcomes.append(key)
+        return False
+
+    for board in job.boards:
+        board.at["set"] = count
+
+    def call(group: HostGroup) -> Any:
+        if group.index == 7:
+            while not over.wait(0.05):
+                clock.sleep(60)
+            return None
+        try:
+            return job.save(group, 1)
+        finally:
+            if group.index == 0:
+                over.set()
+
+    ended = job.each(call)
+    assert sum(isinstance(error, PeerLostError) for [error] in ended) == 19
+    assert len(outcomes) <= 3
 
 
 @stores
@@ -301,7 +427,7 @@ def test_whether_hosts_ask_each_other_does_not_depend_on_what_only_some_know(mak
         return False
 
     def no_save(group: HostGroup) -> None:
-        job.savers[group.index].take()
+        job.savers[group.index].take(1)
 
     job.boards[1].at["wait"] = interrupt
     ended = job.each(no_save, no_save, job.saves(3), no_save, job.saves(5))

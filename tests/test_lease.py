@@ -318,7 +318,7 @@ def test_the_other_hosts_wait_as_long_as_the_primary_may_wait_for_the_run() -> N
         group._clock = clock
         mine = lease(store, clock, owner=writer_identity()) if group.is_primary else None
         saver = Saver(store, group, clock, options, None, mine)
-        saver.take()
+        saver.take(1)
         return saver.lease.epoch
 
     assert SimulatedHosts(2).run(host) == [2, 0]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import datarax_dist as dd
 from datarax_dist import config, sharing, writers
 from datarax_dist import format as fmt
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
@@ -660,6 +661,32 @@ def test_a_root_that_is_away_for_a_moment_is_not_lost(tmp_path: Path, act: str) 
     root.rmdir()
     (tmp_path / "away").rename(root)
     getattr(one, act)()
+
+
+@pytest.mark.parametrize("act", ["check", "renew"])
+def test_who_comes_back_to_another_run_has_lost_its_own(store: Any, act: str) -> None:
+    """Both have epoch 1."""
+    one, other = lease(store), lease(store, owner=parent())
+    take(one)
+    store.delete("")
+    with pytest.raises(StorageError, match="Is its file system mounted"):
+        one.renew()
+    take(other)
+    assert (one.epoch, other.epoch) == (1, 1)
+    with pytest.raises(LeaseError, match=f"process {os.getppid()} on"):
+        getattr(one, act)()
+
+
+def test_a_save_while_the_root_is_away_brings_nothing_back(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state={"w": np.ones(3)}).result(20)
+        root.rename(tmp_path / "away")
+        with pytest.raises(StorageError, match="Is its file system mounted"):
+            ckpt.save(2, state={"w": np.ones(3)})
+        assert not root.exists()
+        (tmp_path / "away").rename(root)
+        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
 
 
 def test_a_root_that_was_removed_is_not_brought_back(

@@ -478,7 +478,17 @@ def test_a_handler_that_is_interrupted_while_it_lets_the_run_go_can_save_again(
             handler.save(tmp_path, STATE, step=2, keep=None)
     handler.save(tmp_path, STATE, step=3, keep=None)
     assert lease_of(tmp_path)["released"]
-    assert handler.get_checkpoint_steps(tmp_path) == [1, 2, 3]
+
+    def before_it(share: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing.Share, "_is_last", before_it)
+        with pytest.raises(KeyboardInterrupt):
+            handler.save(tmp_path, STATE, step=4, keep=None)
+    handler.save(tmp_path, STATE, step=5, keep=None)
+    assert lease_of(tmp_path)["released"]
+    assert handler.get_checkpoint_steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
 # Two on one root

@@ -542,16 +542,19 @@ class World:
             self._breach(f"step {step} is reported as saved, and was not committed")
 
     def _delete(self, saver: Saver, group: HostGroup, clock: Clock, step: int) -> None:
-        def delete(_: Any) -> None:
+        def find() -> None:
             if step not in inspect_run(self.store).committed:
                 raise StepNotFoundError("it is not there", step=step)
+
+        def delete(_: Any) -> None:
+            find()
+            saver.hold()
+            saver.forget()
+            find()
             if not retention.delete_step(self.store, step, now=clock.now(), lease=saver.lease):
                 raise StorageError("another job writes to it")
 
-        saver.take()
-        saver.forget()
-        timeout = _OPTIONS.exchange_timeout_seconds
-        group.exchange("delete", step, leader=delete, timeout_seconds=timeout)
+        group.exchange("delete", step, leader=delete, timeout_seconds=saver.agreement_seconds())
 
     def _check(self, job: _Job, ran: Ran) -> None:
         results = ran.results
