@@ -230,7 +230,8 @@ class Operation:
         self._prefix = prefix
         self._begun = 0  # parts
         self._passed_over = ""
-        self.is_told = False  # the others hear from this host that it, or a part of it, has failed
+        # The others hear from this host that it, or a part of it, has failed; or cannot.
+        self.is_told = False
         self._own: BaseException | None = None
 
     @contextlib.contextmanager
@@ -269,7 +270,7 @@ class Operation:
         try:
             yield
         except BaseException as error:
-            if is_unheard(error):
+            if is_unheard(error) and not self.is_told:
                 self.fail(phase, error)
             raise
 
@@ -305,8 +306,11 @@ class Operation:
             told = {"type": "CheckpointError", "message": message}
         call = None if heard else self._call
         decided = {"phase": phase, "host": self._group.index, "error": told, "call": call}
-        with contextlib.suppress(PeerLostError), self._reaching(phase):  # `result` will say so
-            self.is_told |= self._decide(decided)
+        try:
+            with self._reaching(phase):
+                self.is_told |= self._decide(decided)
+        except PeerLostError:  # `result` will say so; and it is not waited for once more
+            self.is_told = True
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase."""
