@@ -129,6 +129,31 @@ class Job:
         return lambda group: self.save(group, step)
 
 
+class LateJob(Job):
+    """One whose hosts wait in vain for one of them, until a deadline that is soon there."""
+
+    def __init__(self, store: Any, late: int, count: int = 3) -> None:
+        self._clock = FakeClock()
+        super().__init__(store, count, self._clock)
+        self._late = late
+        self._ended = [threading.Event() for _ in range(count)]
+        self._ended[late].set()
+
+    def let_time_pass(self) -> None:
+        """Until all others have ended."""
+        while not all(ended.wait(0.05) for ended in self._ended):
+            self._clock.sleep(60)
+
+    def waits(self, group: HostGroup, step: int) -> int | None:
+        """Saves, on the others."""
+        if group.index == self._late:
+            return None
+        try:
+            return self.save(group, step)
+        finally:
+            self._ended[group.index].set()
+
+
 def check_told(errors: list[Any], victim: int, own: type, text: str) -> None:
     """All hosts have an error, the victim its own; the others name it at once."""
     for host, error in enumerate(errors):
@@ -184,23 +209,16 @@ def test_ctrl_c_on_one_host_while_hosts_agree_is_heard_by_all_and_the_next_save_
 def test_a_host_that_has_missed_a_call_is_with_the_others_in_the_next_one(
     make: Any, victim: int
 ) -> None:
-    clock, ended_elsewhere = FakeClock(), threading.Semaphore(0)
-    job = Job(make(), clock=clock)
+    job = LateJob(make(), victim)
 
-    def not_on_one(group: HostGroup) -> int:
+    def not_on_one(group: HostGroup) -> int | None:
         if group.index == victim:
-            for _ in range(2):
-                while not ended_elsewhere.acquire(timeout=0.05):
-                    clock.sleep(60)
-            raise ZeroDivisionError
-        try:
-            return job.save(group, 2)
-        finally:
-            ended_elsewhere.release()
+            job.let_time_pass()
+        return job.waits(group, 2)
 
     ended = job.each(job.saves(1), not_on_one, job.saves(3), job.saves(4))
     for host, (one, two, three, four) in enumerate(ended):
-        assert type(two) is (ZeroDivisionError if host == victim else PeerLostError)
+        assert type(two) is (type(None) if host == victim else PeerLostError)
         assert (one, three, four) == (1, 3, 4)
 
 
@@ -342,8 +360,7 @@ def test_what_was_passed_over_is_told_by_who_waits_in_vain() -> None:
     """Hosts are one step apart, and one of them cannot save: the others do not take that for theirs
     and are told of it when they have waited.
     """
-    clock, waits = FakeClock(), threading.Event()
-    job = Job(MemoryStore(), clock=clock)
+    job = LateJob(MemoryStore(), 1)
 
     def fails() -> Any:
         raise ZeroDivisionError("no batch")
@@ -352,13 +369,8 @@ def test_what_was_passed_over_is_told_by_who_waits_in_vain() -> None:
         if group.index == 1:
             with contextlib.suppress(PeerError):
                 job.savers[1].begin(3, fails, Phases("save", 1))
-            while not waits.wait(0.05):
-                clock.sleep(60)
-            return None
-        try:
-            return job.save(group, 2)
-        finally:
-            waits.set()
+            job.let_time_pass()
+        return job.waits(group, 2)
 
     ended = job.each(job.saves(1), call, job.saves(4))
     assert [four for *_, four in ended] == [4, 4, 4]
@@ -386,8 +398,7 @@ def test_a_policy_that_fails_on_one_host_in_the_first_call_is_heard_by_all() -> 
 
 
 def test_of_many_hosts_that_hear_of_a_lost_one_none_says_it_once_more() -> None:
-    clock = FakeClock()
-    job, over = Job(MemoryStore(), 20, clock), threading.Event()
+    job = LateJob(MemoryStore(), 7, 20)
     outcomes: list[str] = []
 
     def count(key: str) -> bool:
@@ -400,14 +411,8 @@ def test_of_many_hosts_that_hear_of_a_lost_one_none_says_it_once_more() -> None:
 
     def call(group: HostGroup) -> Any:
         if group.index == 7:
-            while not over.wait(0.05):
-                clock.sleep(60)
-            return None
-        try:
-            return job.save(group, 1)
-        finally:
-            if group.index == 0:
-                over.set()
+            job.let_time_pass()
+        return job.waits(group, 1)
 
     ended = job.each(call)
     assert sum(isinstance(error, PeerLostError) for [error] in ended) == 19
