@@ -733,6 +733,7 @@ class Checkpointer:
 
     def _let_others_write(self) -> None:
         """Lets the run go, until this one saves again."""
+        self._saver.ask_anew()  # first: on all hosts alike, whatever this host is interrupted in
         self._drain()
         try:
             self._let_go()

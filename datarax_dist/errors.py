@@ -163,6 +163,7 @@ class PeerLostError(PeerError, TimeoutError):
 
     attributes = ("phase", "failures", "missing")
     missing: Sequence[int]
+    _is_heard = True  # or it is known to this host only, which could not reach the others
 
 
 class Preempted(SystemExit):

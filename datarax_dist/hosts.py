@@ -281,12 +281,15 @@ class Operation:
             PeerLostError: the board does not answer; so do the other methods.
         """
         row = json.dumps([self._group._oldest_open(), payload])
-        key = f"{self._prefix}{phase}/{self._group.index}"
         with self._reaching(phase):
-            try:
-                self._board.set(key, row)
-            except UnreachableError:  # it may have arrived, and the others go on
-                self._board.set(key, row)
+            self._post(f"{phase}/{self._group.index}", row)
+
+    def _post(self, key: str, row: str) -> bool:
+        key = self._prefix + key
+        try:
+            return self._board.set(key, row)
+        except UnreachableError:  # for a moment only, maybe; and it may have arrived
+            return self._board.set(key, row)
 
     def close(self) -> None:
         """Says that this host will not ask for this operation again; its registers may go."""
@@ -299,18 +302,21 @@ class Operation:
             heard: all hosts have contributed to it.
         """
         self._own = error
+        cause = error.__cause__
+        if cause is not None and isinstance(error, PeerLostError) and not error._is_heard:
+            error = cause
         told = errors.encode(error)
-        if isinstance(unreachable := error.__cause__, UnreachableError):
-            # Of the others it is this host that was out of reach.
-            message = f"it could not reach JAX's coordination service: {_first_line(unreachable)}."
+        if isinstance(error, UnreachableError):  # of the others it is this host that was
+            message = f"it could not reach JAX's coordination service: {_first_line(error)}."
             told = {"type": "CheckpointError", "message": message}
         call = None if heard else self._call
         decided = {"phase": phase, "host": self._group.index, "error": told, "call": call}
         try:
             with self._reaching(phase):
                 self.is_told |= self._decide(decided)
-        except PeerLostError:  # `result` will say so; and it is not waited for once more
-            self.is_told = True
+        except PeerLostError:  # `result` will say so
+            if not isinstance(error, Exception):  # Ctrl-C is not kept waiting once more
+                self.is_told = True
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase."""
@@ -326,7 +332,7 @@ class Operation:
 
     def _decide(self, outcome: dict[str, Any]) -> bool:
         """Returns whether this decision stands: the first one does."""
-        return self._board.set(f"{self._prefix}outcome/0", json.dumps(outcome))
+        return self._post("outcome/0", json.dumps(outcome))
 
     def gather(self, phase: str, deadline: float, *, together: bool = False) -> list[Any]:
         """Returns every host's payload of a phase, in host order. For the primary only.
@@ -554,20 +560,23 @@ class Operation:
             " is cut off from the network. Look at the log of host 0, and at the network of both."
             " Then restart the job; the last committed step will restore."
         )
-        return PeerLostError(
+        lost = PeerLostError(
             f"{told} {self.consequence('')}".rstrip(),
             phase=phase,
             failures={0: f"cannot be reached for {seconds}"},
             missing=[0],
         )
+        lost._is_heard = False
+        return lost
 
 
 def is_unheard(error: BaseException) -> bool:
     """Whether the other hosts do not know of it: agreements fail with errors of this module's tree,
     on all hosts; but not with what this one could not reach.
     """
-    unreachable = isinstance(error.__cause__, UnreachableError)
-    return unreachable or not isinstance(error, CheckpointError)
+    if isinstance(error, PeerLostError):
+        return not error._is_heard
+    return not isinstance(error, CheckpointError)
 
 
 def _first_line(error: BaseException) -> str:

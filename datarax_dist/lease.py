@@ -45,7 +45,7 @@ from datarax_dist import errors
 from datarax_dist import format as fmt
 from datarax_dist.clock import Clock
 from datarax_dist.errors import FormatVersionError, LeaseError, StorageError
-from datarax_dist.storage import Store
+from datarax_dist.storage import Store, root_is_away
 from datarax_dist.writers import is_certainly_dead, is_here, is_running, writer_identity
 
 __all__ = [
@@ -367,15 +367,10 @@ class Lease:
         if (lost := self._loss(record, epochs, reads or self._was_away)) is None:
             self._was_away = False
             return epochs
-        if not epochs and not self._store.children(""):
+        if not epochs and fmt.RUN_NAME not in self._store.children(""):
             # No reason to give the run up: it may be mounted again, as it was.
             self._was_away = True
-            raise StorageError(
-                f"There is nothing in {self._store.root}, or it is not there, and this job has"
-                " written to it. Is its file system mounted? If it was removed, close every"
-                " Checkpointer of this root, and open a new one.",
-                errno=errno.ENOENT,
-            )
+            raise root_is_away(self._store.root, "is not there, or nothing of the run is")
         self._lost = lost
         logger.error("%s", lost)
         raise lost

@@ -74,7 +74,14 @@ from datarax_dist.inspection import (
 from datarax_dist.lease import Right, Unguarded
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
 from datarax_dist.request import ArrayWrite, SaveReport, SaveRequest
-from datarax_dist.storage import Entry, Store, SupportsRename, SupportsSweep, for_each
+from datarax_dist.storage import (
+    Entry,
+    Store,
+    SupportsRename,
+    SupportsSweep,
+    for_each,
+    root_is_away,
+)
 from datarax_dist.telemetry import Phases
 from datarax_dist.writers import writer_identity
 
@@ -113,6 +120,7 @@ class Saver:
         self.has_swept = False
         self.claim = b""  # of the save under way
         self._known = _Known()
+        self._run: str | None = None  # that this job has taken; on the primary
 
     def learn(self, inspection: Inspection) -> None:
         """Takes in what the root holds, as far as a bucket need not be asked again. For the
@@ -155,9 +163,13 @@ class Saver:
             )
         self._is_taken = True
 
+    def ask_anew(self) -> None:
+        """Takes note that the run is let go: the next call takes it. Collective."""
+        self._has_asked = False
+
     def let_go(self, lease: Right) -> None:
         """Takes note that the lease was given back, and which one will be held next."""
-        self.lease, self._is_taken, self._has_asked = lease, False, False
+        self.lease, self._is_taken = lease, False
 
     def agreement_seconds(self) -> float:
         """Returns how long hosts wait for each other, while the primary may wait for the run."""
@@ -169,8 +181,11 @@ class Saver:
         """Takes the run, if it has not. On the primary."""
         if self._is_taken:
             return
-        run = self._known.run or self._claim_run(self._store.children(""))
+        run = self._known.run
+        if run is None or isinstance(self._store, SupportsRename):
+            run = self._claim_run(self._store.children(""), run)
         self.lease.hold(run, self._fence)
+        self._run = run
         self.forget()  # another job may have held it since a restore of this one has looked
         self._is_taken = True
 
@@ -295,9 +310,8 @@ class Saver:
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
         if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
             return {**decided, "run": known.run}
-        if not (there := store.children("")):
-            self.lease.check()  # the run was there, and must not begin anew in an empty directory
-        run = self._claim_run(there)
+        there = store.children("")
+        run = self._claim_run(there, self._run)
         try:
             self._check_free(run, step, replace, there)
         except StepExistsError:
@@ -364,11 +378,19 @@ class Saver:
                 found.add(step)
         return sorted(found)
 
-    def _claim_run(self, there: Sequence[str]) -> str:
-        """Returns the run of the root, in which `there` is; makes one in a new root."""
+    def _claim_run(self, there: Sequence[str], known: str | None) -> str:
+        """Returns the run of the root, in which `there` is; makes one in a new root.
+
+        Args:
+            known: the run that this job has read or written here. It must not begin anew in the
+                directory on which its file system was mounted.
+        """
         store = self._store
         refuse_a_step(store, there)
         run = find_run(store) if there else None
+        if known is not None and run != known:
+            what = "is not there, or nothing of the run is" if run is None else "holds another run"
+            raise root_is_away(store.root, what)
         if run is not None and fmt.RUN_NAME in there:
             return run
         new = run or secrets.token_hex(16)

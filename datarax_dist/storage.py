@@ -39,6 +39,7 @@ __all__ = [
     "SupportsReplace",
     "for_each",
     "open_store",
+    "root_is_away",
 ]
 
 _CHUNK_BYTES = 1 << 20
@@ -187,6 +188,20 @@ def for_each(
         return [function(item) for item in rows]
     with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL, len(rows))) as pool:
         return list(pool.map(function, rows))
+
+
+def root_is_away(root: str, what: str) -> StorageError:
+    """Returns the error of who has seen a run, and sees it no more.
+
+    Args:
+        what: is there now.
+    """
+    return StorageError(
+        f"{root} {what}, and this job has read or written a run there. Is its file system mounted?"
+        " If the run was removed, close every Checkpointer of this root, and open a new one."
+        " Nothing was written.",
+        errno=errno.ENOENT,
+    )
 
 
 @contextlib.contextmanager

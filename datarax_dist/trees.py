@@ -288,6 +288,12 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             f"{name}: a {what} cannot be saved. Convert it to another type first.", path=name
         )
     if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.core.Tracer):
+            raise UnsupportedLeafError(
+                f"{name}: the array has no values yet, since JAX is tracing. Save outside of what"
+                " is jitted.",
+                path=name,
+            )
         if leaf.is_deleted():
             raise UnsupportedLeafError(
                 f"{name}: the array has been deleted. Was it donated to a jitted function? Save"

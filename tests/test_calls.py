@@ -356,6 +356,37 @@ def test_who_loses_the_reply_to_what_it_has_written_does_not_say_what_became_of_
     assert inspect_run(job.store).committed == [1]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_who_is_cut_off_while_it_says_why_it_failed_says_it_again(times: int) -> None:
+    job = Job(MemoryStore())
+
+    def cut_off(key: str) -> bool:
+        nonlocal times
+        if "/outcome/" in key and times:
+            times -= 1
+            raise unreachable()
+        return False
+
+    def silent() -> dict[int, Silence]:
+        nonlocal lasts
+        lasts -= 1
+        return {0: Silence(11.0, "the first", cut_off=True)} if lasts >= 0 else {}
+
+    job.boards[1].at["set"] = cut_off
+    lasts = times - 1
+    job.boards[1].silent = silent  # type: ignore[attr-defined]
+
+    def call(group: HostGroup) -> Any:
+        error = StorageError("it is full") if group.index == 1 else None
+        return group.exchange("vote", 1, error=error, timeout_seconds=OPTIONS.save_timeout_seconds)
+
+    ended = job.each(call, job.saves(1))
+    for host, (error, step) in enumerate(ended):
+        assert step == 1
+        if host != 1:
+            assert type(error) is PeerError and "it is full" in error.failures[1]
+
+
 def test_what_was_passed_over_is_told_by_who_waits_in_vain() -> None:
     """Hosts are one step apart, and one of them cannot save: the others do not take that for theirs
     and are told of it when they have waited.
@@ -498,19 +529,35 @@ class Count:
         self.number = state["number"]
 
 
+def opened(
+    job: Job, path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any
+) -> dict[int, dd.Checkpointer]:
+    """Returns a real `Checkpointer` for each host of a job."""
+    found: dict[int, dd.Checkpointer] = {}
+    for group in job.hosts.groups:
+        monkeypatch.setattr(checkpointer, "current_group", lambda *_, group=group: group)
+        found[group.index] = dd.Checkpointer(path / "run", options=OPTIONS, **more)
+    return found
+
+
+def cannot_drain(ckpt: Any, what: BaseException) -> None:
+    """Once."""
+
+    def cut() -> None:
+        del ckpt._drain
+        raise what
+
+    ckpt._drain = cut
+
+
 @pytest.mark.parametrize("what", [KeyboardInterrupt(), StorageError("it hangs", errno=None)])
 @pytest.mark.parametrize("call", ["save", "restore", "delete"])
 def test_who_cannot_end_its_save_before_a_call_tells_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, what: BaseException
 ) -> None:
     """Here one is interrupted, or its storage hangs, while a call waits for the save before."""
-    job, place = Job(MemoryStore(), 2), threading.local()
-    monkeypatch.setattr(checkpointer, "current_group", lambda *_: job.hosts.groups[place.index])
-    ckpts: dict[int, dd.Checkpointer] = {}
-
-    def opened(group: HostGroup) -> None:
-        place.index = group.index
-        ckpts[group.index] = dd.Checkpointer(tmp_path / "run", options=OPTIONS)
+    job = Job(MemoryStore(), 2)
+    ckpts = opened(job, tmp_path, monkeypatch)
 
     def saves(step: int) -> Callable[[HostGroup], int]:
         return lambda group: ckpts[group.index].save(step, data=Count()).result(SECONDS).step
@@ -518,18 +565,35 @@ def test_who_cannot_end_its_save_before_a_call_tells_the_others(
     def acts(group: HostGroup) -> Any:
         ckpt = ckpts[group.index]
         if group.index == 1:
-
-            def cut() -> None:
-                del ckpt._drain
-                raise what
-
-            ckpt._drain = cut  # type: ignore[method-assign]
+            cannot_drain(ckpt, what)
         if call == "save":
             return saves(2)(group)
         return ckpt.restore(data=Count()) if call == "restore" else ckpt.delete(1)
 
-    ended = job.each(opened, saves(1), acts, saves(3), lambda group: ckpts[group.index].all_steps())
+    ended = job.each(saves(1), acts, saves(3), lambda group: ckpts[group.index].all_steps())
     own = PeerError if isinstance(what, StorageError) else type(what)
-    check_told([errors for _, _, errors, *_ in ended], 1, own, type(what).__name__)
+    check_told([errors for _, errors, *_ in ended], 1, own, type(what).__name__)
     assert [steps for *_, steps in ended] == [[1, 3], [1, 3]]
+    job.each(lambda group: ckpts[group.index].close())
+
+
+def test_hosts_ask_alike_after_one_was_interrupted_while_it_let_the_run_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(MemoryStore(), 2)
+    ckpts = opened(job, tmp_path, monkeypatch, save_when=dd.every_steps(10))
+
+    def let_go(group: HostGroup) -> None:
+        if group.index == 0:
+            cannot_drain(ckpts[0], KeyboardInterrupt())
+        ckpts[group.index]._let_others_write()
+
+    def saves(step: int) -> Callable[[HostGroup], Any]:
+        return lambda group: ckpts[group.index].save(step, data=Count())
+
+    ended = job.each(saves(1), let_go, saves(2))
+    assert [(type(cut), none) for _, cut, none in ended] == [
+        (KeyboardInterrupt, None),
+        (type(None), None),
+    ]
     job.each(lambda group: ckpts[group.index].close())

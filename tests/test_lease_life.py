@@ -689,6 +689,55 @@ def test_a_save_while_the_root_is_away_brings_nothing_back(tmp_path: Path) -> No
         assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
 
 
+@pytest.mark.parametrize("what", ["nothing", "an empty directory", "another run"])
+def test_a_run_that_was_restored_does_not_begin_anew_where_it_is_away(
+    tmp_path: Path, what: str
+) -> None:
+    root = tmp_path / "run"
+    for path in (root, tmp_path / "other"):
+        with dd.Checkpointer(path) as ckpt:
+            ckpt.save(1, state={"w": np.ones(3)})
+    with dd.Checkpointer(root) as ckpt:
+        assert ckpt.restore().step == 1
+        root.rename(tmp_path / "away")
+        if what != "nothing":
+            root.mkdir()
+        if what == "another run":
+            root.rmdir()
+            (tmp_path / "other").rename(root)
+        before = sorted(root.rglob("*"))
+        with pytest.raises(StorageError, match="Is its file system mounted"):
+            ckpt.save(2, state={"w": np.ones(3)})
+        assert sorted(root.rglob("*")) == before
+        if root.exists():
+            root.rename(tmp_path / "gone")
+        (tmp_path / "away").rename(root)
+        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
+
+
+def test_a_root_that_goes_away_during_a_save_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the save still writes makes the directory anew."""
+    root, put = tmp_path / "run", LocalStore.put
+
+    def then_it_is_away(store: Any, key: str, data: bytes) -> None:
+        put(store, key, data)
+        if "2.staging" in key and key.endswith("/STEP.json"):
+            root.rename(tmp_path / "away")
+
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state={"w": np.ones(3)}).result(20)
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "put", then_it_is_away)
+            with pytest.raises(StorageError):
+                ckpt.save(2, state={"w": np.ones(3)}).result(20)
+            ckpt._drain()
+        shutil.rmtree(root)
+        (tmp_path / "away").rename(root)
+        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
+
+
 def test_a_root_that_was_removed_is_not_brought_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -697,7 +746,7 @@ def test_a_root_that_was_removed_is_not_brought_back(
     take(one)
     shutil.rmtree(root)
     for act in (one.renew, one.check, lambda: one.announce(1, "0" * 8)):
-        with pytest.raises(StorageError, match="If it was removed"):
+        with pytest.raises(StorageError, match="If the run was removed"):
             act()
     one.release()
     assert caplog.text == ""

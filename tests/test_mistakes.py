@@ -68,6 +68,18 @@ def test_a_donated_array_is_named_before_anything_is_written(tmp_path: Path) -> 
         assert raised.value.path == "a/w"
 
 
+def test_a_save_inside_of_what_is_jitted_is_told(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+
+        @jax.jit
+        def step(x: jax.Array) -> jax.Array:
+            ckpt.save(1, state={"w": x})
+            return x
+
+        with pytest.raises(errors.UnsupportedLeafError, match=r"w: .* Save outside"):
+            step(jnp.ones(3))
+
+
 def test_hosts_that_have_not_made_the_call_are_told_of_while_they_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
