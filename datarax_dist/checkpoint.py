@@ -185,7 +185,8 @@ class OrbaxCheckpointHandler:
             else directory
         )
         if root not in self._runs:
-            self._runs[root] = Run(root)
+            self._runs[root] = run = Run(root)
+            run._saver.keeps_to_a_run = False  # a directory may be removed, and made anew
         return self._runs[root]
 
     def save(

@@ -120,12 +120,17 @@ class Saver:
         self.has_swept = False
         self.claim = b""  # of the save under way
         self._known = _Known()
-        self._run: str | None = None  # that this job has taken; on the primary
+        # What was read here first is what is saved to, or a job would begin anew where its file
+        # system is not mounted. Not so for who takes the run for each save.
+        self.keeps_to_a_run = True
+        self._run: str | None = None  # that this job has read or taken; on the primary
 
     def learn(self, inspection: Inspection) -> None:
         """Takes in what the root holds, as far as a bucket need not be asked again. For the
         primary.
         """
+        if self.keeps_to_a_run and self._run is None:
+            self._run = inspection.run
         self._known = _Known(
             inspection.run,
             {
@@ -170,6 +175,7 @@ class Saver:
     def let_go(self, lease: Right) -> None:
         """Takes note that the lease was given back, and which one will be held next."""
         self.lease, self._is_taken = lease, False
+        self._run = self._run if self.keeps_to_a_run else None
 
     def agreement_seconds(self) -> float:
         """Returns how long hosts wait for each other, while the primary may wait for the run."""
@@ -181,9 +187,7 @@ class Saver:
         """Takes the run, if it has not. On the primary."""
         if self._is_taken:
             return
-        run = self._known.run
-        if run is None or isinstance(self._store, SupportsRename):
-            run = self._claim_run(self._store.children(""), run)
+        run = self._claim_run(self._store.children(""), self._run)
         self.lease.hold(run, self._fence)
         self._run = run
         self.forget()  # another job may have held it since a restore of this one has looked

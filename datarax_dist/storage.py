@@ -196,10 +196,10 @@ def root_is_away(root: str, what: str) -> StorageError:
     Args:
         what: is there now.
     """
+    mounted = "" if "://" in root else " Is its file system mounted?"
     return StorageError(
-        f"{root} {what}, and this job has read or written a run there. Is its file system mounted?"
-        " If the run was removed, close every Checkpointer of this root, and open a new one."
-        " Nothing was written.",
+        f"{root} {what}, and this job has read or written a run there.{mounted} If the run was"
+        " removed, close every Checkpointer of this root, and open a new one.",
         errno=errno.ENOENT,
     )
 

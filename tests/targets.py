@@ -479,6 +479,7 @@ def interrupted(root: str, pid: str, heard: str) -> Any:
     from datarax_dist import telemetry
 
     me = jax.process_index()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     if me == 1:
         pathlib.Path(pid).write_text(str(os.getpid()))
     ended: list[Any] = []

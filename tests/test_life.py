@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -451,6 +452,15 @@ def test_a_handler_keeps_nothing_of_the_leases_that_it_has_let_go(tmp_path: Path
     gc.collect()
     held = [one for one in gc.get_objects() if type(one) is sharing.Share]
     assert len([one for one in held if one.place == str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("step", [1, None])
+def test_a_directory_of_a_handler_may_be_made_anew(tmp_path: Path, step: int | None) -> None:
+    handler, root = OrbaxCheckpointHandler(), tmp_path / "run"
+    for _ in range(2):
+        handler.save(root, STATE, step=step)
+        assert handler.restore(root)["w"].tolist() == [1, 1, 1]
+        shutil.rmtree(root)
 
 
 def test_a_handler_whose_save_is_refused_lets_the_run_go(tmp_path: Path) -> None:
