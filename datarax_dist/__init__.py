@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from datarax_dist import data, errors
-    from datarax_dist.checkpointer import Checkpointer, Progress, Restored, SaveHandle, StepInfo
+    from datarax_dist.checkpointer import Checkpointer, Restored, StepInfo
     from datarax_dist.config import (
         KeepPolicy,
         Options,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         latest,
     )
     from datarax_dist.data import Checkpointable, CheckpointableIterator
+    from datarax_dist.handles import Progress, SaveHandle
     from datarax_dist.request import SaveReport
     from datarax_dist.restore import RestoreReport
     from datarax_dist.trees import tree_digest
@@ -60,10 +61,10 @@ _HOME = {
     "Checkpointer": "checkpointer",
     "KeepPolicy": "config",
     "Options": "config",
-    "Progress": "checkpointer",
+    "Progress": "handles",
     "RestoreReport": "restore",
     "Restored": "checkpointer",
-    "SaveHandle": "checkpointer",
+    "SaveHandle": "handles",
     "SavePolicy": "config",
     "SaveReport": "save",
     "StepInfo": "checkpointer",

@@ -42,7 +42,6 @@ import functools
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from datarax_dist import format as fmt
@@ -71,6 +70,7 @@ from datarax_dist.inspection import (
     read_records,
     refuse_a_step,
 )
+from datarax_dist.known import Known, step_of
 from datarax_dist.lease import Right, Unguarded
 from datarax_dist.publish import Staged, check_listing, not_ours, publish
 from datarax_dist.request import ArrayWrite, SaveReport, SaveRequest
@@ -119,7 +119,7 @@ class Saver:
         self._under_way: Sequence[str] = ()  # what this object writes to
         self.has_swept = False
         self.claim = b""  # of the save under way
-        self._known = _Known()
+        self._known = Known()
         # What was read here first is what is saved to, or a job would begin anew where its file
         # system is not mounted. Not so for who takes the run for each save.
         self.keeps_to_a_run = True
@@ -131,20 +131,11 @@ class Saver:
         """
         if self.keeps_to_a_run and self._run is None:
             self._run = inspection.run
-        self._known = _Known(
-            inspection.run,
-            {
-                c.step: c.state == "committed"
-                for c in inspection.candidates
-                if c.name == fmt.step_name(c.step) or c.state == "committed"
-            },
-            tidy=all(c.state not in ("staged", "deleting", "void") for c in inspection.candidates)
-            and not retention.has_stray_attempts(inspection.attempts, inspection),
-        )
+        self._known = Known.of(inspection)
 
     def forget(self) -> None:
         """The root may hold something else than what was learnt."""
-        self._known = _Known()
+        self._known = Known()
 
     def take(self, step: int) -> None:
         """Takes the run for this job, in the first call. Collective. Later ones do nothing: whether
@@ -175,7 +166,7 @@ class Saver:
     def let_go(self, lease: Right) -> None:
         """Takes note that the lease was given back, and which one will be held next."""
         self.lease, self._is_taken = lease, False
-        self._run = self._run if self.keeps_to_a_run else None
+        self._run = None
 
     def agreement_seconds(self) -> float:
         """Returns how long hosts wait for each other, while the primary may wait for the run."""
@@ -337,9 +328,9 @@ class Saver:
 
     def _learn_names(self, run: str, names: Sequence[str]) -> None:
         """In a bucket: which steps have anything, so that later saves need not ask."""
-        steps = [_step_of(name) for name in names]
+        steps = [step_of(name) for name in names]
         there = {step: self._known.steps.get(step) for step in steps if step is not None}
-        self._known = _Known(run, there, tidy=self._known.tidy)
+        self._known = Known(run, there, tidy=self._known.tidy)
 
     def _check_free(self, run: str, step: int, replace: bool, there: Sequence[str]) -> None:
         store, name = self._store, fmt.step_name(step)
@@ -369,7 +360,7 @@ class Saver:
             return inspect_run(store).committed
         found = set()
         for name in names:
-            step = _step_of(name)
+            step = step_of(name)
             if step is None:
                 continue
             if fmt.parse_step_name(name.rstrip("/")) is None:
@@ -409,30 +400,6 @@ class Saver:
                 step=None,
                 files=[fmt.RUN_NAME],
             ) from error
-
-
-@dataclass(slots=True)
-class _Known:
-    """What the primary knows of a bucket.
-
-    Attributes:
-        run: None when nothing is known.
-        steps: what has a directory -> whether it is committed; None where nobody has looked.
-        tidy: whether there are no leftovers.
-    """
-
-    run: str | None = None
-    steps: dict[int, bool | None] = field(default_factory=dict)
-    tidy: bool = False
-
-    def is_free(self, step: int) -> bool:
-        return self.run is not None and step not in self.steps
-
-
-def _step_of(name: str) -> int | None:
-    """Returns the step that a directory is, or was until its successor was there."""
-    step, aside = fmt.parse_step_name(name.rstrip("/")), fmt.parse_aside_name(name.rstrip("/"))
-    return aside[0] if aside is not None and aside[1] == "replaced" else step
 
 
 class StartedSave:

@@ -204,6 +204,35 @@ def test_ctrl_c_on_one_host_while_hosts_agree_is_heard_by_all_and_the_next_save_
     assert inspect_run(job.store).committed == [1, 3]
 
 
+@pytest.mark.parametrize("call", ["save", "restore"])
+def test_ctrl_c_while_the_service_does_not_answer_waits_for_one_request(call: str) -> None:
+    job = Job(MemoryStore())
+    job.each(job.saves(1))
+    asked: list[str] = []
+
+    def interrupt(key: str) -> bool:
+        if "/outcome/" in key:
+            raise KeyboardInterrupt
+        return False
+
+    def no_answer(key: str) -> bool:
+        if "/outcome/" in key:
+            asked.append(key)
+            raise unreachable()
+        return False
+
+    job.boards[1].at |= {"wait": interrupt, "set": no_answer}
+    [first] = job.each(
+        lambda group: (
+            (job.restore(group) if call == "restore" else job.save(group, 2))
+            if group.index == 1
+            else None
+        )
+    )[1:2]
+    assert type(first[0]) is KeyboardInterrupt
+    assert len(set(asked)) == 1 and len(asked) == 2, "one agreement, and its request once more"
+
+
 @stores
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_host_that_has_missed_a_call_is_with_the_others_in_the_next_one(

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import datarax_dist as dd
 from datarax_dist import config, sharing, writers
 from datarax_dist import format as fmt
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
@@ -677,66 +676,18 @@ def test_who_comes_back_to_another_run_has_lost_its_own(store: Any, act: str) ->
         getattr(one, act)()
 
 
-def test_a_save_while_the_root_is_away_brings_nothing_back(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    with dd.Checkpointer(root) as ckpt:
-        ckpt.save(1, state={"w": np.ones(3)}).result(20)
-        root.rename(tmp_path / "away")
-        with pytest.raises(StorageError, match="Is its file system mounted"):
-            ckpt.save(2, state={"w": np.ones(3)})
-        assert not root.exists()
-        (tmp_path / "away").rename(root)
-        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
-
-
-@pytest.mark.parametrize("what", ["nothing", "an empty directory", "another run"])
-def test_a_run_that_was_restored_does_not_begin_anew_where_it_is_away(
-    tmp_path: Path, what: str
+def test_a_lease_that_cannot_be_renewed_says_so_once(
+    watched: Watched, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = tmp_path / "run"
-    for path in (root, tmp_path / "other"):
-        with dd.Checkpointer(path) as ckpt:
-            ckpt.save(1, state={"w": np.ones(3)})
-    with dd.Checkpointer(root) as ckpt:
-        assert ckpt.restore().step == 1
-        root.rename(tmp_path / "away")
-        if what != "nothing":
-            root.mkdir()
-        if what == "another run":
-            root.rmdir()
-            (tmp_path / "other").rename(root)
-        before = sorted(root.rglob("*"))
-        assert ckpt.all_steps() == ([1] if what == "another run" else [])
-        with pytest.raises(StorageError, match="Is its file system mounted"):
-            ckpt.save(2, state={"w": np.ones(3)})
-        assert sorted(root.rglob("*")) == before
-        if root.exists():
-            root.rename(tmp_path / "gone")
-        (tmp_path / "away").rename(root)
-        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
-
-
-def test_a_root_that_goes_away_during_a_save_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the save still writes makes the directory anew."""
-    root, put = tmp_path / "run", LocalStore.put
-
-    def then_it_is_away(store: Any, key: str, data: bytes) -> None:
-        put(store, key, data)
-        if "2.staging" in key and key.endswith("/STEP.json"):
-            root.rename(tmp_path / "away")
-
-    with dd.Checkpointer(root) as ckpt:
-        ckpt.save(1, state={"w": np.ones(3)}).result(20)
-        with monkeypatch.context() as patch:
-            patch.setattr(LocalStore, "put", then_it_is_away)
-            with pytest.raises(StorageError):
-                ckpt.save(2, state={"w": np.ones(3)}).result(20)
-            ckpt._drain()
-        shutil.rmtree(root)
-        (tmp_path / "away").rename(root)
-        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
+    one = mine(watched, SystemClock(), ttl_seconds=SOON, renews=True)
+    take(one)
+    watched.failing = 5
+    while watched.failing:
+        watched.written.wait(0.01)
+    watched.written.clear()
+    assert watched.written.wait(10), "it is renewed again"
+    told = [record for record in caplog.records if "could not be renewed" in record.getMessage()]
+    assert len(told) == 1
 
 
 def test_a_root_that_was_removed_is_not_brought_back(

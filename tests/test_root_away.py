@@ -1,0 +1,76 @@
+"""A root that is not there for a while: its file system is not mounted, say."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import datarax_dist as dd
+from datarax_dist.errors import StorageError
+from datarax_dist.storage import LocalStore
+
+
+def test_a_save_while_the_root_is_away_brings_nothing_back(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state={"w": np.ones(3)}).result(20)
+        root.rename(tmp_path / "away")
+        with pytest.raises(StorageError, match="Is its file system mounted"):
+            ckpt.save(2, state={"w": np.ones(3)})
+        assert not root.exists()
+        (tmp_path / "away").rename(root)
+        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty directory", "another run"])
+def test_a_run_that_was_restored_does_not_begin_anew_where_it_is_away(
+    tmp_path: Path, what: str
+) -> None:
+    root = tmp_path / "run"
+    for path in (root, tmp_path / "other"):
+        with dd.Checkpointer(path) as ckpt:
+            ckpt.save(1, state={"w": np.ones(3)})
+    with dd.Checkpointer(root) as ckpt:
+        assert ckpt.restore().step == 1
+        root.rename(tmp_path / "away")
+        if what != "nothing":
+            root.mkdir()
+        if what == "another run":
+            root.rmdir()
+            (tmp_path / "other").rename(root)
+        before = sorted(root.rglob("*"))
+        assert ckpt.all_steps() == ([1] if what == "another run" else [])
+        with pytest.raises(StorageError, match="Is its file system mounted"):
+            ckpt.save(2, state={"w": np.ones(3)})
+        assert sorted(root.rglob("*")) == before
+        if root.exists():
+            root.rename(tmp_path / "gone")
+        (tmp_path / "away").rename(root)
+        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
+
+
+def test_a_root_that_goes_away_during_a_save_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the save still writes makes the directory anew."""
+    root, put = tmp_path / "run", LocalStore.put
+
+    def then_it_is_away(store: Any, key: str, data: bytes) -> None:
+        put(store, key, data)
+        if "2.staging" in key and key.endswith("/STEP.json"):
+            root.rename(tmp_path / "away")
+
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state={"w": np.ones(3)}).result(20)
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "put", then_it_is_away)
+            with pytest.raises(StorageError):
+                ckpt.save(2, state={"w": np.ones(3)}).result(20)
+            ckpt._drain()
+        shutil.rmtree(root)
+        (tmp_path / "away").rename(root)
+        assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
