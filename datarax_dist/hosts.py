@@ -129,8 +129,7 @@ class HostGroup:
             yield operation
         except BaseException as error:
             if is_unheard(error) and not operation.is_told:
-                with operation.part(name) as part:
-                    part.fail(name, error)
+                operation.fail_part(name, error)
             raise
         finally:
             operation.close()
@@ -229,6 +228,7 @@ class Operation:
         self._number = number
         self._prefix = prefix
         self._begun = 0  # parts
+        self._last: Operation | None = None  # of them
         self._passed_over = ""
         # The others hear from this host that it, or a part of it, has failed; or cannot.
         self.is_told = False
@@ -250,6 +250,7 @@ class Operation:
             self._call,
         )
         part._passed_over = self._passed_over
+        self._last = part
         self._begun += 1
         try:
             with part.failing(name):
@@ -257,12 +258,23 @@ class Operation:
         finally:
             self.is_told |= part.is_told
 
+    def fail_part(self, phase: str, error: BaseException) -> None:
+        """Fails the part in which the others may be: the last one, or the next one if that is
+        decided.
+        """
+        if self._last is not None:
+            self._last.fail(phase, error)
+            self.is_told |= self._last.is_told
+        if not self.is_told:
+            with self.part(phase) as part:
+                part.fail(phase, error)
+
     def begin_anew(self, why: str) -> None:
         """Takes the next number, as this one was another call's."""
         self._passed_over = f" Before, an agreement was passed over that {why}"
         self.close()
         self._number = self._group._next()
-        self._prefix, self._begun = f"{self._number}/", 0
+        self._prefix, self._begun, self._last = f"{self._number}/", 0, None
 
     @contextlib.contextmanager
     def failing(self, phase: str) -> Iterator[None]:
