@@ -291,6 +291,32 @@ def test_slow_retention_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert handle.result(SECONDS).deleted == (1,)
 
 
+def test_a_handle_is_left_a_moment_to_say_how_its_save_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that hears nothing of the primary knows it some seconds after the deadline only."""
+    with dd.Checkpointer(tmp_path / "run", options=dd.Options(save_timeout_seconds=100)) as ckpt:
+        ckpt._saver._clock = clock = Ahead()
+        stall = Stall(monkeypatch, "put", "TREE.json")
+        handle = ckpt.save(1, state=STATE)
+        assert stall.reached.wait(SECONDS)
+        clock.seconds += 100 + save._HANGS_SECONDS + 1
+        running = ckpt._running.started
+        hangs = running.hangs
+
+        def asked(more_seconds: float) -> str | None:
+            phase = hangs(more_seconds)
+            stall.goes_on.set()
+            return phase
+
+        monkeypatch.setattr(running, "hangs", asked)
+        assert hangs() is not None and not handle.done()
+        ckpt._drain()
+        assert stall.goes_on.is_set() and handle.done()
+        with contextlib.suppress(errors.StorageError):  # it is beyond its deadline
+            handle.result(SECONDS)
+
+
 # The end
 
 
