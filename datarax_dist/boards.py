@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -116,7 +117,6 @@ class PatientClient:
     def __init__(self, client: Any, silence_seconds: float = SILENCE_SECONDS) -> None:
         self._client = client
         self._beacons = _beacons()
-        self._calls = _Calls()
         self._silence_seconds = silence_seconds
 
     def silent(self) -> Mapping[int, Silence]:
@@ -124,15 +124,19 @@ class PatientClient:
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         """Raises `UnreachableError` when the service does not answer."""
-        call: Future[Any] | None = None
+        begun: tuple[_Calls, Future[Any]] | None = None
         while True:
             silence = self.silent().get(0)
             if silence is not None and silence.cut_off:
-                self._calls = _Calls()  # the thread of the old ones hangs
+                if begun is not None:
+                    calls, call = begun
+                    call.cancel()
+                    calls.give_up()
                 raise UnreachableError("it does not answer", silence)
-            call = call or self._calls.begin(functools.partial(function, *arguments, **more))
-            if wait([call], _SLICE_SECONDS).done:
-                return call.result()
+            if begun is None:
+                begun = _Calls.begin(functools.partial(function, *arguments, **more))
+            if wait([begun[1]], _SLICE_SECONDS).done:
+                return begun[1].result()
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._client, name)
@@ -192,31 +196,52 @@ class JaxBoard:
 
 
 class _Calls:
-    """A thread that makes calls which may hang for ever. It is a daemon, so that a process whose
-    calls hang can end.
+    """A thread that makes calls which may hang for ever: one for the process, and another one when
+    it hangs. It is a daemon, so that a process whose calls hang can end.
     """
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._begun = False
-        self._lock = threading.Lock()
+    _current: _Calls | None = None
+    _lock = threading.Lock()
 
-    def begin(self, work: Callable[[], Any]) -> Future[Any]:
-        with self._lock:
-            if not self._begun:
-                threading.Thread(target=self._run, name="datarax_dist-board", daemon=True).start()
-                self._begun = True
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        threading.Thread(target=self._run, name="datarax_dist-board", daemon=True).start()
+
+    @classmethod
+    def begin(cls, work: Callable[[], Any]) -> tuple[_Calls, Future[Any]]:
+        """Returns the call, and on whose thread it is."""
         call: Future[Any] = Future()
-        self._queue.put((call, work))
-        return call
+        with cls._lock:
+            calls = cls._current = cls._current or cls()
+            calls._queue.put((call, work))
+        return calls, call
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a forked child, which has no such thread."""
+        cls._current, cls._lock = None, threading.Lock()
+
+    def give_up(self) -> None:
+        """Its thread hangs. When it does not any more, it ends."""
+        with self._lock:
+            if _Calls._current is self:
+                _Calls._current = None
+                self._queue.put(None)
 
     def _run(self) -> None:
-        while True:
-            call, work = self._queue.get()
+        while (told := self._queue.get()) is not None:
+            call, work = told
+            if not call.set_running_or_notify_cancel():
+                continue
             try:
                 call.set_result(work())
             except BaseException as error:
                 call.set_exception(error)
+
+
+os.register_at_fork(after_in_child=_Calls.forget)
 
 
 def _place() -> tuple[int, int]:

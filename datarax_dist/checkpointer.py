@@ -652,6 +652,7 @@ class Checkpointer:
         try:
             self._drain()
             self._let_go()  # not where the worker hangs: it may write yet
+            self._group.close()
         finally:
             self._worker.shutdown(wait=False)
             with contextlib.suppress(Exception):  # it has failed a save, which has said so
@@ -737,6 +738,7 @@ def _watch(started: StartedSave, handle: SaveHandle) -> None:
         handle._settle(report=report)
     except BaseException as error:
         handle._settle(error=error)
+        started.tell()
 
 
 def _no_step(step: Any) -> InvalidArgumentError:

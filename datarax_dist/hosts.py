@@ -28,6 +28,7 @@ import logging
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ _TOLD_SECONDS = 30.0  # how soon it is said that hosts are waited for
 _PATIENCE_SECONDS = 3.0
 _GRACE_SECONDS = 10.0  # how long after a deadline the others wait for the primary to say so
 _LATE_SECONDS = 0.5  # and it for itself, where it hangs
+_TELL_SECONDS = 0.5
 
 
 class _AnotherCallError(CheckpointError):
@@ -82,6 +84,8 @@ class HostGroup:
         self._lock = threading.Lock()
         self._open: set[int] = set()
         self._cleared = 0
+        self._untold: dict[str, str] = {}  # failures, until the board has them
+        self._siblings: _Siblings | None = None
         self.index = board.index
         self.count = board.count
         self.name = names[board.index] if names else socket.gethostname()
@@ -141,6 +145,42 @@ class HostGroup:
     def _closed(self, number: int) -> None:
         with self._lock:
             self._open.discard(number)
+
+    def _set(self, key: str, row: str) -> bool:
+        try:
+            return self._board.set(key, row)
+        except UnreachableError:  # for a moment only, maybe; and it may have arrived
+            return self._board.set(key, row)
+
+    def _tell(self, key: str = "", row: str = "") -> bool:
+        """Says what has failed: `row`, and before it what could not be said yet, or the others
+        would wait for it. Returns whether `row` is the first decision.
+        """
+        with self._lock:
+            if key:
+                self._untold.setdefault(key, row)
+            untold = list(self._untold.items())
+        stands = False
+        for told, decided in untold:
+            is_first = self._set(told, decided)
+            stands |= is_first and told == key
+            with self._lock:
+                self._untold.pop(told, None)
+        return stands
+
+    def tell(self, seconds: float) -> None:
+        """Says what could not be said yet, as soon as the board answers; gives up in the end."""
+        deadline = self._clock.monotonic() + seconds
+        while self._untold and self._clock.monotonic() < deadline:
+            with contextlib.suppress(UnreachableError):
+                self._tell()
+                return
+            self._clock.sleep(_TELL_SECONDS)
+
+    def close(self) -> None:
+        """Takes note that this host will make no more calls in this group."""
+        if self._siblings is not None:
+            self._siblings.closed(self)
 
     def _clear_before(self, number: int) -> None:
         """Forgets the registers that no host will read again. For the primary."""
@@ -292,16 +332,12 @@ class Operation:
         Raises:
             PeerLostError: the board does not answer; so do the other methods.
         """
-        row = json.dumps([self._group._oldest_open(), payload])
+        row = [self._group._oldest_open(), payload]
+        if self._group._siblings is not None and not self._number:
+            row.append(self._group._siblings.oldest())
         with self._reaching(phase):
-            self._post(f"{phase}/{self._group.index}", row)
-
-    def _post(self, key: str, row: str) -> bool:
-        key = self._prefix + key
-        try:
-            return self._board.set(key, row)
-        except UnreachableError:  # for a moment only, maybe; and it may have arrived
-            return self._board.set(key, row)
+            self._group._tell()
+            self._group._set(f"{self._prefix}{phase}/{self._group.index}", json.dumps(row))
 
     def close(self) -> None:
         """Says that this host will not ask for this operation again; its registers may go."""
@@ -325,15 +361,15 @@ class Operation:
         decided = {"phase": phase, "host": self._group.index, "error": told, "call": call}
         try:
             with self._reaching(phase):
-                self.is_told |= self._decide(decided)
-        except PeerLostError:  # `result` will say so
+                self.is_told |= self._group._tell(f"{self._prefix}outcome/0", json.dumps(decided))
+        except PeerLostError:  # `result` will say so, and it is said as soon as it can be
             if not isinstance(error, Exception):  # Ctrl-C is not kept waiting once more
                 self.is_told = True
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase."""
         with self._reaching(""):
-            self._decide({"result": result})
+            self._group._set(f"{self._prefix}outcome/0", json.dumps({"result": result}))
 
     @contextlib.contextmanager
     def _reaching(self, phase: str) -> Iterator[None]:
@@ -341,10 +377,6 @@ class Operation:
             yield
         except UnreachableError as error:
             raise self._out_of_reach(phase, error) from error
-
-    def _decide(self, outcome: dict[str, Any]) -> bool:
-        """Returns whether this decision stands: the first one does."""
-        return self._post("outcome/0", json.dumps(outcome))
 
     def gather(self, phase: str, deadline: float, *, together: bool = False) -> list[Any]:
         """Returns every host's payload of a phase, in host order. For the primary only.
@@ -385,8 +417,10 @@ class Operation:
             if self._has_arrived(phase, missing[len(missing) // 2], min(left, _CHECK_SECONDS)):
                 rows, missing = self._arrived(phase)
         found = [json.loads(rows[host]) for host in range(self._group.count)]
-        self._group._clear_before(min(oldest for oldest, _ in found))
-        return [payload for _, payload in found]
+        self._group._clear_before(min(row[0] for row in found))
+        if self._group._siblings is not None and not self._number:
+            self._group._siblings.clear_before(min(row[2] for row in found))
+        return [row[1] for row in found]
 
     def _gone(self, missing: Sequence[int], together: bool) -> list[int]:
         silent = self._board.silent()
@@ -421,7 +455,10 @@ class Operation:
         """
         try:
             payloads = self.gather(phase, deadline, together=together)
-        except PeerError:
+            self.check(phase)  # all have come, and some may have gone since
+        except PeerError as error:
+            if is_unheard(error):
+                raise
             return  # decided already
         try:
             self.succeed(leader(payloads))
@@ -458,6 +495,8 @@ class Operation:
         begin = self._clock.monotonic()
         patience = _PATIENCE_SECONDS if self._group.is_primary else 0.0
         while (value := self._outcome(phase)) is None:
+            with contextlib.suppress(UnreachableError):
+                self._group._tell()
             now, silent = self._clock.monotonic(), self._board.silent()
             # The primary decides at the deadline; the others leave it a moment to say so.
             is_late = now >= deadline + grace
@@ -643,7 +682,41 @@ def _warn_of_a_job_of_its_own() -> None:
         )
 
 
-_opened: dict[str, int] = {}
+class _Siblings:
+    """The groups of this process on one root: one for each `Checkpointer`, one after the other or
+    side by side, in the same order on every host.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._opened = 0
+        self._open: weakref.WeakValueDictionary[int, HostGroup] = weakref.WeakValueDictionary()
+        self._cleared = 1
+
+    def open(self, silence_seconds: float) -> HostGroup:
+        self._opened += 1
+        group = HostGroup(JaxBoard(f"{self._namespace}/{self._opened}", silence_seconds))
+        group._siblings = self
+        self._open[self._opened] = group
+        return group
+
+    def closed(self, group: HostGroup) -> None:
+        for number, other in list(self._open.items()):
+            if other is group:
+                del self._open[number]
+
+    def oldest(self) -> int:
+        """Returns the first of them that is still used here."""
+        return min(self._open.keys(), default=self._opened + 1)
+
+    def clear_before(self, number: int) -> None:
+        """Forgets the registers of those that no host uses any more. For the primary."""
+        for old in range(self._cleared, number):
+            JaxBoard(f"{self._namespace}/{old}").clear("")
+        self._cleared = max(self._cleared, number)
+
+
+_siblings: dict[str, _Siblings] = {}
 
 
 def current_group(root: str, silence_seconds: float = SILENCE_SECONDS) -> HostGroup:
@@ -657,6 +730,6 @@ def current_group(root: str, silence_seconds: float = SILENCE_SECONDS) -> HostGr
     if distributed.global_state.client is None:
         _warn_of_a_job_of_its_own()
         return HostGroup(LocalBoard())
-    _opened[root] = number = _opened.get(root, 0) + 1
-    namespace = f"{hashlib.sha256(root.encode()).hexdigest()[:16]}/{number}"
-    return HostGroup(JaxBoard(namespace, silence_seconds))
+    if root not in _siblings:
+        _siblings[root] = _Siblings(hashlib.sha256(root.encode()).hexdigest()[:16])
+    return _siblings[root].open(silence_seconds)

@@ -199,7 +199,6 @@ class Lease:
         self._record: fmt.LeaseRecord | None = None
         self._leaving: fmt.LeaseRecord | None = None  # says that it is released; not written yet
         self._is_over = False  # it has no user any more
-        self._was_away = False  # the root; what is there now may be another run
         self._lost: LeaseError | None = None
         self._lock = threading.RLock()  # one write of the file at a time
         self._keeper: threading.Thread | None = None
@@ -357,37 +356,29 @@ class Lease:
             raise LeaseError(f"This job does not hold {self._store.root}; nothing was changed.")
         return record
 
-    def _ask(self, record: fmt.LeaseRecord, *, reads: bool = False) -> list[int]:
-        """Returns the epochs that there are, if ours is the newest.
-
-        Args:
-            reads: look into our own file, too, before it is written again.
-        """
+    def _ask(self, record: fmt.LeaseRecord) -> list[int]:
+        """Returns the epochs that there are, if ours is the newest, and ours."""
         epochs = _epochs(self._store)
-        if (lost := self._loss(record, epochs, reads or self._was_away)) is None:
-            self._was_away = False
+        if (lost := self._loss(record, epochs)) is None:
             return epochs
         if not epochs and fmt.RUN_NAME not in self._store.children(""):
             # No reason to give the run up: it may be mounted again, as it was.
-            self._was_away = True
             raise root_is_away(self._store.root, "is not there, or nothing of the run is")
         self._lost = lost
         logger.error("%s", lost)
         raise lost
 
-    def _loss(
-        self, record: fmt.LeaseRecord, epochs: Sequence[int], reads: bool
-    ) -> LeaseError | None:
+    def _loss(self, record: fmt.LeaseRecord, epochs: Sequence[int]) -> LeaseError | None:
         newest = max(epochs, default=0)
         if newest > record.epoch:
             return self._lost_to(_read(self._store, newest) or _Seen(newest, b"", None))
-        # A listing may be without a file that is replaced meanwhile.
-        if reads or record.epoch not in epochs:
-            seen = _read(self._store, record.epoch)
-            if seen is None:
-                return self._removed(record)
-            if seen.record is not None and seen.record.nonce != record.nonce:
-                return self._lost_to(seen)  # all were removed, and it has begun anew
+        # Whatever a listing says: it may be without a file that is replaced meanwhile; and all may
+        # have been removed, and another job have begun anew.
+        seen = _read(self._store, record.epoch)
+        if seen is None:
+            return self._removed(record)
+        if seen.record is not None and seen.record.nonce != record.nonce:
+            return self._lost_to(seen)
         return None
 
     def raise_if_lost(self) -> None:
@@ -412,7 +403,7 @@ class Lease:
         with self._lock:
             if self._record is not None:
                 record = self._record
-                self._ask(record, reads=True)
+                self._ask(record)
                 # The last few, since objects of this process on one root delete at once.
                 deleting = (*record.deleting[-7:], (step, marker_digest))
                 self._write(dataclasses.replace(record, deleting=deleting))
@@ -428,7 +419,7 @@ class Lease:
         with self._lock:
             self.raise_if_lost()
             record = self._held()
-            epochs = self._ask(record, reads=True)
+            epochs = self._ask(record)
             self._write(dataclasses.replace(record, renewals=record.renewals + 1))
             self._delete_older(record, epochs)
 
@@ -509,7 +500,7 @@ class Lease:
         if (leaving := self._leaving) is None:
             return
         epochs = _epochs(self._store)
-        if self._loss(leaving, epochs, reads=True) is None:
+        if self._loss(leaving, epochs) is None:
             self._store.put(fmt.lease_name(leaving.epoch), fmt.dump_lease(leaving))
             with contextlib.suppress(StorageError):  # the next one does it
                 self._delete_older(leaving, epochs)

@@ -184,19 +184,20 @@ class Restorer:
 
     def inspect(self) -> Inspection:
         """Returns the primary's view of the root, on every host."""
-        return self._inspect(None, self._list)
+        return self._inspect("look", None, self._list)
 
     def _exchange(self, phase: str, payload: Any = None, **more: Any) -> Any:
         return self._group.exchange(phase, payload, within=self._operation, **more)
 
     def _inspect(
         self,
+        phase: str,
         step: int | None,
         leader: Callable[[Sequence[Any]], dict[str, Any]],
         refused: BaseException | None = None,
     ) -> Inspection:
         body = self._exchange(
-            "list",
+            phase,
             [self._store.root, step],
             error=refused,
             leader=leader,
@@ -273,7 +274,7 @@ class Restorer:
                 for _ in range(_TRIES):
                     try:
                         with phases.span("list"):
-                            inspection = self._inspect(step, self._propose, refused)
+                            inspection = self._inspect("list", step, self._propose, refused)
                         return self._restore(inspection, step, load, phases)
                     except _MovedError:
                         logger.info(

@@ -90,6 +90,7 @@ __all__ = ["Saver", "StartedSave"]
 logger = logging.getLogger("datarax_dist")
 
 _HANGS_SECONDS = 10.0  # after the deadline
+_TELLS_SECONDS = 15.0  # who has been cut off for longer is named by the others
 _CANCEL_SECONDS = 5.0  # for the end of a write that nobody has begun yet
 
 
@@ -303,7 +304,11 @@ class Saver:
         self._under_way = staging, fmt.step_name(step), aside
         self.lease.under_way.update(self._under_way)
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
-        if not isinstance(store, SupportsRename) and known.run and known.is_free(step):
+        if (
+            not isinstance(store, SupportsRename)
+            and known.run == self._run is not None
+            and known.is_free(step)
+        ):
             return {**decided, "run": known.run}
         there = store.children("")
         run = self._claim_run(there, self._run)
@@ -488,6 +493,10 @@ class StartedSave:
             self.operation.result("written", self._deadline, own=self._failure, late=late)
         )
 
+    def tell(self) -> None:
+        """Says why it has failed, if that could not be said yet."""
+        self._group.tell(min(_TELLS_SECONDS, self.seconds_left()))
+
     def _report(self, decided: Mapping[str, Any], deleted: Sequence[int] = ()) -> SaveReport:
         seconds = dict(self.phases.seconds)
         return SaveReport(self.step, int(decided["bytes"]), seconds, tuple(deleted))
@@ -537,7 +546,8 @@ class StartedSave:
             self._saver.forget()
             raise
         self._saver.suspects.discard(self.step)
-        self._saver._known.steps[self.step] = True
+        if self._group.is_primary:
+            self._saver._known.steps[self.step] = True
         # What retention deletes may take as long again.
         self._deadline = self._saver._clock.monotonic() + self._saver._options.save_timeout_seconds
         return self._report(decided, self._retire() if self._group.is_primary else [])

@@ -136,12 +136,12 @@ class LateJob(Job):
         self._clock = FakeClock()
         super().__init__(store, count, self._clock)
         self._late = late
-        self._ended = [threading.Event() for _ in range(count)]
-        self._ended[late].set()
+        self.ended = [threading.Event() for _ in range(count)]
+        self.ended[late].set()
 
     def let_time_pass(self) -> None:
         """Until all others have ended."""
-        while not all(ended.wait(0.05) for ended in self._ended):
+        while not all(ended.wait(0.05) for ended in self.ended):
             self._clock.sleep(60)
 
     def waits(self, group: HostGroup, step: int) -> int | None:
@@ -151,7 +151,7 @@ class LateJob(Job):
         try:
             return self.save(group, step)
         finally:
-            self._ended[group.index].set()
+            self.ended[group.index].set()
 
 
 def check_told(errors: list[Any], victim: int, own: type, text: str) -> None:
@@ -339,6 +339,120 @@ def test_a_host_that_could_not_say_how_far_it_is_fails_the_save_at_once(
     ended = job.each(job.saves(1), job.saves(2))
     check_told([one for one, _ in ended], victim, PeerLostError, "could not reach JAX's")
     assert [two for _, two in ended] == [2, 2, 2]
+
+
+@stores
+@pytest.mark.parametrize("call", ["restore", "exchange"])
+def test_a_primary_that_comes_when_the_call_has_failed_does_nothing(make: Any, call: str) -> None:
+    job, led = LateJob(make(), 0), []
+
+    def late(group: HostGroup) -> Any:
+        if group.index == 0:
+            job.let_time_pass()
+        try:
+            if call == "restore":
+                return job.restore(group)
+            return group.exchange("delete", leader=led.append, timeout_seconds=5)
+        finally:
+            job.ended[group.index].set()
+
+    ended = job.each(job.saves(1), late, job.restore)
+    for one, two, three in ended:
+        assert type(two) is PeerLostError and two.missing == [0]
+        assert (one, three[0]) == (1, 1)
+    assert not led, "it was not deleted"
+    assert not [name for name in job.store.children("") if "restoring" in name]
+
+
+@stores
+@pytest.mark.parametrize("call", ["save", "restore"])
+def test_a_primary_that_cannot_see_who_has_come_fails_the_call_at_once(
+    make: Any, call: str
+) -> None:
+    job = Job(make())
+    phase = "/prepare/" if call == "save" else "/verify/"
+
+    def cut_off(key: str) -> bool:
+        if phase not in key:
+            return False
+        del job.boards[0].at["read"]
+        raise unreachable()
+
+    job.each(job.saves(1))
+    job.boards[0].at["read"] = cut_off
+    ended = job.each(job.saves(2) if call == "save" else job.restore, job.saves(3))
+    check_told([two for two, _ in ended], 0, PeerLostError, "could not reach JAX's")
+    assert [three for _, three in ended] == [3, 3, 3]
+
+
+@stores
+@pytest.mark.parametrize("phase", ["prepare", "arrays"])
+def test_who_can_reach_nobody_for_a_while_says_what_has_failed_when_it_can(
+    make: Any, phase: str
+) -> None:
+    """In the next call, if not before; here before: while it waits for what the others say, or
+    says that the whole has failed.
+    """
+    job, left = Job(make()), 4
+
+    def cut_off(key: str) -> bool:
+        nonlocal left
+        if left and (f"/{phase}/" in key or "/outcome/" in key):
+            left -= 1
+            raise unreachable()
+        return False
+
+    job.each(job.saves(1))
+    job.boards[1].at["set"] = cut_off
+    ended = job.each(job.saves(2), job.saves(3))
+    assert left == 0
+    for host, (two, three) in enumerate(ended):
+        assert type(two) is (PeerLostError if host == 1 else PeerError)
+        assert host == 1 or list(two.failures) == [1]
+        assert three == 3
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", ["its watcher", "its next call"])
+def test_who_can_reach_nobody_until_its_save_has_ended_says_what_has_failed_after_it(
+    how: str, victim: int
+) -> None:
+    job, is_away = Job(MemoryStore()), threading.Event()
+
+    def cut_off(key: str) -> bool:
+        if is_away.is_set() and ("/arrays/" in key or "/outcome/" in key):
+            raise unreachable()
+        return False
+
+    def watched(group: HostGroup) -> int:
+        started = job.begin(group, 2)
+        if group.index != victim:
+            return started.finish().step
+        is_away.set()
+        try:
+            return started.finish().step
+        finally:
+            if how == "its watcher":
+                handle = checkpointer.SaveHandle(2, started.phases)
+                watcher = threading.Thread(target=checkpointer._watch, args=(started, handle))
+                watcher.start()
+                with pytest.raises(PeerLostError):
+                    handle.result(SECONDS)
+            is_away.clear()
+            if how == "its watcher":
+                watcher.join(SECONDS)
+
+    def saves_and_goes_on(group: HostGroup) -> Any:
+        try:
+            return watched(group)
+        finally:
+            group.exchange("next", timeout_seconds=SECONDS)
+
+    job.each(job.saves(1))
+    job.boards[victim].at |= {"set": cut_off, "wait": cut_off}
+    for host, [two] in enumerate(job.each(saves_and_goes_on)):
+        assert type(two) is (PeerLostError if host == victim else PeerError)
+        assert host == victim or "could not reach JAX's" in two.failures[victim]
 
 
 @stores

@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 
 import datarax_dist as dd
-from datarax_dist.errors import StorageError
+from datarax_dist.boards import LocalBoard
+from datarax_dist.clock import SystemClock
+from datarax_dist.errors import LeaseError, StorageError
+from datarax_dist.hosts import HostGroup
+from datarax_dist.inspection import inspect_run
+from datarax_dist.lease import Lease
+from datarax_dist.request import SaveRequest
+from datarax_dist.save import Saver
 from datarax_dist.storage import LocalStore
+from datarax_dist.telemetry import Phases
+from datarax_dist.testing import MemoryArrays, MemoryBucket
 
 
 def test_a_save_while_the_root_is_away_brings_nothing_back(tmp_path: Path) -> None:
@@ -74,3 +83,35 @@ def test_a_root_that_goes_away_during_a_save_is_not_lost(
         shutil.rmtree(root)
         (tmp_path / "away").rename(root)
         assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
+
+
+@pytest.mark.parametrize(
+    ("has_leases", "looks"), [(True, False), (True, True), (False, True)], ids=str
+)
+def test_a_bucket_that_holds_another_run_is_not_written_to(has_leases: bool, looks: bool) -> None:
+    """Both leases have epoch 1, and this one knows from before what there is."""
+
+    def saver(store: MemoryBucket) -> Saver:
+        lease = Lease(store, SystemClock(), ttl_seconds=60) if has_leases else None
+        return Saver(store, HostGroup(LocalBoard()), SystemClock(), dd.Options(), None, lease)
+
+    def save(one: Saver, step: int) -> int:
+        writer = MemoryArrays(one._store, 0, {"a": b"x"})
+        request = SaveRequest(
+            step=step, writer=writer, shared={"TREE.json": b"{}"}, items=("state",)
+        )
+        return one.begin(step, lambda: request, Phases("save", 0)).finish().step
+
+    ours, other = MemoryBucket(), MemoryBucket()
+    one = saver(ours)
+    assert (save(one, 1), save(saver(other), 1)) == (1, 1)
+    for key in list(ours.files):
+        del ours.files[key]
+    ours.files.update(other.files)
+    if looks:
+        one.learn(inspect_run(ours))
+    before = dict(ours.files)
+    with pytest.raises((StorageError, LeaseError)):
+        save(one, 2)
+    assert inspect_run(ours).committed == [1]
+    assert all(ours.files[key] == data for key, data in before.items())
