@@ -357,6 +357,7 @@ class Checkpointer:
         except BaseException as error:
             logger.error("%s: the save of step %d failed: %s", self._root, started.step, error)
             handle._settle(error=error)
+            started.tell()
             started.clean_up()
         finally:
             if watcher.ident is not None:
@@ -738,7 +739,6 @@ def _watch(started: StartedSave, handle: SaveHandle) -> None:
         handle._settle(report=report)
     except BaseException as error:
         handle._settle(error=error)
-        started.tell()
 
 
 def _no_step(step: Any) -> InvalidArgumentError:

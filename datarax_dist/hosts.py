@@ -179,6 +179,8 @@ class HostGroup:
 
     def close(self) -> None:
         """Takes note that this host will make no more calls in this group."""
+        with contextlib.suppress(UnreachableError):
+            self._tell()
         if self._siblings is not None:
             self._siblings.closed(self)
 
@@ -428,7 +430,7 @@ class Operation:
 
     def _arrived(self, phase: str) -> tuple[dict[int, str], list[int]]:
         """Returns what hosts have contributed to a phase, and which have not yet."""
-        rows = {int(key.rpartition("/")[2]): row for key, row in self._read(phase).items()}
+        rows = {int(key.rpartition("/")[2]): row for key, row in self._read(phase, phase).items()}
         return rows, [host for host in range(self._group.count) if host not in rows]
 
     def await_primary(self, phase: str, deadline: float) -> None:
@@ -469,9 +471,7 @@ class Operation:
 
     def check(self, phase: str) -> None:
         """Raises when the operation has failed already."""
-        with self._reaching(phase):
-            outcome = self._board.read(self._prefix + "outcome/")
-        for value in outcome.values():
+        for value in self._read("outcome", phase).values():
             if "error" in (decided := json.loads(value)):
                 raise self._error(decided)
 
@@ -538,9 +538,13 @@ class Operation:
         with self._reaching(phase):
             return self._board.wait(self._prefix + "outcome/0", _SLICE_SECONDS)
 
-    def _read(self, phase: str) -> dict[str, str]:
+    def _read(self, rows: str, phase: str) -> dict[str, str]:
+        prefix = f"{self._prefix}{rows}/"
         with self._reaching(phase):
-            return self._board.read(f"{self._prefix}{phase}/")
+            try:
+                return self._board.read(prefix)
+            except UnreachableError:  # for a moment only, maybe
+                return self._board.read(prefix)
 
     def _error(self, outcome: dict[str, Any]) -> CheckpointError:
         cause = errors.decode(outcome["error"])
@@ -692,28 +696,34 @@ class _Siblings:
         self._opened = 0
         self._open: weakref.WeakValueDictionary[int, HostGroup] = weakref.WeakValueDictionary()
         self._cleared = 1
+        self._lock = threading.RLock()  # a group may be dropped wherever it is held
 
     def open(self, silence_seconds: float) -> HostGroup:
-        self._opened += 1
-        group = HostGroup(JaxBoard(f"{self._namespace}/{self._opened}", silence_seconds))
-        group._siblings = self
-        self._open[self._opened] = group
+        with self._lock:
+            self._opened += 1
+            group = HostGroup(JaxBoard(f"{self._namespace}/{self._opened}", silence_seconds))
+            group._siblings = self
+            self._open[self._opened] = group
         return group
 
     def closed(self, group: HostGroup) -> None:
-        for number, other in list(self._open.items()):
-            if other is group:
-                del self._open[number]
+        with self._lock:
+            for number, other in list(self._open.items()):
+                if other is group:
+                    del self._open[number]
 
     def oldest(self) -> int:
         """Returns the first of them that is still used here."""
-        return min(self._open.keys(), default=self._opened + 1)
+        with self._lock:
+            return min(self._open.keys(), default=self._opened + 1)
 
     def clear_before(self, number: int) -> None:
         """Forgets the registers of those that no host uses any more. For the primary."""
-        for old in range(self._cleared, number):
+        with self._lock:
+            numbers = range(self._cleared, number)
+            self._cleared = max(self._cleared, number)
+        for old in numbers:
             JaxBoard(f"{self._namespace}/{old}").clear("")
-        self._cleared = max(self._cleared, number)
 
 
 _siblings: dict[str, _Siblings] = {}

@@ -361,7 +361,7 @@ class Lease:
         epochs = _epochs(self._store)
         if (lost := self._loss(record, epochs)) is None:
             return epochs
-        if not epochs and fmt.RUN_NAME not in self._store.children(""):
+        if fmt.RUN_NAME not in self._store.children("") and not _epochs(self._store):
             # No reason to give the run up: it may be mounted again, as it was.
             raise root_is_away(self._store.root, "is not there, or nothing of the run is")
         self._lost = lost

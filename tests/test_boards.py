@@ -156,6 +156,29 @@ def test_a_group_that_a_host_still_uses_is_not_forgotten(
     assert job.of_groups() == ({"1", "2", "3", "4"} if kept else {"4"})
 
 
+def test_groups_may_be_opened_and_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread saves for the first time, while another opens a `Checkpointer`."""
+    job = Registers(monkeypatch, 1)
+    job.host.index = 0
+    [siblings] = job.siblings
+    groups, is_asking, is_open = [siblings.open(10.0)], threading.Event(), threading.Event()
+
+    class Open(dict[int, HostGroup]):
+        def keys(self) -> Any:
+            for number in self:
+                is_asking.set()
+                is_open.wait(0.2)  # in vain: who opens waits for this one
+                yield number
+
+    siblings._open = Open(siblings._open)  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as pool:
+        oldest = pool.submit(siblings.oldest)
+        assert is_asking.wait(20)
+        groups.append(siblings.open(10.0))
+        is_open.set()
+        assert oldest.result(20) == 1
+
+
 def test_who_closes_will_not_use_its_group_again(tmp_path: Path) -> None:
     siblings = hosts._Siblings("root")
     with dd.Checkpointer(tmp_path / "run") as ckpt:

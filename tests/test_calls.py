@@ -372,10 +372,14 @@ def test_a_primary_that_cannot_see_who_has_come_fails_the_call_at_once(
     job = Job(make())
     phase = "/prepare/" if call == "save" else "/verify/"
 
+    tries: list[str] = []
+
     def cut_off(key: str) -> bool:
         if phase not in key:
             return False
-        del job.boards[0].at["read"]
+        tries.append(key)
+        if len(tries) == 2:
+            del job.boards[0].at["read"]
         raise unreachable()
 
     job.each(job.saves(1))
@@ -383,6 +387,22 @@ def test_a_primary_that_cannot_see_who_has_come_fails_the_call_at_once(
     ended = job.each(job.saves(2) if call == "save" else job.restore, job.saves(3))
     check_told([two for two, _ in ended], 0, PeerLostError, "could not reach JAX's")
     assert [three for _, three in ended] == [3, 3, 3]
+
+
+@stores
+@pytest.mark.parametrize("rows", ["prepare", "outcome"])
+def test_what_a_primary_cannot_read_for_a_moment_is_read_again(make: Any, rows: str) -> None:
+    job = Job(make())
+
+    def cut_off(key: str) -> bool:
+        if f"/{rows}/" not in key:
+            return False
+        del job.boards[0].at["read"]
+        raise unreachable()
+
+    job.boards[0].at["read"] = cut_off
+    assert job.each(job.saves(1)) == [[1], [1], [1]]
+    assert "read" not in job.boards[0].at
 
 
 @stores
@@ -413,46 +433,93 @@ def test_who_can_reach_nobody_for_a_while_says_what_has_failed_when_it_can(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("how", ["its watcher", "its next call"])
+@pytest.mark.parametrize("then", ["waits", "makes its next call", "closes"])
 def test_who_can_reach_nobody_until_its_save_has_ended_says_what_has_failed_after_it(
-    how: str, victim: int
+    tmp_path: Path, then: str, victim: int
 ) -> None:
-    job, is_away = Job(MemoryStore()), threading.Event()
+    """Its watcher is the first to see that nobody is there."""
+    job, is_away, has_failed = Job(MemoryStore()), threading.Event(), threading.Event()
 
     def cut_off(key: str) -> bool:
         if is_away.is_set() and ("/arrays/" in key or "/outcome/" in key):
             raise unreachable()
         return False
 
-    def watched(group: HostGroup) -> int:
+    def call(group: HostGroup) -> int:
         started = job.begin(group, 2)
         if group.index != victim:
             return started.finish().step
+        handle = checkpointer.SaveHandle(2, started.phases)
         is_away.set()
+        if then == "waits":
+            work = started.finish
+
+            def finish() -> Any:
+                with pytest.raises(PeerLostError):
+                    handle.result(SECONDS)
+                try:
+                    return work()
+                finally:
+                    has_failed.set()
+
+            started.finish = finish  # type: ignore[method-assign]
+            with dd.Checkpointer(tmp_path / "run") as ckpt:
+                ckpt._worker.submit(ckpt._finish, checkpointer._Running(started, handle))
+                assert has_failed.wait(SECONDS)
+                is_away.clear()
+            return handle.result(SECONDS).step
         try:
             return started.finish().step
         finally:
-            if how == "its watcher":
-                handle = checkpointer.SaveHandle(2, started.phases)
-                watcher = threading.Thread(target=checkpointer._watch, args=(started, handle))
-                watcher.start()
-                with pytest.raises(PeerLostError):
-                    handle.result(SECONDS)
             is_away.clear()
-            if how == "its watcher":
-                watcher.join(SECONDS)
+            if then == "closes":
+                group.close()
 
     def saves_and_goes_on(group: HostGroup) -> Any:
         try:
-            return watched(group)
+            return call(group)
         finally:
-            group.exchange("next", timeout_seconds=SECONDS)
+            if then == "makes its next call":
+                group.exchange("next", timeout_seconds=SECONDS)
 
     job.each(job.saves(1))
     job.boards[victim].at |= {"set": cut_off, "wait": cut_off}
     for host, [two] in enumerate(job.each(saves_and_goes_on)):
-        assert type(two) is (PeerLostError if host == victim else PeerError)
+        assert type(two) is (PeerLostError if host == victim else PeerError), two
         assert host == victim or "could not reach JAX's" in two.failures[victim]
+
+
+@stores
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_look_of_one_host_is_not_taken_for_the_restore_of_the_others(
+    make: Any, victim: int
+) -> None:
+    job = LateJob(make(), victim)
+
+    def call(group: HostGroup) -> Any:
+        if group.index != victim:
+            try:
+                return job.restore(group)
+            finally:
+                job.ended[group.index].set()
+        with contextlib.suppress(PeerLostError):
+            Restorer(job.store, group, OPTIONS).inspect()
+        return None
+
+    def in_time(group: HostGroup) -> Any:
+        if group.index != victim:
+            return call(group)
+        passes = threading.Thread(target=job.let_time_pass)
+        passes.start()
+        try:
+            return call(group)
+        finally:
+            passes.join(SECONDS)
+
+    for host, [one, two] in enumerate(job.each(job.saves(1), in_time)):
+        assert one == 1
+        assert type(two) is (type(None) if host == victim else PeerLostError)
+        assert host == victim or two.phase == "list", "and not when it has begun"
 
 
 @stores

@@ -676,6 +676,26 @@ def test_who_comes_back_to_another_run_has_lost_its_own(store: Any, act: str) ->
         getattr(one, act)()
 
 
+def test_a_root_that_goes_away_between_two_looks_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    store = LocalStore(str(root))
+    one, get = lease(store), store.get
+    take(one)
+
+    def get_after_it(key: str) -> bytes:
+        monkeypatch.setattr(store, "get", get)
+        root.rename(tmp_path / "away")
+        return get(key)
+
+    monkeypatch.setattr(store, "get", get_after_it)
+    with pytest.raises(StorageError, match="Is its file system mounted"):
+        one.check()
+    (tmp_path / "away").rename(root)
+    one.check()
+
+
 def test_a_lease_that_cannot_be_renewed_says_so_once(
     watched: Watched, caplog: pytest.LogCaptureFixture
 ) -> None:
