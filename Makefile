@@ -46,10 +46,10 @@ test-long: $(STAMP)
 # Exit code 3 of a part: it cannot run here (no root, no loop devices, no atheris), and says so.
 trust: $(STAMP)
 	$(BIN)/python -m datarax_dist.testing.explorer --seeds 20000
-	$(BIN)/python -m datarax_dist.testing.explorer --exhaust --every 23
+	$(BIN)/python -m datarax_dist.testing.explorer --exhaust --every 47
 	$(BIN)/python -m benchmarks.power_cut || [ $$? -eq 3 ]
 	-$(BIN)/python $(INSTALL) -e '.[fuzz]'
-	$(BIN)/python tests/fuzz_records.py --seconds 30 || [ $$? -eq 3 ]
+	$(BIN)/python tests/fuzz_records.py --seconds 25 || [ $$? -eq 3 ]
 	$(BIN)/python tests/guards.py
 
 # How fast, how large, how disturbing a save is, beside the raw medium and the peers: bench_out/.

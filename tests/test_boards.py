@@ -16,6 +16,8 @@ from datarax_dist.beacons import Silence
 from datarax_dist.boards import LocalBoard, PatientClient, UnreachableError
 from datarax_dist.hosts import HostGroup
 
+SECONDS = 10.0  # for what must happen
+
 
 class Service:
     """JAX's coordination service, as a client sees it that may hang."""
@@ -33,7 +35,7 @@ class Service:
         self.asked.append(what)
         if what == "hang":
             self.hangs.set()
-            assert self.goes_on.wait(20)
+            assert self.goes_on.wait(SECONDS)
         return what
 
 
@@ -58,18 +60,18 @@ def test_calls_behind_one_that_hangs_end_and_the_next_ones_work(service: Service
     clients = [PatientClient(service) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(clients[0].ask, "hang")
-        assert service.hangs.wait(20)
+        assert service.hangs.wait(SECONDS)
         behind = [pool.submit(client.ask, "behind") for client in clients[1:]]
         service.silence = {0: Silence(11.0, "the first", cut_off=True)}
         for call in (first, *behind):
             with pytest.raises(UnreachableError):
-                call.result(20)
+                call.result(SECONDS)
     [hung] = [thread for thread in threads() if thread not in before]
     service.silence = {}
     assert [client.ask("again") for client in clients] == 3 * ["again"]
     assert len(threads()) == len(before) + 2
     service.goes_on.set()
-    hung.join(20)
+    hung.join(SECONDS)
     assert not hung.is_alive(), "nobody needs it any more"
     assert "behind" not in service.asked, "nor what nobody waits for"
 
