@@ -49,7 +49,7 @@ trust: $(STAMP)
 	$(BIN)/python -m datarax_dist.testing.explorer --exhaust --every 47
 	$(BIN)/python -m benchmarks.power_cut || [ $$? -eq 3 ]
 	-$(BIN)/python $(INSTALL) -e '.[fuzz]'
-	$(BIN)/python tests/fuzz_records.py --seconds 25 || [ $$? -eq 3 ]
+	$(BIN)/python tests/fuzz_records.py --seconds 15 || [ $$? -eq 3 ]
 	$(BIN)/python tests/guards.py
 
 # How fast, how large, how disturbing a save is, beside the raw medium and the peers: bench_out/.
