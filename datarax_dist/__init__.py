@@ -66,7 +66,7 @@ _HOME = {
     "Restored": "checkpointer",
     "SaveHandle": "handles",
     "SavePolicy": "config",
-    "SaveReport": "save",
+    "SaveReport": "request",
     "StepInfo": "checkpointer",
     "every_n_steps": "config",
     "every_steps": "config",

@@ -133,7 +133,8 @@ class HostGroup:
             yield operation
         except BaseException as error:
             if is_unheard(error) and not operation.is_told:
-                operation.fail_part(name, error)
+                with operation.part(name) as part:
+                    part.fail(name, error)
             raise
         finally:
             operation.close()
@@ -269,8 +270,7 @@ class Operation:
         self._clock = clock
         self._number = number
         self._prefix = prefix
-        self._begun = 0  # parts
-        self._last: Operation | None = None  # of them
+        self._parts = 0  # begun
         self._passed_over = ""
         # The others hear from this host that it, or a part of it, has failed; or cannot.
         self.is_told = False
@@ -288,35 +288,23 @@ class Operation:
             self._number,
             name,
             lambda phase: "",
-            f"{self._prefix}{self._begun}/",
+            f"{self._prefix}{self._parts}/",
             self._call,
         )
         part._passed_over = self._passed_over
-        self._last = part
-        self._begun += 1
+        self._parts += 1
         try:
             with part.failing(name):
                 yield part
         finally:
             self.is_told |= part.is_told
 
-    def fail_part(self, phase: str, error: BaseException) -> None:
-        """Fails the part in which the others may be: the last one, or the next one if that is
-        decided.
-        """
-        if self._last is not None:
-            self._last.fail(phase, error)
-            self.is_told |= self._last.is_told
-        if not self.is_told:
-            with self.part(phase) as part:
-                part.fail(phase, error)
-
     def begin_anew(self, why: str) -> None:
         """Takes the next number, as this one was another call's."""
         self._passed_over = f" Before, an agreement was passed over that {why}"
         self.close()
         self._number = self._group._next()
-        self._prefix, self._begun, self._last = f"{self._number}/", 0, None
+        self._prefix, self._parts = f"{self._number}/", 0
 
     @contextlib.contextmanager
     def failing(self, phase: str) -> Iterator[None]:
@@ -328,6 +316,11 @@ class Operation:
                 self.fail(phase, error)
             raise
 
+    @property
+    def _siblings(self) -> _Siblings | None:
+        """What closed groups are cleared by: asked once for each group, in its first operation."""
+        return self._group._siblings if self._number == 0 else None
+
     def contribute(self, phase: str, payload: Any) -> None:
         """Posts this host's payload of a phase, and which older operations it is still in.
 
@@ -335,8 +328,8 @@ class Operation:
             PeerLostError: the board does not answer; so do the other methods.
         """
         row = [self._group._oldest_open(), payload]
-        if self._group._siblings is not None and not self._number:
-            row.append(self._group._siblings.oldest())
+        if (siblings := self._siblings) is not None:
+            row.append(siblings.oldest())
         with self._reaching(phase):
             self._group._tell()
             self._group._set(f"{self._prefix}{phase}/{self._group.index}", json.dumps(row))
@@ -420,8 +413,8 @@ class Operation:
                 rows, missing = self._arrived(phase)
         found = [json.loads(rows[host]) for host in range(self._group.count)]
         self._group._clear_before(min(row[0] for row in found))
-        if self._group._siblings is not None and not self._number:
-            self._group._siblings.clear_before(min(row[2] for row in found))
+        if (siblings := self._siblings) is not None:
+            siblings.clear_before(min(row[2] for row in found))
         return [row[1] for row in found]
 
     def _gone(self, missing: Sequence[int], together: bool) -> list[int]:

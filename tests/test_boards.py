@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +76,29 @@ def test_calls_behind_one_that_hangs_end_and_the_next_ones_work(service: Service
     hung.join(SECONDS)
     assert not hung.is_alive(), "nobody needs it any more"
     assert "behind" not in service.asked, "nor what nobody waits for"
+
+
+FORKED = """
+import os, signal, types
+from datarax_dist import boards
+
+boards._beacons = lambda: types.SimpleNamespace(silent=lambda seconds: {})
+client = boards.PatientClient(types.SimpleNamespace(ask=str))
+assert client.ask(1) == "1"
+with boards._Calls._lock:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(8)
+        os._exit(7 if client.ask(2) == "2" else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert client.ask(3) == "3"
+"""
+
+
+def test_a_forked_child_neither_waits_for_the_thread_of_its_parent_nor_for_its_lock() -> None:
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 class Registers:
@@ -163,21 +188,36 @@ def test_groups_may_be_opened_and_asked_for_at_once(monkeypatch: pytest.MonkeyPa
     job = Registers(monkeypatch, 1)
     job.host.index = 0
     [siblings] = job.siblings
-    groups, is_asking, is_open = [siblings.open(10.0)], threading.Event(), threading.Event()
+    groups, is_asking, goes_on = [siblings.open(10.0)], threading.Event(), threading.Event()
 
     class Open(dict[int, HostGroup]):
         def keys(self) -> Any:
             for number in self:
                 is_asking.set()
-                is_open.wait(0.2)  # in vain: who opens waits for this one
+                assert goes_on.wait(SECONDS)
                 yield number
 
+    class Lock:
+        """The lock of the siblings, which tells that somebody waits for it."""
+
+        def __init__(self) -> None:
+            self._lock = threading.RLock()
+
+        def __enter__(self) -> None:
+            if not self._lock.acquire(blocking=False):
+                goes_on.set()
+                self._lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self._lock.release()
+
     siblings._open = Open(siblings._open)  # type: ignore[assignment]
+    siblings._lock = Lock()  # type: ignore[assignment]
     with ThreadPoolExecutor(1) as pool:
         oldest = pool.submit(siblings.oldest)
         assert is_asking.wait(20)
         groups.append(siblings.open(10.0))
-        is_open.set()
+        goes_on.set()
         assert oldest.result(20) == 1
 
 

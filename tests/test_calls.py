@@ -568,14 +568,13 @@ def test_who_loses_the_reply_to_what_it_has_written_does_not_say_what_became_of_
 
 @pytest.mark.parametrize("times", [1, 2, 4, 6])
 def test_who_is_cut_off_while_it_says_why_it_failed_says_it_again(times: int) -> None:
-    job, said, refused = Job(MemoryStore()), list[str](), times
+    job = Job(MemoryStore())
 
     def cut_off(key: str) -> bool:
         nonlocal times
         if "/outcome/" in key and times:
             times -= 1
             raise unreachable()
-        said.append(key)
         return False
 
     def silent() -> dict[int, Silence]:
@@ -596,8 +595,6 @@ def test_who_is_cut_off_while_it_says_why_it_failed_says_it_again(times: int) ->
         assert step == 1
         if host != 1:
             assert type(error) is PeerError and "it is full" in error.failures[1]
-    if refused == 6:  # or it was said meanwhile, and is said once more, where nobody looks
-        assert "0/1/outcome/0" not in said, "it is told where the others are"
 
 
 def test_what_was_passed_over_is_told_by_who_waits_in_vain() -> None:
