@@ -9,6 +9,7 @@ a missing test, or a needless guard.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -124,6 +125,7 @@ def _run(copy: str, tests: Sequence[str], told: str) -> NoReturn:
     os.setsid()
     os.chdir(copy)
     os.environ["PYTHONPATH"] = copy
+    gc.freeze()  # what was loaded stays; pytest collects twice at its end
     sys.path[:0] = [copy, f"{copy}/tests"]
     with open(told, "w") as file:
         os.dup2(file.fileno(), 1)
