@@ -650,12 +650,12 @@ class Checkpointer:
         if os.getpid() != self._process:
             return  # a forked child: what it has inherited goes on in its parent
         self._closed = True
-        try:
-            self._drain()
-            self._let_go()  # not where the worker hangs: it may write yet
+        self._worker.shutdown(wait=False)  # it ends when it has nothing more to do
+        self._drain()
+        try:  # not where the worker goes on, or hangs: it may write yet
+            self._let_go()
             self._group.close()
         finally:
-            self._worker.shutdown(wait=False)
             with contextlib.suppress(Exception):  # it has failed a save, which has said so
                 self._arrays.close()
         self.check_for_errors()

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 import datarax_dist as dd
-from datarax_dist import checkpointer, errors, save, sharing
+from datarax_dist import checkpointer, direct, errors, save, sharing
 from datarax_dist.arrays import engine
 from datarax_dist.buckets import BucketStore
 from datarax_dist.checkpoint import CheckpointExistsError, OrbaxCheckpointHandler
@@ -71,6 +72,10 @@ def disk_is_full(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     monkeypatch.setattr(LocalStore, "put", fails)
     return lambda is_full: full.__setitem__(0, is_full)
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
 
 
 # Errors are told
@@ -327,14 +332,9 @@ def test_a_close_that_was_cut_short_is_done_by_the_next_one(
     ckpt.save(1, state=STATE).result(SECONDS)
     disk_is_full(True)
     ckpt.save(2, state=STATE)
-    with monkeypatch.context() as patch:
-
-        def interrupted() -> None:
-            raise KeyboardInterrupt
-
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ckpt, "_drain", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            ckpt.close()
+        ckpt.close()
     assert not lease_of(tmp_path / "run")["released"]
     with pytest.raises(errors.InvalidArgumentError, match="closed"):
         ckpt.save(3, state=STATE)
@@ -342,6 +342,72 @@ def test_a_close_that_was_cut_short_is_done_by_the_next_one(
         ckpt.close()
     assert lease_of(tmp_path / "run")["released"]
     ckpt.close()
+
+
+class Written:
+    """Lets the arrays of one save be written when it is told to, with or without an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+        write = direct.Writing.run
+
+        def run(writing: direct.Writing) -> Any:
+            self.begun.set()
+            assert self.goes_on.wait(SECONDS)
+            if self.error is not None:
+                raise self.error
+            return write(writing)
+
+        monkeypatch.setattr(direct.Writing, "run", run)
+
+
+def test_a_close_that_is_cut_short_does_not_wait_for_the_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt, written = dd.Checkpointer(tmp_path / "run"), Written(monkeypatch)
+    handle = ckpt.save(1, state={"w": jnp.ones(3)})
+    assert written.begun.wait(SECONDS)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(ckpt, "_drain", interrupted)
+        closing = pool.submit(ckpt.close)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                closing.result(SECONDS / 5)
+        finally:
+            written.goes_on.set()
+    ckpt.close()
+    assert handle.result(SECONDS).step == 1
+
+
+@pytest.mark.parametrize("who", ["a close that is cut short", "somebody else"])
+def test_arrays_that_are_not_written_fail_their_save_whoever_hears_of_it_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """Orbax tells it once. The worker is still at something else; without its error the step would
+    be committed, and retention would delete the last good one.
+    """
+    ckpt = dd.Checkpointer(tmp_path / "run", keep=dd.latest(1))
+    ckpt.save(1, state={"w": jnp.ones(3)}).result(SECONDS)
+    written, stall = Written(monkeypatch), Stall(monkeypatch, "put", "TREE.json")
+    written.error = OSError(28, "no space left")
+    written.goes_on.set()
+    handle = ckpt.save(2, state={"w": jnp.ones(3)})
+    assert stall.reached.wait(SECONDS)
+    if who == "somebody else":
+        with pytest.raises(Exception, match="no space left"):
+            ckpt._arrays._checkpointer.wait()
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ckpt, "_drain", interrupted)
+            ckpt.close()
+    stall.goes_on.set()
+    with pytest.raises(errors.StorageError, match="no space left"):
+        handle.result(SECONDS)
+    ckpt.close()
+    with dd.Checkpointer(tmp_path / "run") as again:
+        assert again.all_steps() == [1]
+        assert again.restore().step == 1
 
 
 def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:

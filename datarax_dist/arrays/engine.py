@@ -167,6 +167,8 @@ class Engine:
         _make_signals_patient()
         self.limit = limit
         self._all_written: Callable[[], None] = lambda: None
+        self._waiting = threading.Lock()
+        self._failure: BaseException | None = None  # of the save under way, or the last one
         processes = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={host}, barrier_sync_key_prefix="datarax_dist"
         )
@@ -190,7 +192,7 @@ class Engine:
             self._all_written()
 
     def save(self, path: str, arrays: Any, all_written: Callable[[], None]) -> None:
-        self._all_written = all_written
+        self._all_written, self._failure = all_written, None
         # Every host may make the directory of its array metadata. By default the others wait ten
         # minutes for the primary to do so, even if that has failed. The store is one for the whole
         # process, and every new Orbax handler sets it back.
@@ -201,10 +203,23 @@ class Engine:
         self._orbax.save(epath.Path(path), args=arguments)
 
     def wait(self) -> None:
-        self._orbax.wait_until_finished()
+        """Waits until the arrays are written. Orbax says only once that they are not, to whoever
+        asks first; here all are told.
+        """
+        with self._waiting:
+            if self._failure is None:
+                try:
+                    self._orbax.wait_until_finished()
+                except BaseException as error:
+                    self._failure = error
+            if self._failure is not None:
+                raise self._failure
 
     def close(self) -> None:
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
 
 def _x64_as_here() -> contextlib.AbstractContextManager[Any]:
