@@ -74,8 +74,16 @@ def disk_is_full(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return lambda is_full: full.__setitem__(0, is_full)
 
 
-def interrupted() -> None:
-    raise KeyboardInterrupt
+def close_cut_short(ckpt: dd.Checkpointer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-C, while it waits."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "_drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.close()
 
 
 # Errors are told
@@ -332,9 +340,7 @@ def test_a_close_that_was_cut_short_is_done_by_the_next_one(
     ckpt.save(1, state=STATE).result(SECONDS)
     disk_is_full(True)
     ckpt.save(2, state=STATE)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ckpt, "_drain", interrupted)
-        ckpt.close()
+    close_cut_short(ckpt, monkeypatch)
     assert not lease_of(tmp_path / "run")["released"]
     with pytest.raises(errors.InvalidArgumentError, match="closed"):
         ckpt.save(3, state=STATE)
@@ -368,12 +374,10 @@ def test_a_close_that_is_cut_short_does_not_wait_for_the_arrays(
     ckpt, written = dd.Checkpointer(tmp_path / "run"), Written(monkeypatch)
     handle = ckpt.save(1, state={"w": jnp.ones(3)})
     assert written.begun.wait(SECONDS)
-    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(ckpt, "_drain", interrupted)
-        closing = pool.submit(ckpt.close)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(close_cut_short, ckpt, monkeypatch)
         try:
-            with pytest.raises(KeyboardInterrupt):
-                closing.result(SECONDS / 5)
+            closing.result(SECONDS / 5)
         finally:
             written.goes_on.set()
     ckpt.close()
@@ -398,9 +402,7 @@ def test_arrays_that_are_not_written_fail_their_save_whoever_hears_of_it_first(
         with pytest.raises(Exception, match="no space left"):
             ckpt._arrays._checkpointer.wait()
     else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ckpt, "_drain", interrupted)
-            ckpt.close()
+        close_cut_short(ckpt, monkeypatch)
     stall.goes_on.set()
     with pytest.raises(errors.StorageError, match="no space left"):
         handle.result(SECONDS)
