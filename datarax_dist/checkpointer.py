@@ -760,12 +760,16 @@ _left_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 def _end_all() -> None:
+    hang: list[sharing.Share] = []
     for checkpointer in tuple(_left_open):
         try:
             checkpointer._drain()
+            checkpointer._group.close()
         except Exception as error:  # the others have saves to end, too
             logger.error("%s", error)
-    sharing.give_all_back()
+            if checkpointer._share is not None:
+                hang.append(checkpointer._share)
+    sharing.give_all_back(but=hang)
 
 
 @functools.cache

@@ -86,6 +86,7 @@ class HostGroup:
         self._cleared = 0
         self._untold: dict[str, str] = {}  # failures, until the board has them
         self._siblings: _Siblings | None = None
+        self._is_closed = False
         self.index = board.index
         self.count = board.count
         self.name = names[board.index] if names else socket.gethostname()
@@ -179,7 +180,13 @@ class HostGroup:
             self._clock.sleep(_TELL_SECONDS)
 
     def close(self) -> None:
-        """Takes note that this host will make no more calls in this group."""
+        """Takes note that this host will make no more calls in this group. Who makes one all the
+        same is told so, and waits for nobody.
+        """
+        if not self._is_closed and self.count > 1:
+            self._is_closed = True
+            with self.begin("close", is_any_call=True).part("close") as part:
+                part.fail("close", CheckpointError("it has closed its Checkpointer, or has ended."))
         with contextlib.suppress(UnreachableError):
             self._tell()
         if self._siblings is not None:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from datarax_dist.lease import Lease
 
@@ -93,10 +93,12 @@ def note_dropped() -> None:
                 share.lease.leave_soon()
 
 
-def give_all_back() -> None:
-    """For a process that ends."""
+def give_all_back(but: Iterable[Share] = ()) -> None:
+    """For a process that ends, `but` what is held by users that hang, and may write yet."""
     with _borrowing:
         ended = {id(share.lease): share.lease for share in _shares}
         _shares.clear()
+    for share in but:
+        ended.pop(id(share.lease), None)
     for lease in ended.values():
         lease.release()

@@ -597,6 +597,25 @@ def test_who_is_cut_off_while_it_says_why_it_failed_says_it_again(times: int) ->
             assert type(error) is PeerError and "it is full" in error.failures[1]
 
 
+@stores
+@pytest.mark.parametrize("call", ["save", "restore", "look"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_has_closed_is_not_waited_for(make: Any, victim: int, call: str) -> None:
+    job = Job(make())
+
+    def closes_or_calls(group: HostGroup) -> Any:
+        if group.index == victim:
+            return group.close()
+        if call == "look":
+            return Restorer(job.store, group, OPTIONS).inspect()
+        return job.saves(2)(group) if call == "save" else job.restore(group)
+
+    for host, [_, two] in enumerate(job.each(job.saves(1), closes_or_calls)):
+        if host != victim:
+            assert type(two) is PeerError
+            assert "has closed its Checkpointer" in two.failures[victim]
+
+
 def test_what_was_passed_over_is_told_by_who_waits_in_vain() -> None:
     """Hosts are one step apart, and one of them cannot save: the others do not take that for theirs
     and are told of it when they have waited.

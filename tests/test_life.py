@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -513,11 +514,13 @@ def test_a_forked_child_that_leaves_its_own_object_open_keeps_its_last_save(tmp_
 def test_at_the_end_of_the_process_one_that_hangs_keeps_no_other_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hangs, given_back = dd.Checkpointer(tmp_path / "a"), threading.Event()
+    hangs, left = dd.Checkpointer(tmp_path / "a"), list[Any]()
+    hangs.save(1, state=STATE).result(SECONDS)
     others = [dd.Checkpointer(tmp_path / str(number)) for number in range(3)]
     handles = [other.save(1, state=STATE) for other in others]
     monkeypatch.setattr(checkpointer, "_left_open", [others[0], hangs, *others[1:]])
-    monkeypatch.setattr(checkpointer.sharing, "give_all_back", given_back.set)
+    for other in others:
+        monkeypatch.setattr(other._group, "close", functools.partial(left.append, other))
 
     def drain() -> None:
         raise errors.StorageError("hangs still")
@@ -526,9 +529,9 @@ def test_at_the_end_of_the_process_one_that_hangs_keeps_no_other_from_ending(
         patch.setattr(hangs, "_drain", drain)
         checkpointer._end_all()
     assert [handle.done() for handle in handles] == [True] * 3
-    assert given_back.is_set()
-    for ckpt in (hangs, *others):
-        ckpt.close()
+    assert left == others, "hosts that wait for this one are told"
+    assert [lease_of(tmp_path / str(number))["released"] for number in range(3)] == [True] * 3
+    assert not lease_of(tmp_path / "a")["released"], "it may write yet"
 
 
 def test_the_run_is_taken_again_after_an_error_was_told_instead(

@@ -210,9 +210,10 @@ def test_a_policy_that_raises_on_one_host_raises_on_all_and_the_next_save_works(
     hosts = run_hosts(targets.policy_fails, 2, args=(str(tmp_path / "run"),), timeout_seconds=90)
     assert [h.error for h in hosts] == [None, None]
     for host in hosts:
-        told, steps = host.value
+        told, steps, left = host.value
         assert "the policy's own file" in told
         assert steps == [2]
+        assert host.host or "host 1 failed in phase 'close': it has closed" in left
 
 
 def test_a_killed_host_is_named_after_as_long_as_the_options_say(tmp_path: Path) -> None:
