@@ -147,6 +147,7 @@ class Checkpointer:
         _left_open.add(self)
         _drain_at_exit()
         self._handle: SaveHandle | None = None
+        self._missed: SaveHandle | None = None  # an earlier one, whose error nobody has seen here
         self._closed = False
 
     def _borrow_lease(self) -> leases.Right:
@@ -268,6 +269,8 @@ class Checkpointer:
                 previous_error=unseen,
             )
             running = _Running(started, SaveHandle(started.step, phases))
+            if unseen is not None and (self._missed is None or self._missed._seen):
+                self._missed = previous  # on another host it was seen
             self._running, self._handle = running, running.handle
             self._worker.submit(self._finish, running)
         except BaseException as error:
@@ -638,10 +641,12 @@ class Checkpointer:
         self.check_for_errors()
 
     def check_for_errors(self) -> None:
-        """Raises the error of a finished save that nobody has seen."""
-        if self._handle is not None and (error := self._handle._unseen_error()) is not None:
-            self._handle._seen = True
-            raise error
+        """Raises the error of a finished save that nobody has seen on this host."""
+        missed, self._missed = self._missed, None
+        for handle in (missed, self._handle):
+            if handle is not None and (error := handle._unseen_error()) is not None:
+                handle._seen = True
+                raise error
 
     def close(self) -> None:
         """Waits for the save under way and ends. Can be called more than once: when it was cut

@@ -84,7 +84,7 @@ class HostGroup:
         self._lock = threading.Lock()
         self._open: set[int] = set()
         self._cleared = 0
-        self._untold: dict[str, str] = {}  # failures, until the board has them
+        self._untold: dict[str, str] = {}  # decisions, until the board has them
         self._siblings: _Siblings | None = None
         self._is_closed = False
         self.index = board.index
@@ -165,7 +165,7 @@ class HostGroup:
         stands = False
         for told, decided in untold:
             is_first = self._set(told, decided)
-            stands |= is_first and told == key
+            stands |= is_first and (told, decided) == (key, row)
             with self._lock:
                 self._untold.pop(told, None)
         return stands
@@ -369,9 +369,11 @@ class Operation:
                 self.is_told = True
 
     def succeed(self, result: Any) -> None:
-        """Decides this operation: it succeeded. For the primary, after the last phase."""
+        """Decides this operation: it succeeded. For the primary, after the last phase. Where that
+        cannot be said yet it stands all the same, and is said as soon as it can be.
+        """
         with self._reaching(""):
-            self._group._set(f"{self._prefix}outcome/0", json.dumps({"result": result}))
+            self._group._tell(f"{self._prefix}outcome/0", json.dumps({"result": result}))
 
     @contextlib.contextmanager
     def _reaching(self, phase: str) -> Iterator[None]:

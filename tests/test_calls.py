@@ -598,6 +598,25 @@ def test_who_is_cut_off_while_it_says_why_it_failed_says_it_again(times: int) ->
 
 
 @stores
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_what_is_committed_is_reported_though_that_cannot_be_said_for_a_moment(
+    make: Any, times: int
+) -> None:
+    job = Job(make())
+
+    def cut_off(key: str) -> bool:
+        nonlocal times
+        if times and "/outcome/" in key and 1 in inspect_run(job.store).committed:
+            times -= 1
+            raise unreachable()
+        return False
+
+    job.boards[0].at["set"] = cut_off
+    assert job.each(job.saves(1), job.saves(2)) == [[1, 2]] * 3
+    assert times == 0
+
+
+@stores
 @pytest.mark.parametrize("call", ["save", "restore", "look"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_who_has_closed_is_not_waited_for(make: Any, victim: int, call: str) -> None:

@@ -116,6 +116,27 @@ def test_an_error_that_a_save_tells_is_not_told_again(
         assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
 
 
+def test_an_error_that_was_seen_on_another_host_only_is_kept(
+    tmp_path: Path, disk_is_full: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the next save goes on; so it does here."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        disk_is_full(True)
+        ckpt.save(1, state=STATE)
+        ckpt._drain()
+        disk_is_full(False)
+        stage = ckpt._saver._stage
+        seen = {"unseen": False}
+        monkeypatch.setattr(
+            ckpt._saver, "_stage", lambda rows, *more: stage([row | seen for row in rows], *more)
+        )
+        assert ckpt.save(2, state=STATE).result(SECONDS).step == 2
+        assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
+        with pytest.raises(errors.StorageError, match="no space left"):
+            ckpt.check_for_errors()
+        ckpt.check_for_errors()
+
+
 def told_by_the_next_save(
     ckpt: dd.Checkpointer, disk_is_full: Callable[[bool], None], end: Callable[[], None]
 ) -> None:
