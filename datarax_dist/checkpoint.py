@@ -46,6 +46,7 @@ logger = logging.getLogger("datarax_dist")
 
 _LOCAL = "local"
 _UNVERSIONED = "checkpoint"
+_MOST_RUNS = 8  # that a handler keeps open when no save goes on behind it
 
 
 class CheckpointExistsError(StepExistsError, ValueError):
@@ -176,7 +177,7 @@ class OrbaxCheckpointHandler:
 
     def __init__(self, async_checkpointing: bool = False) -> None:
         self.async_checkpointing = async_checkpointing
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Run] = {}  # the last used one is the last
 
     def _run(self, directory: str | os.PathLike[str]) -> Run:
         root = config.check_root(
@@ -184,10 +185,14 @@ class OrbaxCheckpointHandler:
             if "://" not in os.fspath(directory)
             else directory
         )
-        if root not in self._runs:
-            self._runs[root] = run = Run(root)
+        run = self._runs.pop(root, None)
+        if run is None:
+            run = Run(root)
             run._saver.keeps_to_a_run = False  # a directory may be removed, and made anew
-        return self._runs[root]
+        self._runs[root] = run
+        while len(self._runs) > _MOST_RUNS and not self.async_checkpointing:
+            self._runs.pop(next(iter(self._runs))).close()  # each has threads of its own
+        return run
 
     def save(
         self,
@@ -299,8 +304,12 @@ class OrbaxCheckpointHandler:
 
     def close(self) -> None:
         """Waits and ends. Can be called more than once."""
-        runs, self._runs = self._runs, {}
-        _each([run.close for run in runs.values()])
+        try:
+            _each([run.close for run in self._runs.values()])
+        except Exception:  # all of them are closed; where it was cut short they are not
+            self._runs = {}
+            raise
+        self._runs = {}
 
     def __enter__(self) -> OrbaxCheckpointHandler:
         return self

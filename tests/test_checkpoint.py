@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import targets
@@ -157,6 +159,41 @@ def test_close_ends_every_directory_and_raises_the_first_failure(tmp_path: Path)
     handler.close()
     assert all(run._closed for run in runs)
     assert OrbaxCheckpointHandler().get_checkpoint_steps(tmp_path / "b") == [1]
+
+
+def test_directories_that_were_left_cost_nothing(tmp_path: Path) -> None:
+    with OrbaxCheckpointHandler() as handler:
+        before = threading.active_count()
+        for number in range(30):
+            handler.save(tmp_path / str(number), {"a": jnp.ones(3)}, step=1)
+            if number == 10:
+                after_some = threading.active_count()
+        assert threading.active_count() <= after_some < before + 30
+        handler.save(tmp_path / "0", {"a": 2}, step=2)
+        assert [handler.latest_step(tmp_path / str(number)) for number in range(30)] == [2] + [
+            1
+        ] * 29
+
+
+def test_a_close_that_was_cut_short_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = OrbaxCheckpointHandler(async_checkpointing=True)
+    for name in ("a", "b"):
+        handler.save(tmp_path / name, {"a": 1}, step=1)
+    first, second = handler._runs.values()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            handler.close()
+    handler.close()
+    assert first._closed and second._closed
+    handler.save(tmp_path / "a", {"a": 2}, step=2)
+    handler.close()
 
 
 def test_the_end_of_a_with_block_never_hides_the_error_of_its_body(
