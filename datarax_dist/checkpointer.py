@@ -38,7 +38,7 @@ from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, inspect_run
 from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading, Restorer, RestoreReport
-from datarax_dist.retention import delete_step
+from datarax_dist.retention import delete_step, with_room
 from datarax_dist.save import Saver, StartedSave
 from datarax_dist.states import apply_state, is_checkpointable, state_tree
 from datarax_dist.storage import open_store
@@ -627,8 +627,11 @@ class Checkpointer:
         self._saver.forget()
         self._describe(steps)  # the run is this job's by now, and was another's before, maybe
         step = steps[0]
-        now, lease = self._clock.now(), self._saver.lease
-        if not delete_step(self._store, step, now=now, lease=lease):
+        now, saver = self._clock.now(), self._saver
+        if not with_room(
+            lambda: delete_step(self._store, step, now=now, lease=saver.lease),
+            saver.remove_leftovers,
+        ):
             raise StorageError(
                 f"Step {step} of {self._store.root} was not deleted: another job writes to it in"
                 " this moment. Look again, and delete it then.",

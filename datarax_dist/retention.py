@@ -20,11 +20,12 @@ before, when its copy is about to go.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import secrets
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from datarax_dist import attempts
 from datarax_dist import format as fmt
@@ -51,10 +52,12 @@ __all__ = [
     "read_claim",
     "remove_leftovers",
     "retire",
+    "with_room",
 ]
 
 logger = logging.getLogger("datarax_dist")
 
+_Result = TypeVar("_Result")
 _UNGUARDED = Unguarded()
 _VOID_SECONDS = 24 * 3600.0
 
@@ -94,6 +97,20 @@ def plan_retention(
         return []
     kept = keep.keep(sorted(committed)) | {max(committed), saved}
     return sorted(set(committed) - kept)
+
+
+def with_room(act: Callable[[], _Result], make_room: Callable[[], None]) -> _Result:
+    """Acts; where a disk or a quota is full, once more when there is room: what fills it may be
+    what a failed save has left.
+    """
+    try:
+        return act()
+    except StorageError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        logger.info("%s. What earlier saves have left is removed, and it is tried again.", error)
+        make_room()
+        return act()
 
 
 def delete_step(

@@ -318,7 +318,10 @@ class Saver:
             self.lease.check()  # which would say more
             raise
         if isinstance(store, SupportsRename):
-            self.write_claim(run, step, nonce, len(payloads), staging)
+            retention.with_room(
+                lambda: self.write_claim(run, step, nonce, len(payloads), staging),
+                lambda: self.remove_leftovers(but=staging),
+            )
             decided["claimed"] = True
         else:
             self._learn_names(run, there)
@@ -330,6 +333,30 @@ class Saver:
             fmt.StepClaim(run, step, nonce, hosts, writer_identity(), self._clock.now())
         )
         self._store.put(f"{staging}/{fmt.STEP_NAME}", self.claim)
+
+    def remove_leftovers(self, *, but: str = "") -> None:
+        """Removes what earlier saves of the run left behind, `but` what is staged now. On the
+        primary, which has taken it; all hosts have ended those saves: they agreed on something
+        since.
+        """
+        assert self._run is not None
+        run, store, known, now = self._run, self._store, self._known, self._clock.now()
+        found: Sequence[retention.Leftover] = ()
+        if isinstance(store, SupportsRename) or not known.tidy:
+            committed = {step for step, is_one in known.steps.items() if is_one}
+            found = retention.find_leftovers(
+                store, run, known=committed, now=now, ended=writer_identity()
+            )
+        # Then nothing of it is what a job has staged that has taken the run since.
+        self.lease.check()
+        leftovers = [left for left in found if left.name != but and not self.is_others(left.name)]
+        removed = retention.remove_leftovers(store, leftovers, run=run, now=now)
+        if isinstance(store, SupportsSweep) and not self.has_swept:
+            self.has_swept = True
+            with contextlib.suppress(StorageError):  # no reason for a save to fail
+                for prefix in ("", fmt.LEASE_NAME):
+                    store.sweep(prefix)
+        known.tidy = len(removed) == len(leftovers)
 
     def _learn_names(self, run: str, names: Sequence[str]) -> None:
         """In a bucket: which steps have anything, so that later saves need not ask."""
@@ -619,7 +646,7 @@ class StartedSave:
                 self._claim()
         if self._group.is_primary:
             with self.phases.span("tidy"):
-                self._remove_leftovers()
+                self._saver.remove_leftovers(but=self._staging)
         if self._write is not None:
             self._write.release()
         with self.phases.span("positions"):
@@ -688,32 +715,6 @@ class StartedSave:
             self.operation.contribute("claim", None)
         else:
             self.operation.await_primary("claim", self._deadline)
-
-    def _remove_leftovers(self) -> None:
-        """What earlier saves of this run left behind. All hosts have ended them: they agreed on
-        this one since.
-        """
-        store, known, now = self._store, self._saver._known, self._saver._clock.now()
-        found: Sequence[retention.Leftover] = ()
-        if isinstance(store, SupportsRename) or not known.tidy:
-            committed = {step for step, is_one in known.steps.items() if is_one}
-            found = retention.find_leftovers(
-                store, self.run, known=committed, now=now, ended=writer_identity()
-            )
-        # Then nothing of it is what a job has staged that has taken the run since.
-        self._saver.lease.check()
-        leftovers = [
-            left
-            for left in found
-            if left.name != self._staging and not self._saver.is_others(left.name)
-        ]
-        removed = retention.remove_leftovers(store, leftovers, run=self.run, now=now)
-        if isinstance(store, SupportsSweep) and not self._saver.has_swept:
-            self._saver.has_swept = True
-            with contextlib.suppress(StorageError):  # no reason for a save to fail
-                for prefix in ("", fmt.LEASE_NAME):
-                    store.sweep(prefix)
-        known.tidy = len(removed) == len(leftovers)
 
     def _hash(
         self, own: Mapping[str, bytes], known: Mapping[str, tuple[int, str]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -148,6 +149,34 @@ def told_by_the_next_save(
     with pytest.raises(errors.StorageError, match="no space left"):
         ckpt.save(2, state=STATE)
     ckpt.check_for_errors()
+
+
+@pytest.mark.parametrize("act", ["save", "delete"])
+def test_what_a_failed_save_has_left_on_a_full_disk_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    put = LocalStore.put
+
+    def fails(store: Any, key: str, data: bytes) -> None:
+        is_small = key.endswith(("TREE.json", "STEP.json"))
+        if is_small and any(name.startswith("2.") for name in staged(tmp_path / "run")):
+            raise errors.StorageError("no space left", errno=errno.ENOSPC)
+        put(store, key, data)
+
+    # What was staged stays, as in a job of several hosts, of which one may be writing still.
+    monkeypatch.setattr(save.StartedSave, "clean_up", lambda started: None)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=STATE).result(SECONDS)
+        monkeypatch.setattr(LocalStore, "put", fails)
+        with pytest.raises(errors.StorageError, match="no space left"):
+            ckpt.save(2, state=STATE).result(SECONDS)
+        assert len(staged(tmp_path / "run")) == 1
+        if act == "save":
+            assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
+        else:
+            ckpt.delete(1)
+        assert ckpt.all_steps() == ([1, 3] if act == "save" else [])
+        assert staged(tmp_path / "run") == []
 
 
 # Threads that cannot be had
