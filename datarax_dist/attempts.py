@@ -28,7 +28,7 @@ from typing import Any
 
 from datarax_dist import format as fmt
 from datarax_dist.clock import Clock
-from datarax_dist.errors import CheckpointError
+from datarax_dist.errors import CheckpointError, describe
 from datarax_dist.inspection import Candidate, Inspection
 from datarax_dist.storage import Entry, Store, SupportsReplace, for_each
 from datarax_dist.writers import is_certainly_dead, writer_identity
@@ -80,7 +80,7 @@ class Trial:
         try:
             self._store.create(name, fmt.dump_attempt(attempt))
         except CheckpointError as error:
-            logger.debug("this restore is not noted in %s: %s", self._store.root, error)
+            logger.debug("this restore is not noted in %s: %s", self._store.root, describe(error))
             if isinstance(error, OSError) and error.errno in _REFUSED:
                 self._open = None
 
@@ -173,7 +173,7 @@ def _read_all(store: Store, names: Sequence[str]) -> list[fmt.RestoreAttempt]:
         except KeyError:  # its restore has ended meanwhile
             return None
         except (fmt.InvalidRecordError, CheckpointError) as error:
-            logger.debug("%s of %s does not count: %s", name, store.root, error)
+            logger.debug("%s of %s does not count: %s", name, store.root, describe(error))
             return None
 
     found = for_each(store, read, names) if names else []
@@ -221,5 +221,5 @@ def _remove(store: Store, names: Sequence[str]) -> None:
             " its process is gone.",
             ", ".join(names[:10]),
             store.root,
-            error,
+            describe(error),
         )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from datarax_dist.clock import Clock, SystemClock
+from datarax_dist.errors import describe
 
 __all__ = ["Beacons", "Silence"]
 
@@ -89,7 +90,7 @@ class Beacons:
             self._send(f"{self._number} {socket.gethostname()} {os.getpid()}")
             received = self._receive()
         except Exception as error:  # it is tried again; `silent` tells when that takes too long
-            logger.debug("no beacon could be sent: %s", error)
+            logger.debug("no beacon could be sent: %s", describe(error))
             return
         now = self._time()
         with self._lock:

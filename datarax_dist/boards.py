@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 from datarax_dist.beacons import Beacons, Silence
+from datarax_dist.errors import describe
 
 __all__ = [
     "SILENCE_SECONDS",
@@ -189,7 +190,7 @@ class JaxBoard:
         try:
             self._client.key_value_delete(self._prefix + prefix)
         except Exception as error:  # tidying up; the registers are never used again
-            logger.debug("could not clear %s: %s", prefix, error)
+            logger.debug("could not clear %s: %s", prefix, describe(error))
 
     def silent(self) -> Mapping[int, Silence]:
         return self._client.silent()

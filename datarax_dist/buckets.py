@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from datarax_dist import format as fmt
-from datarax_dist.errors import CheckpointError, StorageError, cause, describe
+from datarax_dist.errors import CheckpointError, StorageError, cause, describe, printable
 from datarax_dist.storage import Entry
 
-__all__ = ["BucketStore", "advice", "bucket_and_prefix"]
+__all__ = ["BucketStore", "advice", "bucket_and_prefix", "connecting"]
 
 _DEADLINE_SECONDS = 120.0  # for one operation, retries and all; more for large contents
 _SLOWEST_BYTES_PER_SECOND = 2 << 20
@@ -71,9 +71,30 @@ def advice(error: BaseException, bucket: str) -> tuple[int, str] | None:
             " application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS."
         )
     late = re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b", text)
-    if late or kind == "aiohttp" or isinstance(error, TimeoutError) or code in _RETRIED:
+    away = kind in ("aiohttp", "requests", "urllib3") or isinstance(error, TimeoutError)
+    if late or away or code in _RETRIED:
         return errno.ETIMEDOUT, _NO_ANSWER
     return None
+
+
+@contextlib.contextmanager
+def connecting(root: str) -> Iterator[None]:
+    """Makes what goes wrong while a client reads its credentials one error of ours. What gcsfs
+    raises there may tell them: a raw token is sent in the query of a URL.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        number, hint = advice(error, bucket_and_prefix(root)[0]) or (
+            errno.EACCES,
+            "Its credentials cannot be used as they are: look at FSSPEC_GCS and"
+            " GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`.",
+        )
+        raise StorageError(
+            f"Could not connect to {root}: {describe(error, 800)}. {hint}", errno=number
+        ) from cause(error)
 
 
 def _permission_hint(text: str, bucket: str) -> str:
@@ -113,12 +134,13 @@ class BucketStore:
         import aiohttp
         from gcsfs.core import GCSFileSystem  # not the one that asks for each bucket's type first
 
-        return GCSFileSystem(
-            use_listings_cache=False,
-            requests_timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=_CONNECT_SECONDS, sock_read=_STALL_SECONDS
-            ),
-        )
+        with connecting(self._root):  # not all of its errors are of the request it is made for
+            return GCSFileSystem(
+                use_listings_cache=False,
+                requests_timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=_CONNECT_SECONDS, sock_read=_STALL_SECONDS
+                ),
+            )
 
     def _name(self, key: str) -> str:
         return "/".join(part for part in (self._prefix, key) if part)
@@ -159,11 +181,13 @@ class BucketStore:
 
     @contextlib.contextmanager
     def _errors(self, action: str, key: str) -> Iterator[None]:
-        """Makes the many kinds of errors of gcsfs, aiohttp and google-auth one."""
-        where = f"{self._root}/{key}".rstrip("/")
+        """Makes the many kinds of errors of gcsfs, aiohttp and google-auth one. A `KeyError` of
+        theirs does not say that an object is missing.
+        """
+        where = printable(f"{self._root}/{key}".rstrip("/"))
         try:
             yield
-        except (CheckpointError, FileNotFoundError, FileExistsError, KeyError):
+        except (CheckpointError, FileNotFoundError, FileExistsError):
             raise
         except fmt.InvalidRecordError:
             raise
@@ -172,6 +196,13 @@ class BucketStore:
             raise StorageError(
                 f"Could not {action} {where}: {describe(error, 800)}. {hint}", errno=number
             ) from cause(error)
+
+    @contextlib.contextmanager
+    def _missing(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise KeyError(key) from error
 
     def _advice(self, error: Exception) -> tuple[int, str]:
         if isinstance(error, _Damaged):
@@ -211,7 +242,7 @@ class BucketStore:
 
         content, generation, is_checked = b"", "", False
         for headers in ({"Range": f"bytes=0-{limit}"}, {}):
-            with self._errors("read", key):
+            with self._missing(key), self._errors("read", key):
                 try:
                     content, generation, is_checked = self._request(
                         *("GET", "b/{}/o/{}", self.bucket, self._name(key)),
@@ -219,8 +250,6 @@ class BucketStore:
                         headers=headers,
                         read=read,
                     )
-                except FileNotFoundError as error:
-                    raise KeyError(key) from error
                 except Exception as error:
                     if str(getattr(error, "code", "")) != "416":  # there is no first byte
                         raise
@@ -388,22 +417,19 @@ class BucketStore:
                     raise _Damaged(f"{len(content)} bytes of {key} instead of {wanted}")
                 return content
 
-            with self._errors("read", key):
-                try:
-                    digester.update(
-                        self._request(
-                            "GET",
-                            "b/{}/o/{}",
-                            self.bucket,
-                            self._name(key),
-                            alt="media",
-                            headers={"Range": f"bytes={start}-{start + wanted - 1}"},
-                            size=wanted,
-                            read=read,
-                        )
+            with self._missing(key), self._errors("read", key):
+                digester.update(
+                    self._request(
+                        "GET",
+                        "b/{}/o/{}",
+                        self.bucket,
+                        self._name(key),
+                        alt="media",
+                        headers={"Range": f"bytes={start}-{start + wanted - 1}"},
+                        size=wanted,
+                        read=read,
                     )
-                except FileNotFoundError as error:
-                    raise KeyError(key) from error
+                )
         return size, digester.text()
 
     def delete(self, prefix: str, *, last: str | None = None) -> None:
@@ -488,7 +514,7 @@ class BucketStore:
                 except (ValueError, KeyError, TypeError) as error:
                     raise _Damaged(f"an answer that cannot be read: {error}") from error
 
-            with self._errors("copy", pair[0]):
+            with self._missing(pair[0]), self._errors("copy", pair[0]):
                 try:
                     reply = self._request(
                         "POST",
@@ -500,8 +526,6 @@ class BucketStore:
                     )
                 except FileExistsError:  # ours, and the reply was lost; or another writer's
                     return
-                except FileNotFoundError as error:
-                    raise KeyError(pair[0]) from error
             if reply["done"]:
                 return
             token = reply["token"]

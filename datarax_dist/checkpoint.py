@@ -28,7 +28,7 @@ from datarax_dist.checkpointer import (
     SaveHandle,
 )
 from datarax_dist.data import positions as data_io
-from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError
+from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError, describe
 from datarax_dist.inspection import Candidate
 from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading
@@ -341,7 +341,7 @@ def _close(
     except Exception as late:
         if error is None:
             raise
-        logger.error("closing after %s: %s", type(error).__name__, late)
+        logger.error("closing after %s: %s", type(error).__name__, describe(late))
 
 
 class IteratorCheckpoint:

@@ -32,6 +32,7 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     StepNotFoundError,
     StorageError,
+    describe,
 )
 from datarax_dist.handles import Progress, SaveHandle
 from datarax_dist.hosts import HostGroup, current_group
@@ -185,7 +186,9 @@ class Checkpointer:
         try:
             self.close()
         except Exception as late:
-            logger.error("closing %s after %s: %s", self._root, type(error).__name__, late)
+            logger.error(
+                "closing %s after %s: %s", self._root, type(error).__name__, describe(late)
+            )
 
     @property
     def root(self) -> str:
@@ -312,6 +315,7 @@ class Checkpointer:
             agreement["the structure of the state"] = _tree_digest(plan.spec)
             items.append("state")
         shared["metadata/metadata"] = fmt.dump_metadata(metadata)
+        has_arrays = plan is not None and any(not leaf.inline for leaf in plan.spec.leaves)
         writer = self._arrays.writer(plan.arrays if plan and plan.spec.leaves else None)
         files = writer.step_files()
         shared |= {name: data for name, data in files.items() if name != _ORBAX_MARKER}
@@ -329,6 +333,7 @@ class Checkpointer:
             counts=captured.counts,
             shared=shared,
             last={_ORBAX_MARKER: files[_ORBAX_MARKER]},
+            needed=arrays_io.NEEDED if has_arrays else (),
             agreement=agreement,
             local_digests=local,
             items=sorted(items),
@@ -358,7 +363,8 @@ class Checkpointer:
                 )
             handle._settle(report=started.finish())
         except BaseException as error:
-            logger.error("%s: the save of step %d failed: %s", self._root, started.step, error)
+            told = describe(error)
+            logger.error("%s: the save of step %d failed: %s", self._root, started.step, told)
             handle._settle(error=error)
             started.tell()
             started.clean_up()
@@ -774,7 +780,7 @@ def _end_all() -> None:
             checkpointer._drain()
             checkpointer._group.close()
         except Exception as error:  # the others have saves to end, too
-            logger.error("%s", error)
+            logger.error("%s", describe(error))
             if checkpointer._share is not None:
                 hang.append(checkpointer._share)
     sharing.give_all_back(but=hang)

@@ -20,16 +20,27 @@ import binascii
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["DecodeError", "EncodeError", "Encoded", "decode", "encode", "pack", "unpack"]
+__all__ = [
+    "DecodeError",
+    "EncodeError",
+    "Encoded",
+    "check_keys",
+    "decode",
+    "encode",
+    "pack",
+    "unpack",
+]
 
 MAX_DEPTH = 100
 _MOST_BITS = 12_000  # of an int: Python reads texts of up to 4300 digits
+_MOST_ALIKE = 100  # keys with one hash: a dict compares each with all of them
 _EXACT = 1 << 53
 _BLOB_BYTES = 512  # fewer are shorter in the JSON than beside it
 _EXTENDED = (
@@ -250,7 +261,9 @@ class _Decoder:
             case "$tuple" if isinstance(body, list):
                 return tuple(self.value(item, depth) for item in body)
             case "$dict" if isinstance(body, list):
-                return {self.value(key, depth): self.value(item, depth) for key, item in body}
+                pairs = [(self.value(key, depth), self.value(item, depth)) for key, item in body]
+                check_keys(key for key, _ in pairs)
+                return dict(pairs)
             case "$array":
                 return self._array(body)
             case "$scalar":
@@ -311,6 +324,16 @@ class _Decoder:
             raise DecodeError("a PRNG key of no kind")
         data: Any = self._array(body["data"])
         return jax.random.wrap_key_data(data, impl=body["impl"])
+
+
+def check_keys(keys: Iterable[Any]) -> None:
+    """Raises `DecodeError` for keys of which too many have one hash, before a dict or a set is made
+    of them: that would take the square of their number. All multiples of `2**61 - 1` hash to 0.
+    """
+    # Counted as texts: the hashes of these nobody can choose.
+    alike = Counter(str(hash(key)) for key in keys if not isinstance(key, str | bytes))
+    if alike and max(alike.values()) > _MOST_ALIKE:
+        raise DecodeError("keys of a dict that were made to have the same hash")
 
 
 def _decode_shape(shape: Any, size: int, itemsize: int) -> tuple[int, ...]:

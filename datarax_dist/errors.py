@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 __all__ = [
@@ -218,19 +218,35 @@ def describe(error: BaseException, limit: int = 2000) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     text = mask(text)
+    if not isinstance(error, CheckpointError):  # the lines of a text are left to it
+        text = "\n".join(printable(line) for line in text.split("\n"))
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def printable(text: str) -> str:
+    r"""Returns a text of others, the name of a file say, in one line and without characters that
+    control a terminal or turn the direction of writing.
+
+    >>> printable("a\x1b[2J\nb")
+    'a\\x1b[2J\\nb'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def mask(text: str) -> str:
     """Returns a text of others without what would let a reader act as this process: tokens, signed
-    URLs, passwords in URLs.
+    URLs, passwords in URLs. Of a very long text only the beginning.
 
     >>> mask("GET https://host/x?alt=media&access_token=ya29.abc failed")
     'GET https://host/x?alt=media&access_token=*** failed'
     """
+    if is_long := len(text) > _MOST_MASKED:
+        # The last word may be half a secret, of which a pattern does not see what it is.
+        head = text[:_MOST_MASKED]
+        text = head[: max(head.rfind(" "), _MOST_MASKED - _MOST_WORD)]
     for pattern in _SECRETS:
         text = pattern.sub(r"\1***", text)
-    return text
+    return text + " ..." if is_long else text
 
 
 def storage_hint(number: int | None) -> str:
@@ -245,43 +261,99 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _PASSING
 
 
-_VALUE = r"[^\s&\"'<>,;)}\]]+"
-_NAMES = "|".join(
+_MOST_MASKED = 20_000  # characters: some of the patterns take the square of the length
+_MOST_WORD = 2_000
+_PART = r"(?:[^\s&\"'<>,;)}\]\\]|\\(?![\"'\\]))"
+_VALUE = f"{_PART}+"
+# A sign, and how it is written in a URL inside another one's query.
+_IS = r"(?:[:=]|%(?:25)?3[AD])"
+_EQUALS = r"(?:=|%(?:25)?3D)"
+_AND = r"(?:[?&]|&amp;|\\u0026|%(?:25)?(?:3F|26))"
+_QUOTE = r"(?:\\*[\"']|%(?:25)?22)"
+# In no text but beside a credential.
+_SURE = "|".join(
     (
-        *("access_token", "id_token", "refresh_token", "token", "assertion", "client_secret"),
-        *("private_key", "password", "upload_id", "api_?key", "key", "sig", "signature"),
-        *("x-goog-signature", "x-goog-credential", "x-amz-signature", "x-amz-credential"),
-        "x-amz-security-token",
+        *(
+            "(?:access|refresh|id|auth|session|oauth|bearer|security)[_-]?token",
+            "client[_-]?secret",
+        ),
+        *("private[_-]?key", "passw(?:or)?d", "api[_-]?key", "upload_id"),
+        *("x-(?:goog|amz)-(?:signature|credential)", "x-goog-iam-authorization-token"),
     )
 )
-_SECRETS = (
-    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[^-]*", re.IGNORECASE),
-    re.compile(
-        rf"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic)\s+)?){_VALUE}", re.IGNORECASE
-    ),
-    re.compile(rf"(\bbearer\s+){_VALUE}", re.IGNORECASE),
-    # In a query, or as a field of JSON. A bare `key='...'` is in many a message of ours.
-    re.compile(rf"([?&](?:{_NAMES})=){_VALUE}", re.IGNORECASE),
-    re.compile(
-        rf"(\b(?:access_token|id_token|refresh_token|assertion|client_secret|private_key"
-        rf"|x-goog-signature)[\"']?\s*[:=]\s*[\"']?){_VALUE}",
-        re.IGNORECASE,
-    ),
-    re.compile(r"(\bya29\.)[\w.-]+"),  # what Google's access tokens begin with
-    re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+(?=@)", re.IGNORECASE),
+# Words of their own, too: only as a field of a query, of JSON or of what `repr` shows.
+_WORDS = "token|secret|assertion"
+_QUERY = f"{_SURE}|{_WORDS}|key|sig|signature"
+_SCHEMES = "bearer|basic|digest|negotiate|ntlm"
+# The patterns keep what tells the kind, the first group. What is masked once is masked for good: a
+# masked text has no secrets (`cause`).
+_SECRETS = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----)[^-]*",
+        rf"(\bbearer(?:[\"'],\s*b?[\"']|\s+|%20|\+)){_VALUE}",
+        # Between quotes to the closing one: `"password": "a b"`, `('authorization', b'...')`.
+        rf"((?:{_SURE}|\b(?:(?:proxy-)?authorization|(?:set-)?cookie)){_QUOTE}?\s*"
+        rf"(?:[:=]|(?<=[\"']),)\s*b?\\*(?P<q>[\"'])(?:(?:{_SCHEMES})\s+)?)"
+        r"(?:\\.|(?!(?P=q))[^\\\n])+",
+        rf"((?:(?<![\w-])(?:{_WORDS})=|[\"'](?:{_WORDS})\\*[\"']\s*[:=]\s*)b?\\*(?P<q>[\"']))"
+        r"(?:\\.|(?!(?P=q))[^\\\n])+",
+        # A header to the end of its line, where it may have several fields.
+        rf"(\bauthorization{_QUOTE}?\s*[:=]\s*(?:digest|negotiate|ntlm|[\w-]{{1,40}}"
+        r"(?=\s+[\w-]{1,40}=))\s+)[^\r\n]+",
+        r"(\b(?:set-)?cookie\s*[:=]\s*)[^\s\"'][^\r\n]*",
+        rf"(\bauthorization{_QUOTE}?\s*{_IS}\s*{_QUOTE}?(?:(?:{_SCHEMES})\s+)?){_VALUE}",
+        rf"({_AND}(?:{_QUERY}){_EQUALS}){_VALUE}",
+        rf"((?:{_SURE}|\bassertion){_QUOTE}?\s*{_EQUALS}\s*{_QUOTE}?){_VALUE}",
+        # Not `/etc/passwd: Permission denied`.
+        rf"((?<!/)(?:{_SURE}){_QUOTE}?\s*(?::|%(?:25)?3A)\s*{_QUOTE}?){_VALUE}",
+        r"((?<![\w-])token=)[\w.~+/=-]{20,}",
+        # A variable of the environment.
+        r"((?-i:\b[A-Z0-9_]{0,40}(?:TOKEN|SECRET|PASSWORD|ACCESS_KEY)(?:_[A-Z0-9_]{0,40})?=))"
+        rf"{_PART}{{8,}}",
+        # What credentials of some services begin with.
+        r"(\bya29\.)[\w.-]+",
+        r"((?<![\w/])1//0)[\w-]{8,}",
+        r"((?<![\w-])eyJ)[\w-]{5,}(?:\.[\w-]*)+",
+        r"((?<![\w-])(?:hf_|gh[opsu]_))[a-z0-9]{24,}",
+        r"((?<![\w-])(?:GOCSPX-|AIza))[\w-]{24,}",
+        # The name and the password of a URL.
+        r"([a-z][a-z0-9+.-]{0,30}://)[^\s/@]+(?=@)",
+    )
 )
 
 
 def cause(error: BaseException) -> BaseException | None:
     """Returns what to chain an error of ours to: None when a text of others in the chain has
-    secrets, which every traceback would show.
+    secrets, which every traceback would show, or is too long to tell.
     """
-    link: BaseException | None = error
-    while link is not None:
-        if mask(text := f"{link} {link!r}") != text:
-            return None
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return error
+    return None if any(_has_secrets(link) for link in chain(error)) else error
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, and each one that its traceback would show, once."""
+    seen: set[int] = set()
+    links = [error]
+    while links:
+        link = links.pop()
+        if id(link) in seen:  # others may have made a circle of them
+            continue
+        seen.add(id(link))
+        yield link
+        if isinstance(link, BaseExceptionGroup):
+            links += link.exceptions
+        before = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        links += [] if before is None else [before]
+
+
+def _has_secrets(error: BaseException) -> bool:
+    notes = getattr(error, "__notes__", ())
+    texts = [
+        str(error),
+        repr(error),
+        *(map(str, notes) if isinstance(notes, list) else (repr(notes),)),
+    ]
+    return any(mask(text) != text for text in texts)
 
 
 def _numbers(*names: str) -> frozenset[int]:

@@ -502,11 +502,22 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     return body
 
 
-def _parse_object(data: bytes, name: str) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"there is the key {_clipped(key)} twice")
+        found[key] = value
+    return found
+
+
+def _parse_object(
+    data: bytes, name: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> dict[str, Any]:
     if _values(data) > MAX_VALUES:
         raise InvalidRecordError(f"{name} has more values than any record of ours")
     try:
-        body = json.loads(data)
+        body = json.loads(data, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise InvalidRecordError(f"{name} is not JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
@@ -831,8 +842,8 @@ def dump_metadata(metadata: Mapping[str, Any]) -> bytes:
 
 
 def parse_metadata(data: bytes, name: str) -> dict[str, Any]:
-    """Raises `InvalidRecordError` for anything that is no JSON object."""
-    return _parse_object(data, name)
+    """Raises `InvalidRecordError` for anything that is no JSON object, or has a key twice."""
+    return _parse_object(data, name, _unique)
 
 
 def _check_size(data: bytes, name: str) -> None:

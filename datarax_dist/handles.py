@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from datarax_dist.errors import InvalidArgumentError, PeerLostError
+from datarax_dist.errors import InvalidArgumentError, PeerLostError, describe
 from datarax_dist.request import SaveReport
 from datarax_dist.telemetry import Phases
 
@@ -80,7 +80,9 @@ class SaveHandle:
                 told = self._future.exception()
                 if report is None or not isinstance(told, PeerLostError):
                     return
-                logger.warning("step %d is committed after all, though: %s", self.step, told)
+                logger.warning(
+                    "step %d is committed after all, though: %s", self.step, describe(told)
+                )
                 self._future = Future()
             if report is not None:
                 self._future.set_result(report)

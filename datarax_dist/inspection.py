@@ -43,6 +43,8 @@ __all__ = [
 logger = logging.getLogger("datarax_dist")
 
 _TRIES = 20
+_MOST_ORBAX_BYTES = 2 << 30
+_ORBAX_TIMES = 16  # what Orbax says of each leaf is at most 10 times what TREE.json does
 _LOOKS = 5  # at what a job that is saving may have moved: each would have to meet another save
 
 
@@ -175,7 +177,7 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
                 "%s of %s is damaged (%s); the run is taken from its steps",
                 fmt.RUN_NAME,
                 store.root,
-                error,
+                errors.describe(error),
             )
 
     def look(name: str) -> Candidate | None:
@@ -186,6 +188,8 @@ def _inspect(store: Store, names: Sequence[str]) -> Inspection:
 
     looked = for_each(store, look, [name[:-1] for name in names if name.endswith("/")])
     found = [candidate for candidate in looked if candidate is not None]
+    empty = _empty(store, [c.name for c in found if c.moves and c.state == "refused"])
+    found = [dataclasses.replace(c, moves=False) if c.name in empty else c for c in found]
     if isinstance(store, SupportsRename):
         found += [
             Candidate(step, name, "refused", "a symbolic link or a file, not a directory")
@@ -290,11 +294,20 @@ def _look_inside(store: Store, name: str) -> tuple[set[str], _Wrong]:
     }
 
 
-def _is_empty(store: Store, name: str) -> bool:
-    """Whether there is a directory, and nothing in it. A step has another name for a moment while
-    it is saved again.
+def _empty(store: Store, names: Iterable[str]) -> set[str]:
+    """Returns which directories are there, and nothing in them. A step has another name for a
+    moment while it is saved again. The root is listed once for all of them, at each look: there may
+    be thousands.
     """
-    return all(f"{name}/" in store.children("") and not store.children(name) for _ in range(_LOOKS))
+    empty = set(names)
+    for _ in range(_LOOKS):
+        if not empty:
+            break
+        there = set(store.children(""))
+        rows = sorted(name for name in empty if f"{name}/" in there)
+        inside = for_each(store, store.children, rows)
+        empty = {name for name, found in zip(rows, inside, strict=True) if not found}
+    return empty
 
 
 def _lacks(store: Store, name: str, data: bytes, records: Sequence[fmt.FileEntry]) -> bool:
@@ -324,7 +337,9 @@ def _is_unreadable(store: Store, name: str) -> bool:
 
 
 def inspect_step(store: Store, step: int, name: str) -> Candidate:
-    """Returns what one directory is, for all that its name says."""
+    """Returns what one directory is, for all that its name says. An empty one may have been moved:
+    see `_empty`.
+    """
     inside, wrong_of = _look_inside(store, name)
     if fmt.COMMIT_NAME in inside:
         try:
@@ -359,13 +374,13 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
                 step,
                 name,
                 "damaged",
-                f"host records are {how}: {', '.join(list(wrong)[:5])}",
+                f"host records are {how}: {errors.printable(', '.join(list(wrong)[:5]))}",
                 files=tuple(wrong),
                 moves=not _lacks(store, name, data, rows),
             )
         return Candidate(step, name, "committed", marker=marker, digest=fmt.digest(data))
     # What was listed may be a step that was moved, and is being deleted under another name.
-    moves = not _is_empty(store, name) if not inside else inside != _look_inside(store, name)[0]
+    moves = not inside or inside != _look_inside(store, name)[0]
     if fmt.STEP_NAME in inside:
         state = "staged"
         reason = f"no {fmt.COMMIT_NAME}: never committed, or the marker is lost"
@@ -414,7 +429,8 @@ def verify_files(
     wrong |= compare(listing, directory, files)
     if wrong and not isinstance(store, SupportsRename):
         # The listing itself may have been damaged on its way: what is wrong is so twice.
-        again = compare(look(), directory, files)
+        second = look()
+        again = find_irregular(second, directory) | compare(second, directory, files)
         wrong = {path: reason for path, reason in again.items() if path in wrong}
     if level != "full":
         return wrong
@@ -444,12 +460,36 @@ def verify_files(
 
 
 def find_irregular(listing: Iterable[Entry], directory: str) -> dict[str, str]:
-    """Returns what in a listing is no file, and is never opened: path -> what it is."""
-    return {
-        entry.key.removeprefix(f"{directory}/"): f"it is {entry.irregular}, not a file"
-        for entry in listing
-        if entry.irregular
-    }
+    """Returns what in a listing is never opened, as it is no file, or too large for what it is:
+    path -> what it is.
+    """
+    listed = {entry.key.removeprefix(f"{directory}/"): entry for entry in listing}
+    tree = listed.get(fmt.TREE_NAME)
+    wrong = {}
+    for path, entry in listed.items():
+        most = _most_orbax_bytes(path, tree.size if tree is not None else None)
+        if entry.irregular:
+            wrong[path] = f"it is {entry.irregular}, not a file"
+        elif most is not None and entry.size > most:
+            wrong[path] = f"it has {entry.size} bytes; Orbax writes at most {most} to such a file"
+    return wrong
+
+
+def _most_orbax_bytes(path: str, tree_bytes: int | None) -> int | None:
+    """Returns how large a file of a step may be that Orbax reads as a whole before any array; None
+    for any other one.
+
+    Args:
+        path: relative to the step.
+        tree_bytes: the size of `TREE.json`, which grows with the leaves as Orbax's files do.
+    """
+    *_, folder, name = ("", *path.split("/"))
+    if name == "manifest.ocdbt":
+        return fmt.MAX_SMALL_BYTES
+    if name != "_METADATA" and folder != "array_metadatas":
+        return None
+    known = _MOST_ORBAX_BYTES if tree_bytes is None else tree_bytes
+    return min(fmt.MAX_SMALL_BYTES + _ORBAX_TIMES * known, _MOST_ORBAX_BYTES)
 
 
 def compare(

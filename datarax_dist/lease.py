@@ -466,8 +466,8 @@ class Lease:
                     self._stop_keeping()
                     return
                 except Exception as error:
-                    if str(error) != told:
-                        told = str(error)
+                    if (text := errors.describe(error)) != told:
+                        told = text
                         logger.warning(
                             "the lease of %s could not be renewed: %s", self._store.root, told
                         )
@@ -486,7 +486,8 @@ class Lease:
             try:
                 self._leave()
             except StorageError as error:
-                logger.warning("the lease of %s could not be released: %s", self._store.root, error)
+                text = errors.describe(error)
+                logger.warning("the lease of %s could not be released: %s", self._store.root, text)
                 with contextlib.suppress(RuntimeError):  # no more threads: Python ends
                     self._start_keeping()
             else:

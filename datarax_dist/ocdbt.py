@@ -8,6 +8,7 @@ committed, too, when it merges the indexes of all hosts.
 
 from __future__ import annotations
 
+import os
 import secrets
 import struct
 import time
@@ -25,6 +26,9 @@ __all__ = ["MOST_INLINE_BYTES", "Extent", "make_index", "new_file", "read_index"
 MOST_INLINE_BYTES = 1024  # of a value in the index, as Orbax has it
 
 _DEPTH = 64  # a tree of more levels is none
+_LARGEST_NODE_BYTES = 1 << 27  # as it is stored; TensorStore reads it as a whole
+_MOST_KEYS = 1 << 24
+_MOST_KEY_BYTES = (1 << 16) - 1  # TensorStore's own limit
 _MOST_NODE_BYTES = 50_000_000  # Orbax's own limit is 100 MB
 _MOST_ENTRIES = 500_000  # TensorStore's own limit is 1 << 20
 _NODE_MAGIC = 0x0CDB20DE
@@ -48,38 +52,61 @@ class Extent:
 def read_index(directory: str) -> dict[str, bytes | Extent]:
     """Returns the newest version of the database in a local directory: key -> value.
 
+    Each node is visited once, and its bytes are its own: a small file cannot make a large tree.
+
     Raises:
         ValueError: it is damaged, or not a database; and whatever TensorStore raises then.
     """
     base = ts.KvStore.open({"driver": "file", "path": f"{directory}/"}).result()
     found: dict[str, bytes | Extent] = {}
+    left: dict[str, int] = {}  # bytes of each file that no node has taken
+    seen: set[tuple[str, int]] = set()
 
-    def walk(location: str, prefix: bytes, depth: int) -> None:
-        if depth > _DEPTH:
-            raise ValueError("The index of the arrays is nested too deep.")
-        for entry in ts.ocdbt.dump(base, location).result()["entries"]:
+    def take(node: Extent) -> None:
+        if node.file not in left:
+            left[node.file] = os.path.getsize(os.path.join(directory, node.file))
+        left[node.file] -= node.length
+        if (node.file, node.offset) in seen or left[node.file] < 0:
+            raise ValueError("The index of the arrays has a node that is in two places.")
+        if node.length > _LARGEST_NODE_BYTES:
+            raise ValueError(f"The index of the arrays has a node of {node.length} bytes.")
+        seen.add((node.file, node.offset))
+
+    def walk(location: str, prefix: bytes, height: int) -> None:
+        take(_extent(location, "btreenode"))
+        node = ts.ocdbt.dump(base, location).result()
+        if node["height"] != height:
+            raise ValueError("The index of the arrays has a node of another height than it says.")
+        for entry in node["entries"]:
             key = prefix + entry["key"]
+            if len(key) > _MOST_KEY_BYTES or len(found) >= _MOST_KEYS:
+                raise ValueError("The index of the arrays has too many keys, or too long ones.")
             if "location" in entry:
-                walk(entry["location"], prefix + entry["subtree_common_prefix"], depth + 1)
+                walk(entry["location"], prefix + entry["subtree_common_prefix"], height - 1)
             elif "inline_value" in entry:
                 found[key.decode()] = entry["inline_value"]
             else:
                 found[key.decode()] = _extent(entry["indirect_value"])
 
-    root = ts.ocdbt.dump(base).result()["versions"][-1]["root"]
-    if "location" in root:
-        walk(root["location"], b"", 0)
+    newest = ts.ocdbt.dump(base).result()["versions"][-1]
+    if newest["root_height"] > _DEPTH:
+        raise ValueError("The index of the arrays is nested too deep.")
+    if "location" in newest["root"]:
+        walk(newest["root"]["location"], b"", newest["root_height"])
     return found
 
 
-def _extent(location: Any) -> Extent:
-    """Parses `value:<directory>:<path>:<offset>:<length>`."""
-    kind, base, path, offset, length = str(location).split(":")
+def _extent(location: Any, wanted: str = "value") -> Extent:
+    """Parses `<kind>:<directory>:<path>:<offset>:<length>`."""
+    kind, base, path, *place = str(location).split(":")
     file = urllib.parse.unquote(base) + urllib.parse.unquote(path)
     parts = file.split("/")
-    if kind != "value" or any(part in ("", ".", "..") for part in parts):
+    offset, length = map(int, place)
+    if kind != wanted or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"The index of the arrays names {location[:200]!r}.")
-    return Extent(file, int(offset), int(length))
+    if min(offset, length) < 0:
+        raise ValueError(f"The index of the arrays names {location[:200]!r}.")
+    return Extent(file, offset, length)
 
 
 def new_file() -> str:

@@ -74,6 +74,7 @@ class SaveRequest:
         shared: key -> content, for what the primary writes for all (structure, indexes).
         last: the same, for what must not be there before everything else is: what other programs
             take for a sign that the step is whole.
+        needed: keys without which there are no arrays; the array writer makes them in the end.
         agreement: JSON that must be equal on all hosts, named part by part.
         local_digests: leaf name -> digest, for leaves that must be equal on all hosts.
         items: the names of the step's items, for its marker.
@@ -88,6 +89,7 @@ class SaveRequest:
     counts: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, bytes] = field(default_factory=dict)
     last: Mapping[str, bytes] = field(default_factory=dict)
+    needed: Sequence[str] = ()
     agreement: Mapping[str, Any] = field(default_factory=dict)
     local_digests: Mapping[str, str] = field(default_factory=dict)
     items: Sequence[str] = ()

@@ -40,6 +40,7 @@ from datarax_dist.errors import (
     PeerLostError,
     StepNotFoundError,
     StorageError,
+    printable,
 )
 from datarax_dist.hosts import HostGroup, Operation
 from datarax_dist.inspection import (
@@ -140,7 +141,7 @@ class RestoreReport:
             f"restored step {self.step} (verified: {self.verified}; saved by {self.hosts_before}"
             f" hosts, {self.hosts_now} now)"
         ]
-        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [printable(f"  not {name}: {reason}") for name, reason in self.refused.items()]
         lines += [
             f"  changed, as allowed: {name} was {then!r}, is {now!r}"
             for name, (then, now) in self.data_changes.items()
@@ -331,7 +332,8 @@ class Restorer:
                 log = logger.warning if refused or candidate.state == "foreign" else logger.info
                 log("%s: %s", self._store.root, report)
                 return applied, report
-            files = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:5])
+            told_of = [f"{path}: {reason}" for path, reason in list(bad.items())[:5]]
+            files = printable("; ".join(told_of))  # names of a listing may be anything
             refused[f"step {candidate.step}"] = f"damaged: {files}"
             damage[candidate.step] = list(bad)
             logger.warning("step %d of %s is damaged: %s", candidate.step, self._store.root, files)
@@ -697,7 +699,8 @@ class Restorer:
                 now=self._clock.now(),
             )
         except Exception as error:  # the step is restored, and the other hosts have gone on
-            logger.warning("could not look for leftovers of %s: %s", self._store.root, error)
+            told = errors.describe(error)
+            logger.warning("could not look for leftovers of %s: %s", self._store.root, told)
             return []
 
 
@@ -753,4 +756,4 @@ def _label(candidate: Candidate) -> str:
 
 
 def _lines(refused: Mapping[str, str]) -> str:
-    return "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
+    return "".join("\n" + printable(f"  {name}: {reason}") for name, reason in refused.items())

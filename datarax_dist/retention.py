@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from datarax_dist import attempts
 from datarax_dist import format as fmt
 from datarax_dist.config import KeepPolicy
-from datarax_dist.errors import FormatVersionError, StorageError
+from datarax_dist.errors import FormatVersionError, StorageError, describe
 from datarax_dist.inspection import Inspection, inspect_step, is_committed
 from datarax_dist.lease import Right, Unguarded, newest_lease
 from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace, for_each
@@ -108,7 +108,9 @@ def with_room(act: Callable[[], _Result], make_room: Callable[[], None]) -> _Res
     except StorageError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        logger.info("%s. What earlier saves have left is removed, and it is tried again.", error)
+        logger.info(
+            "%s. What earlier saves have left is removed, and it is tried again.", describe(error)
+        )
         make_room()
         return act()
 
@@ -624,7 +626,10 @@ def remove_leftovers(
                 continue
         except Exception as error:
             logger.warning(
-                "could not remove the leftover %s of %s: %s", leftover.name, store.root, error
+                "could not remove the leftover %s of %s: %s",
+                leftover.name,
+                store.root,
+                describe(error),
             )
         else:
             logger.warning(
@@ -704,7 +709,10 @@ def retire(
             is_gone = delete_step(store, step, now=now, lease=lease, reached=reached)
         except Exception as error:
             logger.warning(
-                "could not delete step %d of %s: %s. It is tried again.", step, store.root, error
+                "could not delete step %d of %s: %s. It is tried again.",
+                step,
+                store.root,
+                describe(error),
             )
         else:
             deleted += [step] if is_gone else []

@@ -59,6 +59,7 @@ from datarax_dist.errors import (
     PeerError,
     StepExistsError,
     StorageError,
+    describe,
 )
 from datarax_dist.hosts import HostGroup, Operation, is_unheard
 from datarax_dist.inspection import (
@@ -556,7 +557,7 @@ class StartedSave:
         try:
             self._work()
         except PeerError as error:
-            logger.debug("step %d: stopped, as the save has failed: %s", self.step, error)
+            logger.debug("step %d: stopped, as the save has failed: %s", self.step, describe(error))
             if is_unheard(error):
                 self.operation.fail(self.phases.current, error)
         except BaseException as error:
@@ -594,7 +595,8 @@ class StartedSave:
                 good = set(self._saver.committed_steps(names)) - self._saver.suspects
                 steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
             except Exception as error:
-                logger.warning("retention of %s: %s. It is tried again.", self._store.root, error)
+                told = describe(error)
+                logger.warning("retention of %s: %s. It is tried again.", self._store.root, told)
                 self._saver._known.tidy = False
                 return []
             deleted = retention.retire(
@@ -774,6 +776,11 @@ class StartedSave:
         store, staging = self._store, self._staging
         with self.phases.span("verify"):
             written = self._listed(expected) or self._recorded(records)
+            if missing := [path for path in self._request.needed if path not in written]:
+                raise StorageError(
+                    f"Step {self.step} is not committed: its arrays were said to be written, and"
+                    f" {', '.join(missing)} is not there. Look at the log for errors of Orbax."
+                )
             kind = store.digest_kind
             written |= {
                 path: fmt.FileEntry(path, len(content), fmt.digest(content, kind))
@@ -879,4 +886,5 @@ class StartedSave:
             if self._store.children(self._staging):
                 retention.remove_leftovers(self._store, [left])
         except StorageError as error:
-            logger.warning("could not remove what step %d has staged: %s", self.step, error)
+            told = describe(error)
+            logger.warning("could not remove what step %d has staged: %s", self.step, told)

@@ -29,7 +29,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from datarax_dist import format as fmt
 from datarax_dist.config import is_bucket
-from datarax_dist.errors import StorageError, describe, storage_hint
+from datarax_dist.errors import StorageError, describe, printable, storage_hint
 
 __all__ = [
     "Entry",
@@ -208,18 +208,31 @@ def root_is_away(root: str, what: str) -> StorageError:
 def _storage_errors(action: str, path: str) -> Iterator[None]:
     try:
         yield
+    except _IrregularError as error:
+        told = printable(f"Could not {action} {path}: {error.told}")
+        raise StorageError(told, errno=error.errno) from error
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         if missing and action in ("read", "list", "delete", "rename"):
             raise KeyError(path) from error
         raise StorageError(
-            f"Could not {action} {path}: {describe(error)}. {storage_hint(error.errno)}",
+            f"Could not {action} {printable(path)}: {describe(error)}. {storage_hint(error.errno)}",
             errno=error.errno,
         ) from error
 
 
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 class LocalStore:
-    """A directory of a local or shared POSIX file system."""
+    """A directory of a local or shared POSIX file system. Below the root no symbolic link is
+    followed, whoever has put it there; the root itself may be one, and what is above it.
+    """
 
     digest_kind = "crc32"
 
@@ -248,12 +261,14 @@ class LocalStore:
     def _open_directory(self, prefix: str) -> int:
         """Opens a directory. Below the root no link is followed; the root itself may be one."""
         descriptor = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-        for name in prefix.split("/") if prefix else ():
+        names = prefix.split("/") if prefix else []
+        for depth, name in enumerate(names, 1):
             try:
                 inner = os.open(name, _NO_LINK | os.O_DIRECTORY, dir_fd=descriptor)
             except OSError as error:
                 if (kind := _irregular(name, descriptor)) is not None and kind != "a directory":
-                    raise _IrregularError(kind, self.path(prefix)) from error
+                    key = "/".join(names[:depth])
+                    raise _IrregularError(kind, key, self.path(key)) from error
                 raise
             finally:
                 os.close(descriptor)
@@ -271,30 +286,38 @@ class LocalStore:
                 if stat.S_ISREG(os.fstat(descriptor).st_mode):
                     return descriptor
                 os.close(descriptor)
-            raise _IrregularError(kind or "no file any more", self.path(key))
+            raise _IrregularError(kind or "no file any more", key, self.path(key))
         finally:
             os.close(parent)
 
     def put(self, key: str, data: bytes) -> None:
-        path = self.path(key)
-        with _storage_errors("write", path):
-            temporary = self._write_temporary(path, data)
+        above, _, name = key.rpartition("/")
+        with (
+            _storage_errors("write", self.path(key)),
+            _closing(self._make_directories(above)) as parent,
+        ):
+            temporary = self._write_temporary(name, parent, data)
             try:
-                os.replace(temporary, path)
+                os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
             except OSError:
-                os.unlink(temporary)
+                os.unlink(temporary, dir_fd=parent)
                 raise
-            _sync_directory(os.path.dirname(path))
+            os.fsync(parent)
 
     def create(self, key: str, data: bytes) -> bool:
-        path = self.path(key)
-        with _storage_errors("create", path):
-            temporary = self._write_temporary(path, data)
+        above, _, name = key.rpartition("/")
+        with (
+            _storage_errors("create", self.path(key)),
+            _closing(self._make_directories(above)) as parent,
+        ):
+            temporary = self._write_temporary(name, parent, data)
             try:
                 # link() is the one POSIX call that is exclusive and shows whole content, on NFS
                 # too. There its reply can be lost, so a failure is checked by reading back: `data`
                 # carries a nonce.
-                os.link(temporary, path)
+                os.link(
+                    temporary, name, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False
+                )
             except FileExistsError:
                 try:
                     if self.get(key) != data:
@@ -302,27 +325,36 @@ class LocalStore:
                 except (KeyError, fmt.InvalidRecordError):
                     return False
             finally:
-                os.unlink(temporary)
-            _sync_directory(os.path.dirname(path))
+                os.unlink(temporary, dir_fd=parent)
+            os.fsync(parent)
             return True
 
-    def _write_temporary(self, path: str, data: bytes) -> str:
-        directory = os.path.dirname(path)
-        self._make_directories(directory)
-        temporary = os.path.join(directory, f".{os.path.basename(path)}.{secrets.token_hex(6)}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    def _write_temporary(self, name: str, parent: int, data: bytes) -> str:
+        temporary = f".{name}.{secrets.token_hex(6)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(temporary, flags, 0o666, dir_fd=parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
-            os.unlink(temporary)
+            os.unlink(temporary, dir_fd=parent)
             raise
         return temporary
 
-    def _make_directories(self, directory: str) -> None:
-        missing = []
+    def _make_directories(self, prefix: str) -> int:
+        """Opens a directory. What is missing of it is made, and its names last."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._open_directory(prefix)
+        if prefix:
+            above, _, name = prefix.rpartition("/")
+            with _closing(self._make_directories(above)) as parent:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=parent)
+                os.fsync(parent)
+            return self._open_directory(prefix)
+        missing, directory = [], self._root
         while not os.path.isdir(directory):
             missing.append(directory)
             directory = os.path.dirname(directory)
@@ -330,6 +362,7 @@ class LocalStore:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path)
             _sync_directory(os.path.dirname(path))
+        return self._open_directory("")
 
     def children(self, prefix: str) -> list[str]:
         path = self.path(prefix)
@@ -362,26 +395,40 @@ class LocalStore:
         return ""
 
     def list(self, prefix: str) -> list[Entry]:
-        top = self.path(prefix)
-        is_link = bool(prefix) and os.path.islink(top)
-        paths = [top]
-        found = []
+        above, _, name = prefix.rpartition("/")
+        start = f"{above}/" if above else ""
+        found: list[Entry] = []
 
-        def stop(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise error
+        def add(path: str, status: os.stat_result) -> None:
+            kind = _kind(status.st_mode) or ""
+            found.append(Entry(f"{start}{path}", status.st_size, irregular=kind))
 
-        with _storage_errors("list", top):
-            for directory, inner, names in os.walk(top, onerror=stop) if not is_link else ():
-                # Links to directories are among the directories, and are not walked through.
-                paths += [os.path.join(directory, name) for name in (*names, *inner)]
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    status = os.lstat(path)
-                    if not stat.S_ISDIR(status.st_mode):
-                        key = os.path.relpath(path, self._root).replace(os.sep, "/")
-                        kind = _kind(status.st_mode) or ""
-                        found.append(Entry(key, status.st_size, irregular=kind))
+        gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with _storage_errors("list", self.path(prefix)), gone:
+            try:
+                parent = self._open_directory(above)
+            except _IrregularError as error:  # what is in the way is all that there is
+                return [Entry(error.key, 0, irregular=error.kind)]
+            with _closing(parent):
+                status = os.stat(name or ".", dir_fd=parent, follow_symlinks=False)
+                directories = [name] if stat.S_ISDIR(status.st_mode) else []
+                if not directories:
+                    add(name, status)
+                while directories:
+                    directory = directories.pop()
+                    flags = _NO_LINK | os.O_DIRECTORY
+                    with (
+                        gone,
+                        _closing(os.open(directory or ".", flags, dir_fd=parent)) as descriptor,
+                        os.scandir(descriptor) as entries,
+                    ):
+                        for entry in entries:
+                            path = f"{directory}/{entry.name}" if directory else entry.name
+                            with gone:
+                                if entry.is_dir(follow_symlinks=False):
+                                    directories.append(path)
+                                else:
+                                    add(path, entry.stat(follow_symlinks=False))
         return sorted(found, key=lambda entry: entry.key)
 
     def digest(
@@ -420,14 +467,13 @@ class LocalStore:
             return
 
     def sync(self, prefix: str, keys: Iterable[str]) -> None:
-        top = self.path(prefix)
-        directories = {top}
+        directories = {prefix}
         files = list(keys)
         for key in files:
-            directory = os.path.dirname(self.path(key))
-            while len(directory) > len(top):
+            directory = key.rpartition("/")[0]
+            while len(directory) > len(prefix):
                 directories.add(directory)
-                directory = os.path.dirname(directory)
+                directory = directory.rpartition("/")[0]
 
         for_each(self, self._sync_file, files)
         for_each(self, self._sync_names, sorted(directories, reverse=True))
@@ -440,13 +486,18 @@ class LocalStore:
             finally:
                 os.close(descriptor)
 
-    def _sync_names(self, directory: str) -> None:
-        with _storage_errors("fsync", directory):
-            _sync_directory(directory)
+    def _sync_names(self, prefix: str) -> None:
+        with (
+            _storage_errors("fsync", self.path(prefix)),
+            _closing(self._open_directory(prefix)) as directory,
+        ):
+            os.fsync(directory)
 
     def rename(self, source: str, destination: str) -> None:
         target = self.path(destination)
         with _storage_errors("rename", self.path(source)):
+            for above in {key.rpartition("/")[0] for key in (source, destination)} - {""}:
+                os.close(self._open_directory(above))  # by no link
             # rename() replaces an empty directory without a word; such a one is somebody else's
             # too.
             if os.path.lexists(target):
@@ -462,24 +513,34 @@ class LocalStore:
                 _sync_directory(directory)
 
     def sweep(self, prefix: str) -> None:
-        path = self.path(prefix)
-        with _storage_errors("tidy up", path), contextlib.suppress(FileNotFoundError):
-            for entry in os.scandir(path):
+        with (
+            _storage_errors("tidy up", self.path(prefix)),
+            contextlib.suppress(FileNotFoundError),
+            _closing(self._open_directory(prefix)) as directory,
+            os.scandir(directory) as entries,
+        ):
+            for entry in entries:
                 with contextlib.suppress(FileNotFoundError):  # somebody was faster
                     if (
                         _TEMPORARY.fullmatch(entry.name)
                         and entry.is_file(follow_symlinks=False)
                         and time.time() - entry.stat().st_mtime > _CUT_OFF_SECONDS
                     ):
-                        os.unlink(entry.path)
+                        os.unlink(entry.name, dir_fd=directory)
 
 
 class _IrregularError(OSError):
     """Something else stands where a file or a directory of ours would."""
 
-    def __init__(self, kind: str, path: str) -> None:
+    def __init__(self, kind: str, key: str, path: str) -> None:
         super().__init__(errno.EINVAL, f"it is {kind}", path)
-        self.kind = kind
+        self.kind, self.key = kind, key
+        self.told = f"{path} is {kind}, and not of a run. Move it away."
+        if kind == _KINDS[stat.S_IFLNK]:
+            self.told = (
+                f"{path} is a symbolic link. Below the root of a run none is followed (the root"
+                " itself may be one). Remove it, and move what it leads to into its place."
+            )
 
 
 def _kind(mode: int) -> str | None:

@@ -207,22 +207,27 @@ def _check_structure(node: Any, numbers: list[int], count: int) -> None:
     children = node.get("children") if "node" in tags else next(iter(node.values()), None)
     if not (named or tags in ({"list"}, {"tuple"})) or not isinstance(children, list):
         raise wrong
-    keys = set()
+    keys: list[Any] = []
     for child in children:
         if named:
             if not isinstance(child, list) or len(child) != 2:
                 raise wrong
             try:
-                key = codec.decode(child[0]) if "dict" in tags else child[0]
-                keys.add(key)
-            except (codec.DecodeError, TypeError):
+                keys.append(codec.decode(child[0]) if "dict" in tags else child[0])
+            except codec.DecodeError:
                 raise wrong from None
-            if "node" in tags and not isinstance(key, str):
+            if "node" in tags and not isinstance(keys[-1], str):
                 raise wrong
             child = child[1]
         _check_structure(child, numbers, count)
-    if named and len(keys) != len(children):
-        raise wrong
+    if not named:
+        return
+    try:
+        codec.check_keys(keys)
+        if len(set(keys)) != len(children):
+            raise wrong
+    except (codec.DecodeError, TypeError):
+        raise wrong from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,69 @@ class Parser:
     sealed: bool = True
 
 
+def _describe_array(name: str) -> Callable[[bytes], Any]:
+    """Returns what takes the description of an array, as a file of that name, for all that reads
+    it.
+    """
+    from datarax_dist import direct
+    from datarax_dist.ocdbt import Extent
+
+    def parse(data: bytes) -> Any:
+        chunks: dict[str, bytes | Extent] = {f"a/c/{i}": Extent("d/x", 0, 40) for i in range(3)}
+        found = direct.parse_array("a", {"a/zarr.json": data, **chunks})
+        assert found is None or len(found.chunks) <= len(chunks)
+        shape, kind, chunk = direct.describe_stored(data, name)
+        assert isinstance(kind, str)
+        assert all(0 < part <= max(size, 1) for size, part in zip(shape, chunk, strict=True))
+
+    return parse
+
+
+def _read_index(data: bytes) -> Any:
+    """Reads a database of these nodes, without what seals them. They are told of as JSON."""
+    import tensorstore as ts
+
+    from datarax_dist import ocdbt
+
+    body = json.loads(data)
+    if not isinstance(body, dict) or not isinstance(body.get("nodes"), list):
+        raise ValueError("not what is read here")
+    nodes = [ocdbt._seal(bytes.fromhex(str(node))) for node in [*body["nodes"]][:100]]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "d").mkdir()
+        (folder / "d" / "x").write_bytes(b"".join(nodes))
+        (folder / "manifest.ocdbt").write_bytes(ocdbt.make_index({"a": b"1"}, "d/x")[1])
+        told = ts.ocdbt.dump(ts.KvStore.open(f"file://{folder}/").result()).result()
+        newest = told["versions"][-1]
+        newest["root_height"], newest["root"]["location"] = body.get("height"), body.get("root")
+        try:
+            manifest = ts.ocdbt.undump_manifest(told)
+        except Exception as error:
+            raise ValueError("no manifest can say so") from error
+        (folder / "manifest.ocdbt").write_bytes(manifest)
+        return ocdbt.read_index(name)
+
+
+def _databases() -> tuple[Mapping[str, Any], ...]:
+    """Returns what `_read_index` accepts: a leaf; and one below another node."""
+    from datarax_dist import ocdbt
+
+    leaf = ocdbt._leaf_node([(b"a/c/0", ocdbt.Extent("d/x", 3, 4)), (b"a/zarr.json", b"{}")])
+    root = ocdbt._interior_node([ocdbt._Node(b"a/c/0", leaf, 2)], "d/x")
+    nodes = [node[14:-4].hex() for node in (leaf, root)]
+    return (
+        {"nodes": nodes[:1], "root": f"btreenode::d/x:0:{len(leaf)}", "height": 0},
+        {"nodes": nodes, "root": f"btreenode::d/x:{len(leaf)}:{len(root)}", "height": 1},
+    )
+
+
 def parsers() -> dict[str, Parser]:
     """Returns every parser of what storage holds, by the name of what it parses."""
-    from datarax_dist import codec, trees
+    import ml_dtypes  # noqa: F401 - its types have names then
+    import numpy as np
+
+    from datarax_dist import codec, direct, trees
     from datarax_dist import format as fmt
     from datarax_dist.errors import FormatVersionError
 
@@ -153,6 +213,22 @@ def parsers() -> dict[str, Parser]:
             values,
             sealed=False,
         ),
+        "zarr.json": Parser(
+            _describe_array("zarr.json"),
+            (ValueError,),
+            (json.loads(direct.describe_array((6,), np.dtype("float32"), (2,)) or b""),),
+            sealed=False,
+        ),
+        ".zarray": Parser(
+            _describe_array(".zarray"),
+            (ValueError,),
+            (
+                {"shape": [6], "dtype": "<f4", "chunks": [2], "compressor": {"id": "zstd"}},
+                {"shape": [], "dtype": "bfloat16", "chunks": [], "compressor": None},
+            ),
+            sealed=False,
+        ),
+        "nodes": Parser(_read_index, (ValueError, OSError), _databases(), sealed=False),
     }
 
 

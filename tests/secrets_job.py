@@ -74,10 +74,14 @@ def main(token: str, file: str) -> None:
     with Echo() as gcs:
         os.environ |= gcs.environment() | {
             "FSSPEC_GCS": json.dumps({"token": token, "project": "p", "use_listings_cache": False}),
-            "FETCH_RAW_TOKEN_EXPIRY": "false",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": token,
+            "https_proxy": "http://127.0.0.1:1",  # nobody is there, and nobody else is asked
         }
+        os.environ.pop("FETCH_RAW_TOKEN_EXPIRY", None)
         gcs.make_bucket("bucket")
+        _ask_how_long_it_lasts("gs://bucket/run", told)
+        os.environ["FETCH_RAW_TOKEN_EXPIRY"] = "false"
+        del os.environ["https_proxy"]
         _work(gcs, "gs://bucket/run", told)
         files = {name: repr(found.content) for name, found in gcs.objects("bucket").items()}
         senders = gcs.senders
@@ -126,6 +130,17 @@ def _work(gcs: Echo, root: str, told: dict[str, list[str]]) -> None:
         fault = gcs.fail(mode, kind=("read", "list"), times=None)
         _try(told, mode, _restore(root))
         gcs.heal(fault)
+
+
+def _ask_how_long_it_lasts(root: str, told: dict[str, list[str]]) -> None:
+    """gcsfs asks Google, with the token in the query of a URL, which stands in the error."""
+    from datarax_dist.buckets import BucketStore
+
+    _try(told, "not asked: Checkpointer", _restore(root))
+    _try(told, "not asked: get", lambda: BucketStore(root).get("RUN.json"))
+    with _printed() as text:
+        _try(told, "not asked: doctor", _doctor(root))
+    told["not asked: printed"] = [text.getvalue()]
 
 
 def _restore(root: str) -> Callable[[], Any]:

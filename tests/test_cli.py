@@ -286,8 +286,36 @@ def test_a_root_may_have_an_at_sign(run: Path, capsys: pytest.CaptureFixture[str
     assert as_json(capsys, "show", f"{other}@1")["step"] == 1
 
 
-def test_names_from_storage_cannot_control_the_terminal() -> None:
-    assert output.clean("a\x1b[2Jb\rc\nä") == "a\\x1b[2Jb\\rc\nä"
+def test_names_from_storage_cannot_control_the_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    place = os.fsencode(run / "2" / "state" / "d")
+    for name in (b"evil\x1b[2J\x1b[31mOK", b"a\nstep 3: all is well", "\u202eb".encode()):
+        os.symlink("/etc/passwd", place + b"/" + name)
+    with dd.Checkpointer(run) as ckpt:
+        report = ckpt.restore().report
+        with pytest.raises(dd.errors.CorruptStepError) as caught:
+            ckpt.restore(step=2)
+    assert report is not None and report.step == 1
+    told = caplog.text + str(report) + str(caught.value)
+    assert not set(told) & set("\x1b\u202e")
+    assert "\nstep 3: all" not in told and "a\\nstep 3: all" in told
+    os.symlink("/etc/passwd", place + b"/\xff")  # no text at all
+    for command in ("verify", "ls", "show"):
+        cli.main([command, str(run)])
+        told = "".join(capsys.readouterr())
+        assert not set(told) & set("\x1b\u202e\udcff"), command
+        assert "\nstep 3: all" not in told
+        if command == "verify":
+            assert "a\\nstep 3: all is well: it is a symbolic link, not a file" in told
+
+
+def test_the_lines_of_our_own_errors_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    output.note_error(dd.errors.CheckpointError("first\n  second\x1b"))
+    output.note_error(RuntimeError("third\nfourth"))
+    assert capsys.readouterr().err == (
+        "datarax-dist: first\n  second\\x1b\ndatarax-dist: RuntimeError: third\\nfourth\n"
+    )
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

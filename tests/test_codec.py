@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import tracemalloc
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from datarax_dist import codec
+from datarax_dist import codec, trees
 from datarax_dist import format as fmt
 from datarax_dist.codec import DecodeError, Encoded, EncodeError, pack, unpack
 
@@ -338,6 +339,41 @@ def test_a_sealed_file_of_the_wrong_types_is_an_error(body: dict[str, Any]) -> N
 def test_an_impossible_index_is_an_error(index: dict[str, Any]) -> None:
     with pytest.raises(fmt.InvalidRecordError):
         fmt.parse_position_index(fmt.seal(index), "index")
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "tuple", "negative"])
+def test_keys_that_were_made_to_hash_alike_are_an_error_soon(kind: str) -> None:
+    """A dict of them takes the square of their number: 200,000 take minutes."""
+    prime = sys.hash_info.modulus
+
+    def key(number: int) -> Any:
+        if kind == "float":
+            return {"$complex": [float(-number * 1000003), float(number)]}
+        if kind == "tuple":
+            return {"$tuple": [{"$int": str(number * prime)}, 3]}
+        return {"$int": str((-number if kind == "negative" else number) * prime)}
+
+    pairs = [[key(number), number] for number in range(1, 20_001 if kind == "int" else 102)]
+    with pytest.raises(DecodeError, match="same hash"):
+        codec.decode({"a": {"$dict": pairs}})
+    assert len(codec.decode({"$dict": pairs[:100]})) == 100
+
+
+def test_keys_of_a_tree_that_were_made_to_hash_alike_are_an_error_soon() -> None:
+    keys = [{"$int": str(number * sys.hash_info.modulus)} for number in range(5000)]
+    structure = {"dict": [[key, {"none": None}] for key in keys]}
+    with pytest.raises(fmt.InvalidRecordError, match="none of ours"):
+        trees.TreeSpec.from_json({"structure": structure, "leaves": []})
+    good = {"dict": [[key, {"none": None}] for key in keys[:100]]}
+    assert trees.TreeSpec.from_json({"structure": good, "leaves": []}).leaves == ()
+
+
+def test_large_and_many_keys_come_back() -> None:
+    random = np.random.default_rng(0)
+    numbers = [int(n) * 2**70 + int(n) for n in random.integers(1, 2**63, 20_000)]
+    floats = [math.ldexp(1.5, exponent) for exponent in range(-1000, 1000)]
+    for value in (dict.fromkeys(numbers, 0), dict.fromkeys(floats, 0), dict.fromkeys(range(5000))):
+        assert unpack(through_a_file(pack(value))) == value
 
 
 def test_hostile_files_cost_neither_time_nor_memory() -> None:

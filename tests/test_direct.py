@@ -253,6 +253,8 @@ def test_the_index_names_no_file_outside_of_the_state() -> None:
         "btreenode::d/x:0:5",
         "value::d/x:0",
         "value::d/x:0:five",
+        "value::d/x:0:-5",
+        "value::d/x:-5:5",
     ):
         with pytest.raises(ValueError):
             ocdbt._extent(location)

@@ -169,6 +169,16 @@ def test_what_is_not_canonical_json_is_refused_soon(name: str, kind: str) -> Non
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.parametrize("body", ['{"loss": 1, "loss": 2}', '{"a": [{"b": {"c": 1, "c": 1}}]}'])
+def test_metadata_with_a_key_twice_is_refused_as_a_record_is(run: Path, body: str) -> None:
+    """Which one was meant? It is not sealed, and so not compared with its canonical form."""
+    with pytest.raises(fmt.InvalidRecordError, match=r"^metadata .*the key '(loss|c)' twice"):
+        fmt.parse_metadata(body.encode(), "metadata")
+    rewrite(run / "2", "metadata/metadata", body.encode())
+    with pytest.raises(errors.CorruptStepError, match="twice"):  # as with any JSON that is none
+        restore(run)
+
+
 @pytest.mark.parametrize("name", SEALED)
 def test_a_million_empty_values_in_a_small_file_are_refused_before_they_are_made(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -443,9 +453,10 @@ def test_an_array_that_claims_to_be_huge_is_not_made(
     [leaf] = [leaf for leaf in tree["leaves"] if leaf["path"] == ["w"]]
     leaf["shape"] = [1 << 20, 1 << 20]
     rewrite(run / "2", "TREE.json", seal(tree))
-    with pytest.raises(errors.CheckpointError):
-        restore(run)
-    survives(run, capsys)
+    restored = restore(run)
+    assert restored is not None and restored.step == 1
+    assert "w, [1048576, 1048576] of float32, is stored" in restored.report.refused["step 2"]
+    assert survives(run, capsys) == 1
 
 
 def test_a_prng_key_of_no_known_kind_is_an_error_of_ours(run: Path) -> None:
@@ -701,6 +712,39 @@ def test_saving_and_tidying_beside_hostile_leftovers_touches_nothing_outside(
         ckpt.try_restore()
         ckpt.save(3, state=make_state(3)).result()
         assert ckpt.all_steps() == [1, 2, 3]
+
+
+def test_a_lease_behind_a_link_is_an_error_that_names_the_link(run: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    shutil.move(run / "lease", outside)
+    cut_off = outside / ".a.0123456789ab.tmp"
+    cut_off.touch()
+    os.utime(cut_off, (1, 1))  # in a lease of its own, it would be swept
+    (run / "lease").symlink_to(outside)
+    with nothing_touched(outside):
+        with dd.Checkpointer(run) as ckpt:
+            with pytest.raises(errors.StorageError, match=r"run/lease is a symbolic link.*Remove"):
+                ckpt.save(3, state=make_state(3)).result()
+        restored = restore(run)
+    assert restored is not None and restored.step == 2
+    assert inspect_run(LocalStore(str(run))).committed == [1, 2]
+
+
+def test_a_run_file_behind_a_link_is_not_read_and_said_to_be_one(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "outside").mkdir()
+    shutil.move(run / "RUN.json", tmp_path / "outside")
+    (run / "RUN.json").symlink_to(tmp_path / "outside" / "RUN.json")
+    with nothing_touched(tmp_path / "outside"):
+        with dd.Checkpointer(run) as ckpt:
+            ckpt.save(3, state=make_state(3)).result()
+        assert "RUN.json is a symbolic link" in caplog.text
+        for step in (1, 2, 3):
+            shutil.rmtree(run / str(step))
+        with dd.Checkpointer(run) as ckpt:
+            with pytest.raises(errors.CorruptStepError, match=r"RUN.json is a symbolic link"):
+                ckpt.save(4, state=make_state(4)).result()
 
 
 # No code comes from storage

@@ -463,6 +463,21 @@ def test_arrays_that_are_not_written_fail_their_save_whoever_hears_of_it_first(
         assert again.restore().step == 1
 
 
+def test_a_step_without_arrays_is_not_committed_whoever_says_that_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        written = Written(monkeypatch)
+        written.error = OSError(28, "no space left")
+        written.goes_on.set()
+        monkeypatch.setattr(
+            engine.Engine, "wait", lambda orbax: orbax._orbax._async_manager._thread.join()
+        )
+        with pytest.raises(errors.StorageError, match=r"manifest\.ocdbt is not there"):
+            ckpt.save(1, state={"w": jnp.ones(3)}).result(SECONDS)
+        assert ckpt.all_steps() == []
+
+
 def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:
     one, other = dd.Checkpointer(tmp_path / "run"), dd.Checkpointer(tmp_path / "run")
     one.save(1, state=STATE).result(SECONDS)

@@ -97,8 +97,8 @@ def test_a_name_lasts_whose_link_was_made_though_its_reply_was_lost(
 ) -> None:
     link = os.link
 
-    def lost(source: str, target: str) -> None:
-        link(source, target)
+    def lost(source: str, target: str, **directories: int) -> None:
+        link(source, target, **directories)
         raise FileExistsError(17, "the reply was lost, and the request sent again")
 
     monkeypatch.setattr(os, "link", lost)

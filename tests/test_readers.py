@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import json
 import logging
@@ -117,6 +118,54 @@ def test_a_restore_ends_alike_on_all_hosts_whatever_befalls_who_tidies_up(
     results = SimulatedHosts(2).run(lambda group: restore(store, group))
     assert [step for step, _ in results] == [2, 2]
     assert "could not look for leftovers of" in caplog.text and "none of ours" in caplog.text
+
+
+# Many directories that are no steps
+
+
+class Counting(Disk):
+    """Counts listings: prefix -> how many."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.listings: collections.Counter[str] = collections.Counter()
+
+    def children(self, prefix: str) -> list[str]:
+        self.listings[prefix] += 1
+        return super().children(prefix)
+
+
+def test_the_root_is_listed_as_often_for_many_empty_directories_as_for_one(tmp_path: Path) -> None:
+    store, counts = make_run(Counting(str(tmp_path))), []
+    for numbers in (range(10, 11), range(11, 60)):
+        for number in numbers:
+            (tmp_path / str(number)).mkdir()
+        store.listings.clear()
+        found = {c.step: c.state for c in inspect_run(store).candidates}
+        assert found == {1: "committed", 2: "committed"} | dict.fromkeys(
+            range(10, numbers.stop), "refused"
+        )
+        counts.append(store.listings[""])
+        assert max(n for prefix, n in store.listings.items() if prefix) <= counts[0], "nor they"
+    assert counts[0] == counts[1] > 5, "what is empty is looked at several times"
+
+
+@pytest.mark.parametrize("looks", [2, 6])
+def test_a_directory_that_is_empty_at_some_looks_only_is_looked_at_again(
+    looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a step that is saved again, and has another name whenever it is listed."""
+    store, children = make_run(Disk(str(tmp_path))), LocalStore.children
+    (tmp_path / "10").mkdir()
+    left = [looks]
+
+    def is_away(files: LocalStore, prefix: str) -> list[str]:
+        left[0] -= prefix == "2"
+        return [] if prefix == "2" and left[0] >= 0 else children(files, prefix)
+
+    monkeypatch.setattr(LocalStore, "children", is_away)
+    found = {c.step: c.state for c in inspect_run(store).candidates}
+    assert found == {1: "committed", 2: "committed" if looks < 6 else "refused", 10: "refused"}
 
 
 # What cannot be read now is not damaged

@@ -4,7 +4,7 @@
 `leaves` says what of a tree is read, and how; `failures` makes the errors of both libraries one.
 """
 
-from datarax_dist.arrays.engine import ORBAX_VERSION, OrbaxArrays
+from datarax_dist.arrays.engine import NEEDED, ORBAX_VERSION, OrbaxArrays
 from datarax_dist.arrays.leaves import default_sharding, describe_foreign
 
-__all__ = ["ORBAX_VERSION", "OrbaxArrays", "default_sharding", "describe_foreign"]
+__all__ = ["NEEDED", "ORBAX_VERSION", "OrbaxArrays", "default_sharding", "describe_foreign"]

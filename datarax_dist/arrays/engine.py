@@ -44,9 +44,18 @@ from datarax_dist import format as fmt
 from datarax_dist.arrays import replicas
 from datarax_dist.arrays.failures import wrapped
 from datarax_dist.arrays.hooks import Gate, Written, gates
-from datarax_dist.arrays.leaves import bytes_of, check_kind, fits, restore_args, spec_leaves, want
+from datarax_dist.arrays.leaves import (
+    bytes_of,
+    check_kind,
+    check_stored,
+    fits,
+    restore_args,
+    spec_leaves,
+    want,
+)
 from datarax_dist.arrays.sampling import compress_sample
 from datarax_dist.boards import PatientClient
+from datarax_dist.buckets import connecting
 from datarax_dist.compression import EVERYTHING, NOTHING, Advisor, Choice
 from datarax_dist.config import Options, is_bucket
 from datarax_dist.errors import (
@@ -54,17 +63,20 @@ from datarax_dist.errors import (
     CorruptStepError,
     InvalidArgumentError,
     StorageError,
+    cause,
     describe,
 )
-from datarax_dist.ocdbt import read_index
+from datarax_dist.ocdbt import Extent, read_index
 from datarax_dist.storage import LocalStore
 from datarax_dist.trees import LeafSpec, TreeSpec
 
-__all__ = ["ORBAX_VERSION", "Engine", "OrbaxArrays"]
+__all__ = ["NEEDED", "ORBAX_VERSION", "Engine", "OrbaxArrays"]
 
 logger = logging.getLogger("datarax_dist")
 
 ORBAX_VERSION = ocp.__version__
+# What it makes on the primary when the arrays of all hosts are written.
+NEEDED = ("state/_METADATA", "state/manifest.ocdbt")
 _BUCKET_FILE_BYTES = 128 << 20  # several are uploaded at the same time
 _TENSORSTORE_SETTINGS = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
@@ -264,7 +276,7 @@ class Loaded:
                 f"The devices could not tell each other what their hosts have read:"
                 f" {describe(error, 500)}. With Options.single_replica_restore=False each host"
                 " reads everything itself."
-            ) from error
+            ) from cause(error)
         self.values |= dict(zip(self.parts, found, strict=True))
         self.parts = {}
 
@@ -280,7 +292,7 @@ class OrbaxArrays:
         self._compressed: Sequence[str] | None = ()  # in the save under way
         self._advisor = Advisor(direct.threads())
         if is_bucket(root):
-            _prepare_buckets()
+            _prepare_buckets(root)
 
     def writer(self, arrays: Any) -> OrbaxWriter:
         """Returns what writes these arrays, a tree of what Orbax can store; None for no state.
@@ -319,7 +331,7 @@ class OrbaxArrays:
             try:
                 found = compress_sample(array.values())
             except Exception as error:  # no reason for the save to fail
-                logger.warning("%s: no sample could be compressed: %s", array.name, error)
+                logger.warning("%s: no sample could be compressed: %s", array.name, describe(error))
                 return
             self._advisor.note_sample(array.name, array.size, *found)
 
@@ -415,12 +427,23 @@ class OrbaxArrays:
         files = {entry.path.removeprefix("state/"): entry for entry in verified}
         reading = direct.Reading(lambda file: store.open(f"{where}/{file}"), files)
         makers: dict[tuple[str, ...], Callable[[], Any]] = {}
+
+        def read(part: Extent) -> bytes:
+            descriptor = store.open(f"{where}/{part.file}")
+            try:
+                return os.pread(descriptor, part.length, part.offset)
+            finally:
+                os.close(descriptor)
+
         with wrapped("read", path):
             index = read_index(path) if chosen else {}
             for key, (leaf, arguments) in chosen.items():
-                stored = direct.parse_array(".".join(key), index)  # as Orbax names it
+                name = ".".join(key)  # as Orbax has it
+                stored = direct.parse_array(name, index)
                 if stored is not None and fits(stored, leaf):
                     makers[key] = want(reading, stored, arguments)
+                elif leaf.kind != "foreign_str":
+                    check_stored(leaf, name, index, read)
             if wrong := reading.run():
                 told = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:5])
                 raise CorruptStepError(told, step=-1, files=[f"state/{name}" for name in wrong])
@@ -629,11 +652,12 @@ def _in_time(act: Callable[[], _Result], seconds: float, what: str) -> _Result:
     return ended.result()
 
 
-def _prepare_buckets() -> None:
+def _prepare_buckets(root: str) -> None:
     """Sets what Orbax and TensorStore need for buckets, where the user has not.
 
     Raises:
         InvalidArgumentError: Orbax would go through TensorFlow's file layer.
+        StorageError: the credentials cannot be used.
     """
     if gpath._is_tf_installed():
         raise InvalidArgumentError(
@@ -646,7 +670,8 @@ def _prepare_buckets() -> None:
         os.environ.setdefault(name, value)
     # The file system that Orbax's paths share keeps listings for ever, another host's files would
     # not be in them.
-    shared = epath_backend.fsspec_backend.fs("gs://")
+    with connecting(root):
+        shared = epath_backend.fsspec_backend.fs("gs://")
     shared.dircache.use_listings_cache = False
     shared.invalidate_cache()
     shared.consistency = "md5"  # it compares what it has sent with what the bucket has got
@@ -672,7 +697,9 @@ def _release_views_of_failed_uploads() -> None:
             return upload(self, final)
         except BaseException as error:
             found: BaseException | None = error
-            while found is not None:
+            seen = set[int]()
+            while found is not None and id(found) not in seen:  # it may be a circle
+                seen.add(id(found))
                 traceback.clear_frames(found.__traceback__)
                 found = found.__cause__ or found.__context__
             raise

@@ -53,6 +53,8 @@ def _cause(error: BaseException) -> str:
 
 
 def _first(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:  # it may be a circle
         error = error.__cause__
+        seen.add(id(error))
     return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,14 @@ from etils import epath
 
 from datarax_dist import codec, direct
 from datarax_dist.arrays.failures import wrapped
-from datarax_dist.errors import StorageError, StructureMismatchError
+from datarax_dist.errors import CorruptStepError, StorageError, StructureMismatchError
+from datarax_dist.ocdbt import Extent
 from datarax_dist.trees import LeafSpec, TreeSpec, needs_x64
 
 __all__ = [
     "bytes_of",
     "check_kind",
+    "check_stored",
     "default_sharding",
     "describe_foreign",
     "fits",
@@ -27,8 +29,12 @@ __all__ = [
     "want",
 ]
 
+_MOST_DESCRIPTION_BYTES = 1 << 16  # of one array
+
 
 def restore_args(leaf: LeafSpec, target: Any) -> Any:
+    if leaf.kind == "foreign_str":
+        return ocp.RestoreArgs(restore_type=str)
     sharding = (
         getattr(target, "sharding", None)
         if isinstance(target, jax.Array | jax.ShapeDtypeStruct)
@@ -83,11 +89,49 @@ def bytes_of(leaf: LeafSpec, wish: Any) -> int:
 
 def fits(stored: direct.StoredArray, leaf: LeafSpec) -> bool:
     """Whether what is stored is what the leaf was, with nothing to convert."""
-    if leaf.kind == "key_data":
-        return True
-    if leaf.kind not in ("jax", "numpy", "scalar"):
+    if leaf.kind not in ("jax", "key_data", "numpy", "scalar"):
         return False
-    return stored.shape == tuple(leaf.shape) and str(stored.dtype) == leaf.dtype
+    return _is_as_saved(leaf, stored.shape, stored.dtype.name)
+
+
+def check_stored(
+    leaf: LeafSpec, name: str, index: Mapping[str, bytes | Extent], read: Callable[[Extent], bytes]
+) -> None:
+    """Raises where an array is not stored as the leaf that it was: Orbax would take as much memory
+    as its description asks for, whatever was saved.
+
+    Args:
+        name: of the array, as Orbax has it.
+        index: of the database.
+        read: returns what a part of a file holds.
+    """
+    for file in ("zarr.json", ".zarray"):  # it is told elsewhere which of both Orbax reads
+        text = index.get(f"{name}/{file}")
+        if text is None:
+            continue
+        try:
+            size = text.length if isinstance(text, Extent) else len(text)
+            if size > _MOST_DESCRIPTION_BYTES:
+                raise ValueError(f"{file} has {size} bytes")
+            text = read(text) if isinstance(text, Extent) else text
+            shape, dtype, chunk = direct.describe_stored(text, file)
+            if not _is_as_saved(leaf, shape, dtype):
+                raise ValueError(f"{file} tells of {list(shape)} of {dtype}")
+            if math.prod(-(-n // part) for n, part in zip(shape, chunk, strict=True)) > len(index):
+                raise ValueError(f"{file} has more chunks than there are")
+        except ValueError as error:
+            raise CorruptStepError(
+                f"The array {leaf.name}, {list(leaf.shape)} of {leaf.dtype}, is stored in another"
+                f" way than it was saved: its {str(error)[:300]}. It was not read.",
+                step=-1,
+                files=["state"],
+            ) from error
+
+
+def _is_as_saved(leaf: LeafSpec, shape: tuple[int, ...], dtype: str) -> bool:
+    if leaf.kind in ("key", "key_data") or not leaf.dtype:  # the numbers of each key
+        return shape[:-1] == tuple(leaf.shape) and 0 < sum(shape[-1:]) <= 16 and dtype == "uint32"
+    return shape == tuple(leaf.shape) and dtype == np.dtype(leaf.dtype).name
 
 
 def want(reading: direct.Reading, stored: direct.StoredArray, wish: Any) -> Callable[[], Any]:

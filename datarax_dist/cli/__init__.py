@@ -29,6 +29,7 @@ from datarax_dist.cli.output import (
     USAGE,
     UsageError,
     note,
+    note_error,
 )
 from datarax_dist.cli.reading import ls, show, verify
 from datarax_dist.errors import (
@@ -38,7 +39,6 @@ from datarax_dist.errors import (
     InvalidArgumentError,
     StepNotFoundError,
     StorageError,
-    describe,
 )
 
 __all__ = ["main"]
@@ -223,15 +223,12 @@ def _explain(error: Exception) -> int:
         (CorruptStepError, FINDINGS),
         (CheckpointError, FAILED),
     )
+    note_error(error)
     if isinstance(error, StorageError) and error.errno == errno.EACCES:
-        note(str(error))
         return NOT_AUTHORISED
     if isinstance(error, StorageError) and error.errno == errno.ENXIO:  # no such bucket
-        note(str(error))
         return NOT_FOUND
     for kind, code in known:
         if isinstance(error, kind):
-            note(str(error))
             return code
-    note(describe(error))
     return FAILED

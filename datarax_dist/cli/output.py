@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from datarax_dist.errors import CheckpointError, describe, printable
+
 __all__ = [
     "UsageError",
-    "clean",
     "duration_text",
     "note",
+    "note_error",
     "print_clean",
     "print_json",
     "print_table",
@@ -29,17 +31,23 @@ class UsageError(Exception):
 
 
 def note(text: str) -> None:
-    """Writes one message for the user to stderr."""
-    print(f"datarax-dist: {clean(text)}", file=sys.stderr)
+    """Writes one message for the user to stderr, in one line: the names in it are not trusted."""
+    print(f"datarax-dist: {printable(text)}", file=sys.stderr)
 
 
-def clean(text: str) -> str:
-    """Returns `text` without control characters: names that come from storage are not trusted."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def note_error(error: Exception) -> None:
+    """Writes what an error says to stderr. Those of ours may have several lines; the names in them
+    have one.
+    """
+    if not isinstance(error, CheckpointError):
+        return note(str(error) if isinstance(error, UsageError) else describe(error))
+    text = "\n".join(printable(line) for line in str(error).split("\n"))
+    return print(f"datarax-dist: {text}", file=sys.stderr)
 
 
 def print_clean(text: str = "") -> None:
-    print(clean(text))
+    """Writes one line to stdout: names that come from storage are not trusted."""
+    print(printable(text))
 
 
 def print_json(value: Any) -> None:

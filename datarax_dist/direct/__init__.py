@@ -2,7 +2,13 @@
 compressed, on a file system.
 """
 
-from datarax_dist.direct.layout import StoredArray, describe_array, parse_array, threads
+from datarax_dist.direct.layout import (
+    StoredArray,
+    describe_array,
+    describe_stored,
+    parse_array,
+    threads,
+)
 from datarax_dist.direct.reading import Buffer, Reading, Region, region
 from datarax_dist.direct.writing import Writing
 
@@ -13,6 +19,7 @@ __all__ = [
     "StoredArray",
     "Writing",
     "describe_array",
+    "describe_stored",
     "parse_array",
     "region",
     "threads",

@@ -24,6 +24,7 @@ __all__ = [
     "TAIL_BYTES",
     "StoredArray",
     "describe_array",
+    "describe_stored",
     "is_tail",
     "make_tail",
     "parse_array",
@@ -44,6 +45,7 @@ _IS_STORED_AS_IN_MEMORY = sys.byteorder == "little"
 _BYTES: Mapping[str, Any] = {"name": "bytes"}
 _LITTLE_ENDIAN: Mapping[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC: Mapping[str, Any] = {"name": "crc32c"}
+_COMPRESSIONS: Sequence[Sequence[str]] = ([], ["zstd"], ["gzip"])  # they stop where a chunk ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
 
 
 _Description = tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...]]
+_Stored = tuple[tuple[int, ...], str, tuple[int, ...]]
 
 
 @functools.lru_cache(_CACHED)
@@ -127,6 +130,49 @@ def _sharding(chunk: Sequence[int], itemsize: int) -> dict[str, Any]:
         "index_codecs": [_LITTLE_ENDIAN, _CRC],
     }
     return {"name": "sharding_indexed", "configuration": configuration}
+
+
+@functools.lru_cache(_CACHED)
+def describe_stored(text: bytes, name: str) -> _Stored:
+    """Returns shape, type and shape of the chunks of an array that TensorStore reads.
+
+    Args:
+        text: its `zarr.json`, or `.zarray` of zarr2.
+        name: which of both.
+
+    Raises:
+        ValueError: neither Orbax nor we store arrays in this way.
+    """
+    try:
+        meta = json.loads(text)
+        shape = tuple(meta["shape"])
+        if name == "zarr.json":
+            kind, [*codecs] = meta["data_type"], meta["codecs"]
+            chunk = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+            inner = chunk
+            known = meta["chunk_grid"]["name"] == "regular"
+            if codecs[0]["name"] == "sharding_indexed":
+                [configuration] = [codec["configuration"] for codec in codecs]
+                inner, codecs = tuple(configuration["chunk_shape"]), configuration["codecs"]
+                names = [codec["name"] for codec in configuration["index_codecs"]]
+                known = known and names == ["bytes", "crc32c"]
+            [first, *rest] = [codec["name"] for codec in codecs]
+            rest = rest[:-1] if rest[-1:] == ["crc32c"] else rest
+            known = known and first == "bytes" and rest in _COMPRESSIONS
+        else:
+            kind, chunk = np.dtype(meta["dtype"]).name, tuple(meta["chunks"])
+            inner, compressor = chunk, meta["compressor"]
+            known = not meta.get("filters")
+            known = known and [c["id"] for c in [compressor] if c is not None] in _COMPRESSIONS
+        known = known and len(inner) == len(chunk) == len(shape) and isinstance(kind, str)
+        known = known and all(type(n) is int for n in (*shape, *chunk, *inner))
+    except (AttributeError, LookupError, TypeError, ValueError, SyntaxError, RecursionError):
+        known = False
+    if not known:
+        raise ValueError(f"{name} tells of a way to store arrays that is not known")
+    if not all(0 < i <= c <= max(n, 1) for i, c, n in zip(inner, chunk, shape, strict=True)):
+        raise ValueError(f"{name} has chunks of {list(chunk)}, which the array is too small for")
+    return shape, kind, chunk
 
 
 def _length(value: bytes | Extent) -> int:
