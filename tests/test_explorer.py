@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from datarax_dist import publish, restore, retention
+from datarax_dist import attempts, lease, publish, restore, retention, save
+from datarax_dist import format as fmt
 from datarax_dist.errors import StorageError
+from datarax_dist.request import SaveReport, SaveRequest
 from datarax_dist.testing import MemoryBucket, MemoryStore, explorer, turns
 from datarax_dist.testing import world as worlds
 
@@ -35,6 +39,135 @@ def test_whichever_host_dies_and_wherever_the_promises_hold(in_bucket: bool, aga
 def test_two_hosts_may_die_at_different_places(in_bucket: bool, again: bool) -> None:
     """A part of the pairs; `python -m datarax_dist.testing.explorer --exhaust` tries all."""
     assert explorer.exhaust(3, in_bucket, again=again, every=23).worlds > 40
+
+
+@kinds
+def test_the_job_that_recovers_may_die_too(in_bucket: bool) -> None:
+    """A part of the places; `python -m datarax_dist.testing.explorer --exhaust` tries more."""
+    tried = explorer.recover(2, in_bucket, again=True, every=151)
+    assert tried.worlds > 60
+    assert tried.crashes > tried.worlds
+
+
+def test_hosts_die_with_the_power_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts, lose_power = [0], MemoryStore.lose_power
+
+    def counted(store: MemoryStore) -> Any:
+        cuts[0] += 1
+        return lose_power(store)
+
+    monkeypatch.setattr(MemoryStore, "lose_power", counted)
+    tried = explorer.exhaust(2, False, most=1)
+    assert 0 < cuts[0] <= tried.worlds - cuts[0]
+
+
+def _nothing_happens(in_bucket: bool) -> None:
+    """Jobs in whose way nobody is, and which restore, save, save again, keep two and delete."""
+    with worlds.World("a plain run", in_bucket, lambda able: able - 1, 0) as world:
+        world.run([worlds.Plan(2, [(1, False)])])
+        world.run([worlds.Plan(3, [(1, True), (2, False)])])
+        world.run([worlds.Plan(2, [(3, False), (4, False)], keep=2, deletes=[3])])
+        assert [*world.committed] == [4]
+        world.finish()
+
+
+@kinds
+def test_a_run_to_which_nothing_happens_is_as_it_was_told(in_bucket: bool) -> None:
+    _nothing_happens(in_bucket)
+
+
+def _with(function: Callable[..., Any], **told: Any) -> Callable[..., Any]:
+    """The same function, which is told something else."""
+    return lambda *given, **more: function(*given, **{**more, **told})
+
+
+def _marked(**told: Any) -> Callable[[fmt.CommitMarker], bytes]:
+    dump = fmt.dump_marker
+    return lambda marker: dump(dataclasses.replace(marker, **told))
+
+
+def _another_step(step: int, *told: Any) -> SaveReport:
+    return SaveReport(step + 1, *told)
+
+
+# What is broken, and what is told of it then
+BROKEN: dict[str, tuple[object, str, Any, str]] = {
+    "no positions": (
+        worlds,
+        "SaveRequest",
+        _with(SaveRequest, positions={}),
+        "step 1, of job 0, holds None as data/d/shard_00000-of-00002.json",
+    ),
+    "retention deletes nothing": (
+        retention,
+        "plan_retention",
+        lambda *_, **__: [],
+        r"\[1, 2, 3\] are kept, and \[\] reported as deleted: \[2, 3\] should be, and \[1\]",
+    ),
+    "deletions do nothing": (
+        retention,
+        "delete_step",
+        lambda *_, **__: True,
+        "step 3 is reported as deleted, and was there all the time",
+    ),
+    "another step is reported as saved": (
+        save,
+        "SaveReport",
+        _another_step,
+        "step 1 is saved, and reported as step 2",
+    ),
+    "another step is reported as restored": (
+        restore,
+        "RestoreReport",
+        _with(restore.RestoreReport, step=7),
+        r"hosts now \(7, 2, 3\): they are \(1, 2, 3\)",
+    ),
+    "a marker of no items": (fmt, "dump_marker", _marked(items=()), r"items \(1, 2, \(\)\)"),
+    "a marker of another epoch": (fmt, "dump_marker", _marked(epoch=9), r"items \(9, 2, \('state"),
+    "a marker of other bytes": (fmt, "dump_marker", _marked(bytes=1), "(its marker says|it has)"),
+    "leases stay": (
+        lease.Lease,
+        "_delete_older",
+        lambda *_: None,
+        r"left over: \['lease/0000000001.json'\]",
+    ),
+    "notes of restores stay": (
+        attempts,
+        "_remove",
+        lambda *_: None,
+        r"1.restoring-\w+ is left, though the restores of job 1 have ended",
+    ),
+}
+
+
+@kinds
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_is_broken_is_noticed(
+    broken: str, in_bucket: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name, instead, told = BROKEN[broken]
+    monkeypatch.setattr(module, name, instead)
+    with pytest.raises(explorer.BreachError, match=f"a plain run breaks a promise: .*{told}"):
+        _nothing_happens(in_bucket)
+
+
+def test_notes_of_restores_that_crashed_go_with_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "_ours", lambda *_: [])
+    with pytest.raises(
+        explorer.BreachError, match=r"is left, though job \d has restored that step"
+    ):
+        explorer.exhaust(2, False, most=1)
+
+
+def test_hosts_that_restore_different_steps_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    restores = worlds.World._restore
+
+    def differently(world: Any, job: Any, restorer: Any, group: Any) -> str:
+        return f"{restores(world, job, restorer, group)}{' or so' if group.index else ''}"
+
+    monkeypatch.setattr(worlds.World, "_restore", differently)
+    with pytest.raises(explorer.BreachError, match="hosts of job 0 do not agree"):
+        _nothing_happens(False)
 
 
 @pytest.mark.parametrize("plans", explorer.meetings().values(), ids=explorer.meetings().keys())

@@ -46,12 +46,14 @@ __all__ = [
     "interleave",
     "late",
     "meetings",
+    "recover",
     "run_world",
 ]
 
 _PART_SECONDS = 1800.0  # of the machine, for one piece of work; a few are enough
 _LONG_SECONDS = 300.0
 _TELLING = re.compile(r"COMMIT|STEP|rename|lease|(list|children): \d+$|children: the root")
+_RECOVERIES = 2  # of the worlds in which the next job dies, too, so many times more
 _DEATHS = 23  # of the worlds in which two jobs meet and one dies, one in so many
 
 
@@ -191,16 +193,37 @@ def explore(seeds: Iterable[int]) -> Explored:
 
 
 def _run(
-    name: str, in_bucket: bool, plans: Sequence[Plan], turns: Sequence[tuple[int, float]] = ()
+    name: str,
+    in_bucket: bool,
+    plans: Sequence[Plan],
+    turns: Sequence[tuple[int, float]] = (),
+    *,
+    power: bool = False,
+    then: Sequence[Plan] = (),
 ) -> tuple[World, list[Ran]]:
-    """Runs a job that saves step 1, and then these."""
+    """Runs a job that saves step 1, then these, and those one by one.
+
+    Args:
+        power: whether the power goes each time that a host has died.
+    """
     order = itertools.count()
-    power = any(plan.crashes for plan in plans)
     with World(name, in_bucket, lambda able: next(order) % able, 0) as world:
         world.run([Plan(plans[0].hosts, [(1, False)])])
-        ran = world.run(plans, turns, power=power)
+        ran = world.run(plans, turns, power=power and any(plan.crashes for plan in plans))
+        for plan in then:
+            ran += world.run([plan], power=power and bool(plan.crashes))
         world.finish(plans[0].hosts)
     return world, ran
+
+
+def _power(crashes: Mapping[int, int], in_bucket: bool) -> Sequence[bool]:
+    """Returns whether the power is to go when these hosts have died: for a host alone it is tried
+    that it does and that it does not, of pairs each place next to one where it does is one where it
+    does not. In a bucket it makes no difference.
+    """
+    if in_bucket:
+        return [False]
+    return [True, False] if len(crashes) == 1 else [sum(crashes.values()) % 2 == 0]
 
 
 def _crash_cases(hosts: int, changes: Sequence[int], most: int) -> Iterator[dict[int, int]]:
@@ -213,19 +236,24 @@ def _crash_cases(hosts: int, changes: Sequence[int], most: int) -> Iterator[dict
 def exhaust(
     hosts: int, in_bucket: bool, *, again: bool = False, most: int = 2, every: int = 1
 ) -> Explored:
-    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, once
-    for each operation before which one can stand still for longer than any deadline, and once for
-    each reply of a bucket that can be lost: they save step 2 (or step 1 again), and keep one step.
+    """Runs a world of `hosts` hosts once for each place at which up to `most` of them can die, with
+    the power and without (of pairs one or the other), once for each operation before which one can
+    stand still for longer than any deadline, and once for each reply of a bucket that can be lost:
+    they save step 2 (or step 1 again), and keep one step.
 
     Raises:
         BreachError: as soon as an invariant does not hold in one.
     """
     kind = "bucket" if in_bucket else "file system"
     name = f"{hosts} hosts, {kind}, again={again}"
-    plan = Plan(hosts, [(1 if again else 2, again)], None if again else 1)
+    plan = _saves_one(hosts, again)
     _, [alone] = _run(name, in_bucket, [plan])
     cases: Iterator[dict[str, Any]] = itertools.chain(
-        ({"crashes": crashes} for crashes in _crash_cases(hosts, alone.changes, most)),
+        (
+            {"crashes": crashes, "power": power}
+            for crashes in _crash_cases(hosts, alone.changes, most)
+            for power in _power(crashes, in_bucket)
+        ),
         (
             {"lost": {host: {place}}}
             for host in range(hosts if in_bucket else 0)
@@ -239,8 +267,46 @@ def exhaust(
     )
     total = Explored()
     for case in itertools.islice(cases, 0, None, every):
-        told = dataclasses.replace(plan, **case)
-        total.add(_explored(_run(f"{name}, {case}", in_bucket, [told])[0]))
+        told = f"{name}, {case}"
+        power = case.pop("power", False)
+        job = dataclasses.replace(plan, **case)
+        total.add(_explored(_run(told, in_bucket, [job], power=power)[0]))
+    return total
+
+
+def _saves_one(hosts: int, again: bool) -> Plan:
+    return Plan(hosts, [(1 if again else 2, again)], None if again else 1)
+
+
+def recover(hosts: int, in_bucket: bool, *, again: bool = False, every: int = 1) -> Explored:
+    """Runs a world of `hosts` hosts once for each place at which one of them can die, and each at
+    which one can die of the job that comes next, restores, and saves the same step; every other of
+    the first places with a loss of power, each time.
+
+    Args:
+        every: of these worlds only one in so many.
+
+    Raises:
+        BreachError: as soon as an invariant does not hold in one.
+    """
+    kind = "bucket" if in_bucket else "file system"
+    plan, total, places = _saves_one(hosts, again), Explored(), itertools.count()
+    next_job = dataclasses.replace(plan, steps=[(step, True) for step, _ in plan.steps])
+    _, [alone] = _run(kind, in_bucket, [plan])
+    for number, first in enumerate(_crash_cases(hosts, alone.changes, 1)):
+        name = f"{hosts} hosts, {kind}, again={again}, crashes {first}"
+        dies = dataclasses.replace(plan, crashes=first)
+
+        def run(dies_too: Plan, name: str, dies: Plan = dies, power: bool = number % 2 == 0) -> Ran:
+            world, [_, next_ran] = _run(
+                name, in_bucket, [dies], power=power and not in_bucket, then=[dies_too]
+            )
+            total.add(_explored(world))
+            return next_ran
+
+        for second in _crash_cases(hosts, run(next_job, name).changes, 1):
+            if next(places) % every == 0:
+                run(dataclasses.replace(next_job, crashes=second), f"{name}, then {second}")
     return total
 
 
@@ -284,7 +350,9 @@ def interleave(
         for what, happens in more.items():
             for job, how in happens.items():
                 jobs[job] = dataclasses.replace(jobs[job], **{what: how})
-        world, ran = _run(f"{kind}, turns {turns}, {more}", in_bucket, jobs, turns)
+        power = not in_bucket and total.worlds % 2 == 0
+        name = f"{kind}, turns {turns}, {more}, power {'goes' if power else 'stays'}"
+        world, ran = _run(name, in_bucket, jobs, turns, power=power)
         total.add(_explored(world))
         return ran
 
@@ -447,6 +515,10 @@ def _all(every: int) -> Iterator[Callable[[], Explored]]:
                 yield functools.partial(late, plans, every)
     for hosts, in_bucket, again in itertools.product((3, 2), (True, False), (True, False)):
         yield functools.partial(exhaust, hosts, in_bucket, again=again)
+    for in_bucket, again in itertools.product((True, False), (True, False)):
+        yield functools.partial(
+            recover, 2, in_bucket, again=again, every=max(1, every // _RECOVERIES)
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -459,7 +531,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--exhaust",
         action="store_true",
-        help="every crash, pair of crashes and lost reply; and two jobs that take turns",
+        help="every crash, pair of crashes and lost reply; crashes of two jobs, one after the"
+        " other; and two jobs that take turns",
     )
     parser.add_argument(
         "--every", type=int, default=1, help="of the worlds of two jobs only one in about so many"

@@ -12,10 +12,13 @@ after each job at every byte. What must hold:
 
 - a committed step does not vanish or change, but for who owns the run, and as that job was told:
   to save the step again, to keep only so many, to delete it;
-- nothing becomes a step but what the owner of the run saves, whole;
-- all hosts of a job that live end alike; what was reported as saved was a step then;
-- a restore gives what was the newest step in that time;
-- a job in whose way nobody is succeeds; it leaves nothing behind, and nothing of others is touched.
+- nothing becomes a step but what the owner of the run saves, whole: the arrays and positions of
+  each host, and records and a marker that say what is there, and no file more;
+- all hosts of a job that live end alike, having restored the same step; what was reported as saved
+  was a step then, and what was reported as deleted was none;
+- a restore gives what was the newest step in that time, and reports say what was done;
+- a job in whose way nobody is succeeds, and keeps and deletes exactly what it was told; it leaves
+  nothing behind, no note of a restore and no lease of old, and nothing of others is touched.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ _OPTIONS = config.Options(
     lease_ttl_seconds=2,
 )
 _NO_TIME = types.SimpleNamespace(monotonic=lambda: 0.0)
+_ITEMS = ("state",)
 _FOREIGN = {"tensorboard/events": b"not ours", "3.orbax-checkpoint-tmp/x": b"nor this"}
 _DAY = 24 * 3600.0
 _LATE = 3600.0  # more than clocks are wrong by
@@ -149,6 +153,10 @@ class _Job:
         lease: of its primary.
         epoch: of the run, once it has held it.
         after: the committed steps when it last moved.
+        ended: its hosts that have.
+        restored: the step that it has restored.
+        doubts: what is wrong unless something was in its way.
+        is_well: it has ended, and nothing was in its way.
     """
 
     number: int
@@ -157,6 +165,9 @@ class _Job:
     epoch: int = 0
     after: View = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
+    restored: int | None = None
+    doubts: list[str] = field(default_factory=list)
+    is_well: bool = False
 
     def may_change(self, step: int, old: int | None, new: int | None, view: View) -> bool:
         """Whether it was told to do this, as the owner of the run."""
@@ -193,6 +204,20 @@ def _content(job: int, step: int, host: int) -> bytes:
     return f"step {step}, as job {job} has saved it, of host {host}".encode()
 
 
+def _position(job: int, step: int, host: int, hosts: int) -> tuple[str, bytes]:
+    """Returns where a host writes its position below the step, and what."""
+    data = json.dumps(f"position: {_content(job, step, host).decode()}").encode()
+    return f"data/d/shard_{host:05d}-of-{hosts:05d}.json", data
+
+
+@functools.lru_cache(1 << 13)
+def _saved(job: int, step: int, hosts: int) -> Mapping[str, bytes]:
+    """Returns what a whole step holds below its directory, but records, claim and marker."""
+    parts = {f"state/ocdbt.process_{host}/a": _content(job, step, host) for host in range(hosts)}
+    parts |= dict(_position(job, step, host, hosts) for host in range(hosts))
+    return {**parts, "state/manifest": b"merged", fmt.TREE_NAME: json.dumps(job).encode()}
+
+
 class World:
     """A run, and what has become of it. A context: in it nothing is left to chance.
 
@@ -221,12 +246,15 @@ class World:
         self._moving: Sequence[_Job] = ()  # that run now
         self._late: list[_Late] = []
         self._came_late: set[str] = set()  # files that were made by such a request
+        self._have_come_late = False  # whether any has; it may have written only what was there
         self._is_disturbed = False  # whether one of them has changed anything
         self._moved: tuple[_Job, str] | None = None  # by whom and what, since it was looked
         self._last: _Job | None = None  # who has moved last
         self._broken: BreachError | None = None
         self._stray: set[int] = set()  # steps whose marker is of a save that came too late
         self._found: Sequence[Candidate] = ()  # when every byte was looked at
+        self._before: set[str] = set()  # what was in the root when the jobs that run now began
+        self._whole: dict[str, Any] = {}  # steps that were, and every byte of them
         self.committed: View = {}
         self._views: list[View] = [{}]  # all there have been
 
@@ -243,7 +271,6 @@ class World:
         def token(n: int = 16) -> str:
             return f"{chance.getrandbits(8 * n):0{2 * n}x}"
 
-        nobody = {"machine": "", "pid": 0, "started": "", "name": "simulated"}
         for module, name, instead in (
             (secrets, "token_hex", token),
             (telemetry, "time", _NO_TIME),
@@ -253,8 +280,8 @@ class World:
             (lease, "writer_identity", self._writer),
             (retention, "writer_identity", self._writer),
             (save, "writer_identity", self._writer),
+            (attempts, "writer_identity", self._writer),
             # What crashes of restores are believed to tell is not what these worlds are about.
-            (attempts, "writer_identity", lambda: nobody),
             (restore, "mark_suspects", lambda store, inspection, now: inspection),
             *((fmt, name, parser) for name, parser in _PARSERS.items()),
         ):
@@ -306,6 +333,7 @@ class World:
         """Lets requests arrive that are late."""
         for late in [late for late in self._late if late.at <= until]:
             self._late.remove(late)
+            self._have_come_late = True
             self.scheduler.tell(f"(late, of job {late.job.number}: {late.what})")
             before = dict(self.files.files)
             with contextlib.suppress(KeyError):  # what it would copy is not there any more
@@ -391,19 +419,52 @@ class World:
             marker, step, name = candidate.marker, candidate.step, candidate.name
             if candidate.state != "committed" or marker is None:
                 continue
+            job = self._jobs[found[step]]
+            there = [(key, self.files.files[key]) for key in self.files.files.below(name)]
+            if self._whole.get(name) == (seen := (job.number, job.epoch, there)):
+                continue  # as it was when it was looked at last
             try:
                 files = read_records(self.files, name, marker.records, marker.run, step)
             except CorruptStepError as error:
                 self._breach(f"committed step {step}: {error}")
             if wrong := verify_files(self.files, name, files, "full"):
                 self._breach(f"committed step {step} is torn: {wrong}")
-            for host in range(marker.hosts):
-                part = self.files.get(f"{name}/state/ocdbt.process_{host}/a")
-                if part != _content(found[step], step, host):
-                    self._breach(
-                        f"step {step} is of job {found[step]}, and of host {host} {part!r}"
-                    )
+            self._compare(name, marker, files, job)
+            self._whole[name] = seen
         return found
+
+    def _compare(
+        self, name: str, marker: fmt.CommitMarker, files: Sequence[fmt.FileEntry], job: _Job
+    ) -> None:
+        """Checks that a step is what this job has saved, that all of it is recorded, and that its
+        marker says the truth.
+        """
+        whose = f"step {marker.step}, of job {job.number},"
+        says = marker.epoch, marker.hosts, tuple(marker.items)
+        if says != (is_so := (job.epoch, job.plan.hosts, _ITEMS)):
+            self._breach(
+                f"{whose} has a marker that names the epoch, hosts and items {says}: they are"
+                f" {is_so}"
+            )
+        saved = _saved(job.number, marker.step, marker.hosts)
+        for path, data in saved.items():
+            if (there := self.files.files.get(f"{name}/{path}")) != data:
+                self._breach(f"{whose} holds {there!r} as {path}, where {data!r} was saved")
+        records = {entry.path for entry in marker.records}
+        recorded = {entry.path for entry in files}
+        whole = {*saved, fmt.STEP_NAME, *self._last_files()}
+        if recorded != whole or len(records) != marker.hosts:
+            self._breach(f"{whose} has records of {sorted(recorded ^ whole)} that are not right")
+        size = sum(entry.size for entry in (*files, *marker.records))
+        if size != marker.bytes:
+            self._breach(f"{whose} has {size} bytes, and its marker says {marker.bytes}")
+        there = set(self.files.files.below(name)) - self._came_late
+        known = {f"{name}/{path}" for path in (*whole, *records, fmt.COMMIT_NAME)}
+        if more := there - known:
+            self._breach(f"{whose} also holds {', '.join(sorted(more))}")
+
+    def _last_files(self) -> dict[str, bytes]:
+        return {} if isinstance(self.files, MemoryStore) else {fmt.ORBAX_COMMIT_NAME: b"x"}
 
     # Jobs
 
@@ -422,6 +483,7 @@ class World:
             power: whether the power goes at the end: what was not synced is lost.
         """
         first = len(self._jobs)
+        self._before = {name.rstrip("/") for name in self.files.children("")}
         self._moving = [_Job(first + n, plan) for n, plan in enumerate(plans)]
         self._jobs += self._moving
         for job in self._moving:
@@ -470,7 +532,7 @@ class World:
             self.store, group, clock, _OPTIONS, keep, job.lease if group.is_primary else None
         )
         restorer = Restorer(self.store, group, _OPTIONS, clock, seen=saver.learn)
-        yield self._act("restore", functools.partial(self._restore, restorer, group))
+        yield self._act("restore", functools.partial(self._restore, job, restorer, group))
         for step, replace in plan.steps:
             save = functools.partial(self._save, job, saver, group, step, replace)
             yield self._act(f"save step {step}", save)
@@ -490,7 +552,7 @@ class World:
         self.scheduler.tell(f"is done: {what}{'' if how is None else f' ({how})'}")
         return what, how
 
-    def _restore(self, restorer: Restorer, group: HostGroup) -> str:
+    def _restore(self, job: _Job, restorer: Restorer, group: HostGroup) -> str:
         self._look()
         begin = len(self._views) - 1
         found = restorer.restore(None, self._load, Phases("restore", group.index))
@@ -499,7 +561,17 @@ class World:
         got = None if found is None else found[0]
         if got not in newest:
             self._breach(f"restored {got} where the newest step was {newest}")
-        return "nothing there" if got is None else f"step {got[0]} of job {got[1]}"
+        if found is None:
+            return "nothing there"
+        (step, of), report = found
+        told = report.step, report.hosts_before, report.hosts_now
+        if told != (is_so := (step, self._jobs[of].plan.hosts, group.count)):
+            self._breach(
+                f"a restore is reported with the step, hosts then and hosts now {told}: they are"
+                f" {is_so}"
+            )
+        job.restored = step
+        return f"step {step} of job {of}"
 
     def _load(self, candidate: Candidate, _: Loading) -> Callable[[], tuple[int, int]]:
         try:
@@ -521,25 +593,46 @@ class World:
         return apply
 
     def _save(self, job: _Job, saver: Saver, group: HostGroup, step: int, replace: bool) -> None:
+        self._look()
+        before = self.committed
         mine = _content(job.number, step, group.index)
-        shard = f"data/d/shard_{group.index:05d}-of-{group.count:05d}.json"
         request = SaveRequest(
             step=step,
             writer=MemoryArrays(self.store, group.index, {"a": mine}),
-            positions={shard: json.dumps(mine.decode()).encode()},
-            shared={"TREE.json": json.dumps(job.number).encode()},
-            last={} if isinstance(self.files, MemoryStore) else {fmt.ORBAX_COMMIT_NAME: b"x"},
-            items=("state",),
+            positions=dict([_position(job.number, step, group.index, group.count)]),
+            shared={fmt.TREE_NAME: json.dumps(job.number).encode()},
+            last=self._last_files(),
+            items=_ITEMS,
         )
         started = saver.begin(step, lambda: request, Phases("save", group.index), replace=replace)
         try:
-            started.finish()
+            report = started.finish()
         except CheckpointError:
             started.clean_up()
             raise
         self._look()
         if not any((step, job.number) in view.items() for view in self._views):
             self._breach(f"step {step} is reported as saved, and was not committed")
+        if report.step != step:
+            self._breach(f"step {step} is saved, and reported as step {report.step}")
+        if self.committed.get(step) == job.number:
+            of = [c.marker.bytes for c in self._found if c.step == step and c.marker is not None]
+            if report.bytes not in of:
+                self._breach(f"step {step} is reported with {report.bytes} bytes: it has {of}")
+        if group.is_primary:
+            self._doubt(job, {*before, step}, step, report.deleted)
+
+    def _doubt(self, job: _Job, there: set[int], step: int, deleted: Sequence[int]) -> None:
+        """Notes what retention should have done with the steps that were there."""
+        newest = sorted(there)
+        keep = job.plan.keep
+        kept = newest if keep is None else sorted({*newest[-keep:], step})
+        gone = [old for old in newest if old not in kept]
+        if (is_so := (sorted(self.committed), list(deleted))) != (kept, gone):
+            job.doubts.append(
+                f"after step {step} was saved, {is_so[0]} are kept, and {is_so[1]} reported as"
+                f" deleted: {kept} should be, and {gone}"
+            )
 
     def _delete(self, saver: Saver, group: HostGroup, clock: Clock, step: int) -> None:
         def find() -> None:
@@ -551,8 +644,13 @@ class World:
             saver.hold()
             saver.forget()
             find()
+            self._look()
+            begin = len(self._views) - 1
             if not retention.delete_step(self.store, step, now=clock.now(), lease=saver.lease):
                 raise StorageError("another job writes to it")
+            self._look()
+            if all(step in view for view in self._views[begin:]):
+                self._breach(f"step {step} is reported as deleted, and was there all the time")
 
         group.exchange("delete", step, leader=delete, timeout_seconds=saver.agreement_seconds())
 
@@ -564,13 +662,41 @@ class World:
         # Who is taken for dead may be told another thing, or hear of it too late.
         lived = [r for h, r in enumerate(results) if r is not Crash and h not in job.plan.stands]
         for ends in zip(*lived, strict=True):
-            if len({isinstance(how, Exception) for _, how in ends}) > 1:
+            if len({"failed" if isinstance(how, Exception) else how for _, how in ends}) > 1:
                 self._breach(f"hosts of job {job.number} do not agree: {ends}")
         if ran.stood or self._is_disturbed or len(lived) < len(results) or not lived:
             return
         for what, how in lived[0]:
             if isinstance(how, Exception) and not self._is_refused(job, what, how):
                 self._breach(f"job {job.number}, though nobody died: {what}: {how!r}")
+        for doubt in job.doubts:
+            self._breach(f"job {job.number}, though nobody was in its way: {doubt}")
+        job.is_well = True
+        has_saved = any(what.startswith("save") and how is None for what, how in lived[0])
+        self._check_notes(job, has_saved)
+        if has_saved and len(self._moving) == 1 and not self._have_come_late:
+            # On a file system a copy stays until the next save where its own save died before the
+            # new step got its name, and this job has saved that step.
+            asides = {name for name in self._before if fmt.parse_aside_name(name)}
+            self._rest(of_today=True, may_stay={n for n in asides if ".replaced-" in n})
+
+    def _check_notes(self, job: _Job, has_saved: bool) -> None:
+        """Checks which notes of restores there are when a job has ended that nothing happened to.
+        Of jobs that were there at the same time there may be some.
+        """
+        for name in self.files.children(""):
+            if fmt.parse_attempt_name(name) is None:
+                continue
+            attempt = fmt.parse_attempt(self.files.get(name), name)
+            by = self._jobs[int(attempt.writer["name"].removeprefix("job "))]
+            if by.is_well:
+                self._breach(f"{name} is left, though the restores of job {by.number} have ended")
+            if by in self._moving:
+                continue
+            if attempt.step == job.restored:
+                self._breach(f"{name} is left, though job {job.number} has restored that step")
+            if has_saved and attempt.step not in job.after:
+                self._breach(f"{name} is left, though there is no such step any more")
 
     def _is_refused(self, job: _Job, what: str, how: Exception) -> bool:
         """Whether a job was told that there is such a step already, or none, and rightly so."""
@@ -601,7 +727,7 @@ class World:
             self.run([Plan(1, [(last + 2, False)])])
             self._rest(of_today=False)
 
-    def _rest(self, of_today: bool) -> bool:
+    def _rest(self, of_today: bool, may_stay: Container[str] = ()) -> bool:
         """Checks what is left. Returns whether something is that may stay for a day, so that what
         comes back late is known by it: of a bucket, a void marker, or a claim.
         """
@@ -623,8 +749,13 @@ class World:
         # Restores that have crashed count as long as their step is there.
         tried = {name: fmt.parse_attempt_name(name) for name in left}
         left -= {name for name, at in tried.items() if at is not None and at[0] in self.committed}
+        left = {name for name in left if name not in may_stay}
+        mine = fmt.lease_name(self._jobs[-1].epoch)
+        left |= {*self.files.files.below(fmt.LEASE_NAME)} - self._came_late - {mine}
         if left:
             self._breach(f"left over: {sorted(left)}")
+        if not fmt.parse_lease(self.files.get(mine), mine).released:
+            self._breach(f"{mine} is not released, though its job has ended")
         return bool(late)
 
     # What is told
