@@ -20,8 +20,10 @@ from test_hostile import LEVELS, rewrite
 import datarax_dist as dd
 from datarax_dist import direct, errors, ocdbt
 from datarax_dist import format as fmt
+from datarax_dist.arrays.leaves import fits
 from datarax_dist.inspection import verify_files
 from datarax_dist.testing.simulated import MemoryBucket
+from datarax_dist.trees import LeafSpec
 
 Extent = ocdbt.Extent
 
@@ -223,6 +225,18 @@ def test_an_array_that_is_described_otherwise_than_it_was_saved_is_not_read(
         assert f"The array {name}, " in restored.report.refused["step 2"]
         with pytest.raises(errors.CorruptStepError, match=f"The array {name}, .* was not read"):
             ckpt.restore(step=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_one"),
+    [((3, 2), True), ((3, 4, 8), True), ((3,), False), ((2, 2), False), ((3, 1 << 20), False)],
+)
+def test_keys_of_a_kind_that_jax_does_not_have_itself_are_keys(
+    shape: tuple[int, ...], is_one: bool
+) -> None:
+    leaf = LeafSpec(("keys",), "key_data", (3,), "a kind of its own")
+    stored = direct.StoredArray("keys", shape, np.dtype("uint32"), shape, [])
+    assert fits(stored, leaf) == is_one
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _MOST_DESCRIPTION_BYTES = 1 << 16  # of one array
+_MOST_KEY_NUMBERS = 1 << 10  # of one PRNG key; JAX's own have at most 4
 
 
 def restore_args(leaf: LeafSpec, target: Any) -> Any:
@@ -130,7 +131,9 @@ def check_stored(
 
 def _is_as_saved(leaf: LeafSpec, shape: tuple[int, ...], dtype: str) -> bool:
     if leaf.kind in ("key", "key_data") or not leaf.dtype:  # the numbers of each key
-        return shape[:-1] == tuple(leaf.shape) and 0 < sum(shape[-1:]) <= 16 and dtype == "uint32"
+        keys, numbers = shape[: len(leaf.shape)], shape[len(leaf.shape) :]
+        is_key = 0 < math.prod(numbers) <= _MOST_KEY_NUMBERS and dtype == "uint32"
+        return keys == tuple(leaf.shape) and bool(numbers) and is_key
     return shape == tuple(leaf.shape) and dtype == np.dtype(leaf.dtype).name
 
 
