@@ -145,7 +145,7 @@ def failing(copy: Path, tests: str, without: str) -> str:
     output = told.read_text()
     failed = [line for line in output.splitlines() if line.startswith("FAILED ")]
     if code != len(failed):  # -x: one at the most
-        raise SystemExit(f"without {without}: {tests} did not run:\n{output[-2000:]}")
+        raise SystemExit(f"without {without}: {tests} did not run ({code}):\n{output[-2000:]}")
     return failed[0].removeprefix("FAILED tests/").split(" - ")[0] if failed else ""
 
 
