@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import random
@@ -22,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Sequence
@@ -39,6 +41,8 @@ _HANGS_SECONDS = 120.0  # the slowest takes about 25
 _HANGS = "a test that does not come to an end"
 # Tests run in processes forked from one that has loaded what takes long to load.
 _SERVER = multiprocessing.get_context("forkserver")
+# Who starts a process asks all others how they ended, each of which can be asked by one thread.
+_children = threading.Lock()
 _LOADED = ["pytest", "jax", "numpy", "orbax.checkpoint", "tensorstore", "gcsfs"]
 
 
@@ -134,12 +138,15 @@ def failing(copy: Path, tests: str, without: str) -> str:
     """Returns the first of some tests that fails in a copy; empty when none does."""
     told = copy / "told.txt"
     process = _SERVER.Process(target=_run, args=(str(copy), shlex.split(tests), str(told)))
-    process.start()
-    process.join(_HANGS_SECONDS)
-    code = process.exitcode
+    with _children:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel], _HANGS_SECONDS)
+    with _children:
+        code = process.exitcode
     with contextlib.suppress(ProcessLookupError):  # the tests' own processes, too
         os.killpg(process.pid or 0, signal.SIGKILL)
-    process.join()
+    with _children:
+        process.join()
     if code is None:
         return _HANGS
     output = told.read_text()
