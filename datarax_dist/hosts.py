@@ -181,14 +181,12 @@ class HostGroup:
 
     def close(self) -> None:
         """Takes note that this host will make no more calls in this group. Who makes one all the
-        same is told so, and waits for nobody.
+        same is told so, and waits for nobody; and of what could not be said yet.
         """
         if not self._is_closed and self.count > 1:
             self._is_closed = True
             with self.begin("close", is_any_call=True).part("close") as part:
                 part.fail("close", CheckpointError("it has closed its Checkpointer, or has ended."))
-        with contextlib.suppress(UnreachableError):
-            self._tell()
         if self._siblings is not None:
             self._siblings.closed(self)
 
