@@ -17,6 +17,10 @@ import pytest
 
 from datarax_dist.testing import free_port, run_hosts
 
+# Its names in shared memory are those of the machine: ranks of two jobs that begin in one moment
+# take each other for theirs.
+pytestmark = pytest.mark.xdist_group("mosaic")
+
 RECORDS, BATCH = 96, 12
 
 
