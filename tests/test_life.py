@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -21,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import type_handlers
 
 import datarax_dist as dd
 from datarax_dist import checkpointer, direct, errors, save, sharing
@@ -476,6 +478,32 @@ def test_a_step_without_arrays_is_not_committed_whoever_says_that_they_are_writt
         with pytest.raises(errors.StorageError, match=r"manifest\.ocdbt is not there"):
             ckpt.save(1, state={"w": jnp.ones(3)}).result(SECONDS)
         assert ckpt.all_steps() == []
+
+
+def test_a_save_that_failed_waits_for_what_else_its_host_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_LATE_SECONDS", SECONDS)
+    failed, late = threading.Event(), []
+    write = type_handlers.NumpyHandler._open_and_write
+
+    def fail(_: direct.Writing) -> Any:
+        failed.set()
+        raise OSError(errno.EFBIG, "too large")
+
+    async def write_late(*args: Any) -> None:
+        await asyncio.to_thread(failed.wait, SECONDS)
+        await asyncio.sleep(0.1)  # by when a save that waits for nothing has told its error
+        await write(*args)
+        late.append("written")
+
+    monkeypatch.setattr(direct.Writing, "run", fail)
+    monkeypatch.setattr(type_handlers.NumpyHandler, "_open_and_write", write_late)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        handle = ckpt.save(1, state={"w": jnp.ones(3), "n": np.ones(3)})
+        with pytest.raises(errors.StorageError, match="too large"):
+            handle.result(SECONDS)
+        assert late == ["written"]
 
 
 def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:

@@ -186,8 +186,8 @@ def test_a_write_that_the_file_system_refuses_on_one_host_is_raised_on_all(
         assert "File too large" in failures[host]
         assert "ulimit -f" in text
         assert "Step 2 was not committed" in text
-    # Orbax tells of the first of its writes that fails while others go on, and these may outlive
-    # the next save, which tidies up; the one after that finds what they have made.
+    # What TensorStore is still writing when one of its writes has failed may outlive the next save,
+    # which tidies up; the one after that finds what it has made.
     with dd.Checkpointer(tmp_path) as ckpt:
         ckpt.save(4, state={"x": 4})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "4", "RUN.json", "lease"]

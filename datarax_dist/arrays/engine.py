@@ -33,6 +33,7 @@ import tensorstore as ts
 from etils import epath
 from etils.epath import backend as epath_backend
 from etils.epath import gpath
+from orbax.checkpoint._src.futures import future as orbax_futures
 from orbax.checkpoint._src.futures import signaling_client
 from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
     BasePyTreeCheckpointHandler,
@@ -82,6 +83,7 @@ _TENSORSTORE_SETTINGS = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
+_LATE_SECONDS = 1.0  # for other writes, when one of a save's has failed
 _SAMPLES_PER_SAVE = 8  # each takes some milliseconds, before the save goes on
 _Result = TypeVar("_Result")
 _METADATA_OF_ARRAYS = "state/array_metadatas/"
@@ -224,8 +226,24 @@ class Engine:
                     self._orbax.wait_until_finished()
                 except BaseException as error:
                     self._failure = error
+                    if isinstance(error, Exception):  # nobody waits after Ctrl-C
+                        self._await_other_writes()
             if self._failure is not None:
                 raise self._failure
+
+    def _await_other_writes(self) -> None:
+        """Orbax tells of the first write that has failed while others go on: what these still make
+        would come after the staging directory was tidied up. They get a moment.
+        """
+        end = time.monotonic() + _LATE_SECONDS
+        writes = list(self._orbax._async_manager._commit_futures or ())
+        while writes:
+            write = writes.pop()
+            if isinstance(write, orbax_futures.ChainedFuture):
+                writes += write._futures
+                continue
+            with contextlib.suppress(Exception):  # one error of a save is enough
+                write.result(timeout=max(0.0, end - time.monotonic()))
 
     def close(self) -> None:
         try:
