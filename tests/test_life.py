@@ -484,7 +484,7 @@ def test_a_save_that_failed_waits_for_what_else_its_host_is_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "_LATE_SECONDS", SECONDS)
-    failed, late = threading.Event(), []
+    failed, told, late = threading.Event(), threading.Event(), []
     write = type_handlers.NumpyHandler._open_and_write
 
     def fail(_: direct.Writing) -> Any:
@@ -493,17 +493,18 @@ def test_a_save_that_failed_waits_for_what_else_its_host_is_writing(
 
     async def write_late(*args: Any) -> None:
         await asyncio.to_thread(failed.wait, SECONDS)
-        await asyncio.sleep(0.1)  # by when a save that waits for nothing has told its error
+        await asyncio.to_thread(told.wait, 1.0)  # who waits for nothing tells its error before
         await write(*args)
         late.append("written")
 
     monkeypatch.setattr(direct.Writing, "run", fail)
     monkeypatch.setattr(type_handlers.NumpyHandler, "_open_and_write", write_late)
     with dd.Checkpointer(tmp_path / "run") as ckpt:
-        handle = ckpt.save(1, state={"w": jnp.ones(3), "n": np.ones(3)})
+        handle = ckpt.save(1, state={"a": jnp.ones(3), "b": np.ones(3)})  # Orbax waits for a first
         with pytest.raises(errors.StorageError, match="too large"):
             handle.result(SECONDS)
         assert late == ["written"]
+        told.set()
 
 
 def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:
