@@ -437,17 +437,15 @@ class Checkpointer:
                 phases,
                 refused=refused,
             )
-        except CorruptStepError:
-            self._saver.suspects.update(self._restorer.damaged)
-            raise
+        finally:
+            self._saver.suspects.update(self._restorer.judged)
         if found is None:
             return None
         (value, metadata, changes), report = found
         report = dataclasses.replace(report, data_changes=changes)
         for name, (then, now) in changes.items():
             logger.warning("%s: %s was %r, and is %r now, as allowed", self._root, name, then, now)
-        self._saver.suspects.update(report.damaged, report.suspects)
-        self._saver.suspects.discard(report.step)
+        self._saver.suspects.pop(report.step, None)
         return Restored(report.step, value, metadata, report)
 
     def _load(

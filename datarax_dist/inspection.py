@@ -32,6 +32,7 @@ __all__ = [
     "inspect_step",
     "inspection_from_json",
     "inspection_to_json",
+    "is_as_judged",
     "is_committed",
     "read_marker",
     "read_records",
@@ -589,6 +590,17 @@ def has_moved(store: Store, candidate: Candidate) -> bool:
         return fmt.digest(store.get(f"{candidate.name}/{fmt.COMMIT_NAME}")) != candidate.digest
     except (KeyError, fmt.InvalidRecordError):
         return True
+
+
+def is_as_judged(store: Store, step: int, name: str, digest: str) -> bool:
+    """Whether a directory is still the step that a restore has found damaged, or suspect. Another
+    job may have saved it again since.
+
+    Args:
+        digest: of the marker then; empty where that could not be read, or its records were damaged.
+    """
+    found = inspect_step(store, step, name)
+    return found.state == "damaged" or (found.state == "committed" and found.digest == digest)
 
 
 def records_verified_by(host: int, hosts: int, count: int) -> Sequence[int]:

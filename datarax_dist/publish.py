@@ -13,7 +13,7 @@ step until its successor is there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datarax_dist import format as fmt
@@ -23,7 +23,7 @@ from datarax_dist.inspection import compare, is_committed
 from datarax_dist.storage import Entry, Store, SupportsRename, SupportsReplace
 from datarax_dist.telemetry import Phases
 
-__all__ = ["Staged", "check_listing", "not_ours", "publish"]
+__all__ = ["Staged", "check_free", "check_listing", "publish"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,39 @@ class Staged:
     def aside(self) -> str:
         """What the step that is saved again is called until its successor is there."""
         return fmt.aside_name(self.step, "replaced", self.nonce)
+
+
+def check_free(
+    store: Store, run: str, step: int, names: Sequence[str], may_replace: Callable[[str], bool]
+) -> bool:
+    """Raises when a step may not be saved, as something is in its place.
+
+    Args:
+        names: what is in the root.
+        may_replace: whether a committed step may be saved again, by the name of its directory.
+
+    Returns:
+        Whether there is such a one.
+
+    Raises:
+        StepExistsError: there is a committed step, or something that no job of this run has made.
+    """
+    name = fmt.step_name(step)
+    there = [
+        child[:-1]
+        for child in names
+        if child == f"{name}/" or fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced")
+    ]
+    committed = [holder for holder in there if is_committed(store, holder)]
+    if not all(map(may_replace, committed)):
+        raise StepExistsError(
+            f"Step {step} is committed in {store.root} already; nothing was changed."
+            " Delete it first, or save to another root.",
+            step=step,
+        )
+    if (name in there and not retention.is_ours(store, run, name)) or name in names:
+        raise _not_ours(store, name, step)
+    return bool(committed)
 
 
 def publish(
@@ -129,7 +162,9 @@ def _publish_by_renaming(
         if committed and not staged.replace:
             raise _other_writer(store, staged)
         # What has lost its marker steps aside, too.
-        aside = committed or retention.is_ours(store, staged.run, staged.name)
+        aside = retention.is_ours(store, staged.run, staged.name)
+        if committed and not aside:
+            raise _not_ours(store, staged.name, staged.step)
         check()  # from here on only what is there is renamed: see `retention.fence`
         if aside:
             store.rename(staged.name, staged.aside)
@@ -182,13 +217,13 @@ def _make_room(store: Store, staged: Staged, now: float, check: Callable[[], Non
     name = staged.name
     if not (names := store.children(name)):
         return None
-    if is_committed(store, name, names):
-        if not staged.replace:
-            raise _other_writer(store, staged)
+    if (committed := is_committed(store, name, names)) and not staged.replace:
+        raise _other_writer(store, staged)
+    if not retention.is_ours(store, staged.run, name):
+        raise _not_ours(store, name, staged.step)
+    if committed:
         void = fmt.dump_void(staged.run, staged.step, staged.nonce, now)
         _step_aside(store, staged, void, check)
-    elif not retention.is_ours(store, staged.run, name):
-        raise not_ours(store, name, staged.step)
     else:
         given_up = retention.give_up(store, staged.run, staged.step, staged.nonce, now)
         if given_up is None:
@@ -296,10 +331,10 @@ def _withdraw(store: Store, staged: Staged, now: float) -> None:
 # Errors
 
 
-def not_ours(store: Store, name: str, step: int) -> StepExistsError:
+def _not_ours(store: Store, name: str, step: int) -> StepExistsError:
     return StepExistsError(
-        f"{store.root}/{name} is there already and was not written by datarax_dist; nothing was"
-        " changed. Move it away, or save another step.",
+        f"{store.root}/{name} is there already and is no step of this run; nothing was changed."
+        " Move it away, or save another step.",
         step=step,
     )
 

@@ -175,7 +175,9 @@ class Restorer:
         self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
         self._operation: Operation | None = None  # the restore that is under way
         self._refused: Mapping[str, str] = {}
-        self.damaged: Sequence[int] = ()  # what the last restore has found so, if it has failed
+        # What the last restore has found damaged, or suspect: step -> the digest of its marker,
+        # empty where that could not be read, or its records were damaged. On the primary.
+        self.judged: Mapping[int, str] = {}
 
     def why_nothing(self) -> str:
         """Returns what directories there are that were not taken, and why, by the last restore, if
@@ -269,7 +271,7 @@ class Restorer:
             CorruptStepError: it is damaged, or every committed step is damaged or suspect; or, on a
                 file system, every step has lost its marker.
         """
-        self._refused, self.damaged = {}, ()
+        self._refused, self.judged = {}, {}
         try:
             with self._group.in_parts("restore") as self._operation:
                 for _ in range(_TRIES):
@@ -306,6 +308,9 @@ class Restorer:
             c.step: c.files for c in inspection.candidates if c.state == "damaged"
         }
         suspects = [c for c in reversed(inspection.candidates) if c.suspect]
+        judged = {c.step: c.digest for c in inspection.candidates if c.step in damage}
+        judged |= {c.step: c.digest for c in suspects}
+        self.judged = judged
         for place, told in enumerate(candidates):
             level = self._options.verify_on_restore
             candidate, bad, unverified = self._verify(told, phases, level)
@@ -317,6 +322,7 @@ class Restorer:
             if not bad:
                 if self._group.is_primary and inspection.run is not None:
                     self._trial.succeed(inspection.run, candidate.step, self._attempts)
+                judged.pop(candidate.step, None)
                 removed = self._tidy(inspection)
                 report = RestoreReport(
                     step=candidate.step,
@@ -336,8 +342,8 @@ class Restorer:
             files = printable("; ".join(told_of))  # names of a listing may be anything
             refused[f"step {candidate.step}"] = f"damaged: {files}"
             damage[candidate.step] = list(bad)
+            judged[candidate.step] = candidate.digest
             logger.warning("step %d of %s is damaged: %s", candidate.step, self._store.root, files)
-        self.damaged = sorted(damage)
         if suspects and step is None:
             # Not None, which would make a job begin anew.
             newest = suspects[-1].step

@@ -564,9 +564,14 @@ def _run_in(marker: bytes) -> str | None:
 
 
 def is_ours(store: Store, run: str, name: str) -> bool:
-    """Whether a directory may be overwritten by a save of this run."""
+    """Whether a save of this run may put its step in the place of a directory: a job of the run has
+    made it.
+    """
     if _run_of(store, name) == run:
         return True
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):  # the claim may be damaged, or lost
+        if _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")) == run:
+            return True
     return not isinstance(store, SupportsRename) and not store.children(name)  # gone meanwhile
 
 

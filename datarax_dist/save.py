@@ -67,13 +67,14 @@ from datarax_dist.inspection import (
     find_run,
     inspect_run,
     inspect_step,
+    is_as_judged,
     is_committed,
     read_records,
     refuse_a_step,
 )
 from datarax_dist.known import Known, step_of
 from datarax_dist.lease import Right, Unguarded
-from datarax_dist.publish import Staged, check_listing, not_ours, publish
+from datarax_dist.publish import Staged, check_free, check_listing, publish
 from datarax_dist.request import ArrayWrite, SaveReport, SaveRequest
 from datarax_dist.storage import (
     Entry,
@@ -117,7 +118,8 @@ class Saver:
         # Steps that a restore here has found damaged, or passed over because their restore crashes:
         # they may be saved again, and they do not count where retention decides how many good ones
         # are left.
-        self.suspects: set[int] = set()
+        # What restores have found damaged, or suspect: step -> what `is_as_judged` is told.
+        self.suspects: dict[int, str] = {}
         self._under_way: Sequence[str] = ()  # what this object writes to
         self.has_swept = False
         self.claim = b""  # of the save under way
@@ -210,7 +212,7 @@ class Saver:
         request: SaveRequest | None = None
         failure: BaseException | None = None
         payload: dict[str, Any] = {}
-        replace = replace or step in self.suspects
+        overwrite, replace = replace, replace or step in self.suspects
         # A host that is interrupted while hosts agree does not know whether the others go on with
         # the save; it tells them here.
         operation = self._group.begin(
@@ -241,7 +243,7 @@ class Saver:
                     payload,
                     error=failure,
                     leader=lambda payloads: {
-                        **self._stage(payloads, phases, replace),
+                        **self._stage(payloads, phases, overwrite),
                         "arrays": request and request.writer.choose(),
                     },
                     timeout_seconds=self.agreement_seconds(),
@@ -252,7 +254,7 @@ class Saver:
                     raise previous_error
                 self._is_taken = True
                 assert request is not None
-                started = StartedSave(self, operation, request, decided, phases, replace)
+                started = StartedSave(self, operation, request, decided, phases)
             started.start()
             return started
         except BaseException as error:
@@ -298,13 +300,13 @@ class Saver:
         step = int(payloads[0]["step"])
         nonce = secrets.token_hex(8)
         store, known = self._store, self._known
-        replace = replace or step in self.suspects
         staging = fmt.aside_name(step, "staging", nonce)
         self.ended()
         aside = fmt.aside_name(step, "replaced", nonce)
         self._under_way = staging, fmt.step_name(step), aside
         self.lease.under_way.update(self._under_way)
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
+        decided["replace"] = replace
         if (
             not isinstance(store, SupportsRename)
             and known.run == self._run is not None
@@ -314,7 +316,9 @@ class Saver:
         there = store.children("")
         run = self._claim_run(there, self._run)
         try:
-            self._check_free(run, step, replace, there)
+            decided["replace"] = check_free(
+                store, run, step, there, lambda name: replace or self.is_suspect(step, name)
+            )
         except StepExistsError:
             self.lease.check()  # which would say more
             raise
@@ -365,24 +369,10 @@ class Saver:
         there = {step: self._known.steps.get(step) for step in steps if step is not None}
         self._known = Known(run, there, tidy=self._known.tidy)
 
-    def _check_free(self, run: str, step: int, replace: bool, there: Sequence[str]) -> None:
-        store, name = self._store, fmt.step_name(step)
-        holders = [
-            child[:-1]
-            for child in there
-            if child == f"{name}/" or fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced")
-        ]
-        if any(is_committed(store, holder) for holder in holders):
-            if not replace:
-                raise StepExistsError(
-                    f"Step {step} is committed in {store.root} already; nothing was changed."
-                    " Delete it first, or save to another root.",
-                    step=step,
-                )
-        elif name in (child.rstrip("/") for child in there) and not retention.is_ours(
-            store, run, name
-        ):
-            raise not_ours(store, name, step)
+    def is_suspect(self, step: int, name: str) -> bool:
+        """Whether a directory is still what a restore has found damaged, or suspect."""
+        judged = self.suspects.get(step)
+        return judged is not None and is_as_judged(self._store, step, name, judged)
 
     def committed_steps(self, names: Sequence[str]) -> list[int]:
         """Returns the committed steps; of a bucket those of `names` that are known here, and new
@@ -445,9 +435,8 @@ class StartedSave:
         request: SaveRequest,
         decided: Mapping[str, Any],
         phases: Phases,
-        replace: bool,
     ) -> None:
-        self._replace = replace
+        self._replace: bool = decided["replace"]
         self.step = request.step
         self.run: str = decided["run"]
         self.phases = phases
@@ -573,7 +562,7 @@ class StartedSave:
         except BaseException:
             self._saver.forget()
             raise
-        self._saver.suspects.discard(self.step)
+        self._saver.suspects.pop(self.step, None)
         if self._group.is_primary:
             self._saver._known.steps[self.step] = True
         # What retention deletes may take as long again.
@@ -592,8 +581,14 @@ class StartedSave:
                 names = self._store.children("")
                 own = fmt.aside_name(self.step, "replaced", self._nonce)
                 retention.delete_replaced(self._store, self.step, own, names, now)
-                good = set(self._saver.committed_steps(names)) - self._saver.suspects
-                steps = retention.plan_retention(sorted(good), self._keep, saved=self.step)
+                suspects = {
+                    step
+                    for name in names
+                    if (step := step_of(name)) is not None
+                    and self._saver.is_suspect(step, name[:-1])
+                }
+                good = sorted(set(self._saver.committed_steps(names)) - suspects)
+                steps = retention.plan_retention(good, self._keep, saved=self.step)
             except Exception as error:
                 told = describe(error)
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, told)

@@ -330,7 +330,7 @@ def test_bad_input_is_a_clear_error_and_loses_nothing(copy: Path) -> None:
         with pytest.raises(FileExistsError, match="committed"):
             ckpt.save(2, state={"a": 1})
         (copy / "5").mkdir()
-        with pytest.raises(FileExistsError, match="not written by datarax_dist"):
+        with pytest.raises(FileExistsError, match="no step of this run"):
             ckpt.save(5, state={"a": 1})
         with pytest.raises(TypeError, match="a/0/b") as caught:
             ckpt.save(3, state={"a": [{"b": object()}]})
