@@ -250,7 +250,18 @@ def check_root(root: str | os.PathLike[str]) -> str:
             "The root must be absolute, so that all hosts mean the same place. Use"
             f" {mask(f'{bucket[1]}://{bucket[2]}') if bucket else os.path.abspath(text)!r}."
         )
-    return str(os.path.normpath(text))
+    # TensorStore takes a backslash for a slash: the arrays would be in another directory.
+    return str(os.path.normpath(_without(text, text, r"\\|\[[^/]*\]")))
+
+
+def _without(root: str, path: str, pattern: str) -> str:
+    """Returns a path in which nothing is as in the pattern."""
+    if found := re.search(pattern, path):
+        raise InvalidArgumentError(
+            f"{mask(root)!r} has {found[0]!r} in its path. What writes the arrays takes that for"
+            " something else than a name, so nothing was written. Choose another root."
+        )
+    return path
 
 
 def is_bucket(root: str) -> bool:
@@ -272,4 +283,6 @@ def _check_bucket(root: str, rest: str) -> str:
             f"{root!r} has an empty part, '.', '..' or a control character in its path; nothing was"
             " written."
         )
+    # TensorStore parses a URL, which ends at these, or decodes them; Orbax globs in brackets.
+    _without(root, prefix, r"[?#%]|\[[^/]*\]")
     return "/".join([f"gs://{bucket}", *parts])

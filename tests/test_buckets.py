@@ -178,6 +178,21 @@ def test_roots_that_name_no_bucket_are_refused(root: str) -> None:
         dd.Checkpointer(root)
 
 
+@pytest.mark.parametrize("name", ["run?v=2", "run#2", "run%2", "run[1]", "lr=[1,2]/run"])
+def test_names_that_are_no_names_for_what_writes_the_arrays_are_refused(name: str) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match=r"in its path.*nothing was written"):
+        dd.Checkpointer(f"gs://bucket/{name}")
+
+
+@pytest.mark.parametrize("name", ["run*", "{1,2} [é", "r\\u]n;@+&=:"])
+def test_a_run_whose_name_is_odd_is_where_it_should_be(
+    gcs: FakeGCS, bucket: str, name: str
+) -> None:
+    save(f"gs://{bucket}/{name}", 1)
+    assert same(restore(f"gs://{bucket}/{name}"), 1)
+    assert {key.split("/")[0] for key in gcs.objects(bucket)} == {name}
+
+
 @pytest.mark.parametrize("root", ["s3://bucket/run", "az://bucket/run", "hf://x/y", "http://x/y"])
 def test_other_schemes_are_refused_by_name(root: str) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=r"is not supported.*gs://BUCKET/PREFIX"):

@@ -317,6 +317,27 @@ def test_a_lost_run_file_is_taken_from_the_steps(copy: Path) -> None:
         assert ckpt.all_steps() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["run[1]", "a\\b", "lr=[1,2]/run"])
+def test_names_that_are_no_names_for_what_writes_the_arrays_are_refused(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"in its path.*nothing was written"):
+        dd.Checkpointer(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["run*?", "{1,2} [é", "r%41#]n;@+&=:"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_run_whose_name_is_odd_is_where_it_should_be(
+    name: str, compression: Any, tmp_path: Path
+) -> None:
+    with dd.Checkpointer(tmp_path / name, options=dd.Options(compression=compression)) as ckpt:
+        ckpt.save(1, state=make_state(1)).result()
+        restored = ckpt.restore(state=make_state(0))
+    assert dd.tree_digest(restored.state) == dd.tree_digest(make_state(1))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_bad_input_is_a_clear_error_and_loses_nothing(copy: Path) -> None:
     for root in ("relative/path", "s3://bucket/run", "file:///tmp/run"):
         with pytest.raises(CheckpointError, match=r"absolute|not supported"):
