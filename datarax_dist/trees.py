@@ -384,13 +384,14 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
     seen: dict[str, Path] = {}
     for number, (path, leaf) in enumerate(flatten(state)):
         spec, value, common = _describe_leaf(path, leaf, hosts)
-        clash = seen.setdefault(".".join(path).replace("/", "."), path)
-        if clash is not path:
-            raise UnsupportedLeafError(
-                f"{spec.name}: another leaf, {'/'.join(clash)}, has the same name in the"
-                " checkpoint. Rename one of them.",
-                path=spec.name,
-            )
+        name = ".".join(path)
+        for stored in (name, name.removesuffix("/")):  # TensorStore puts no second slash there
+            if (clash := seen.setdefault(stored.replace("/", "."), path)) is not path:
+                raise UnsupportedLeafError(
+                    f"{spec.name}: another leaf, {'/'.join(clash)}, has the same name in the"
+                    " checkpoint. Rename one of them.",
+                    path=spec.name,
+                )
         specs.append(spec)
         given.append(value)
         if common is not None and hosts > 1:

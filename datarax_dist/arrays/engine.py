@@ -38,7 +38,13 @@ from orbax.checkpoint._src.futures import signaling_client
 from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import (
     BasePyTreeCheckpointHandler,
 )
+from orbax.checkpoint._src.metadata import array_metadata_store
 from orbax.checkpoint._src.path import atomicity
+from orbax.checkpoint._src.serialization import (
+    jax_array_handlers,
+    type_handler_registry,
+    type_handlers,
+)
 
 from datarax_dist import direct
 from datarax_dist import format as fmt
@@ -108,6 +114,25 @@ class _InPlace(atomicity.CommitFileTemporaryPath):
         return self._tmp_path
 
 
+def _type_handlers() -> Any:
+    """Returns handlers of leaves that nobody else has. Those that Orbax shares in a process keep in
+    themselves which keys they are writing, so that saves at the same time mix them up; and a
+    program may have put others in their place.
+    """
+    scalars = type_handlers.ScalarHandler()
+    arrays = jax_array_handlers.ArrayHandler(array_metadata_store=array_metadata_store.Store())
+    return type_handler_registry.create_type_handler_registry(
+        (int, scalars),
+        (float, scalars),
+        (bytes, scalars),
+        (np.number, scalars),
+        (np.ndarray, type_handlers.NumpyHandler()),
+        (jax.Array, arrays),
+        (str, type_handlers.StringHandler()),
+        (type(ocp.PLACEHOLDER), type_handlers.PlaceholderHandler()),
+    )
+
+
 def _handler(
     processes: Any,
     options: Options,
@@ -117,6 +142,7 @@ def _handler(
 ) -> ocp.PyTreeCheckpointHandler:
     # The outer class counts limits in whole GB and has one by default, which keeps Orbax from
     # writing all arrays in a single OCDBT transaction; the inner one takes bytes, and None.
+    handlers = _type_handlers()
     inner = BasePyTreeCheckpointHandler(
         use_ocdbt=True,
         use_zarr3=True,
@@ -124,9 +150,17 @@ def _handler(
         save_concurrent_bytes=save_bytes,
         restore_concurrent_bytes=restore_bytes,
         multiprocessing_options=processes,
+        type_handler_registry=handlers,
     )
+    # Every host may make the directory of its array metadata. By default the others wait ten
+    # minutes for the primary to do so, even if that has failed.
+    inner._array_metadata_store.set_primary_host(None)
     return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=True, multiprocessing_options=processes, handler_impl=inner
+        use_ocdbt=True,
+        use_zarr3=True,
+        multiprocessing_options=processes,
+        type_handler_registry=handlers,
+        handler_impl=inner,
     )
 
 
@@ -191,9 +225,8 @@ class Engine:
             barrier_sync_fn=self._barrier,
             create_directories_asynchronously=False,
         )
-        self._handler = _handler(processes, options, save_bytes=limit)
         self._orbax = ocp.AsyncCheckpointer(
-            self._handler,
+            _handler(processes, options, save_bytes=limit),
             multiprocessing_options=processes,
             async_options=asynchronous,
             temporary_path_class=_InPlace,
@@ -207,11 +240,6 @@ class Engine:
 
     def save(self, path: str, arrays: Any, all_written: Callable[[], None]) -> None:
         self._all_written, self._failure = all_written, None
-        # Every host may make the directory of its array metadata. By default the others wait ten
-        # minutes for the primary to do so, even if that has failed. The store is one for the whole
-        # process, and every new Orbax handler sets it back.
-        if (store := self._handler._handler_impl._array_metadata_store) is not None:
-            store.set_primary_host(None)
         size = _BUCKET_FILE_BYTES if is_bucket(path) else None
         arguments = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=size)
         self._orbax.save(epath.Path(path), args=arguments)

@@ -178,7 +178,7 @@ async def _serialize_direct(
         if gate.compresses(info.name):
             continue
         if options["primary_host"] in (None, jax.process_index()):
-            writing.add(f"{info.name}/zarr.json", described)
+            writing.add(direct.value_key(info.name, "zarr.json"), described)
         writing.add_chunks(
             info.name,
             [(_place(part.index, value), part.data()) for part in value.replica_slices],

@@ -107,7 +107,7 @@ def check_stored(
         read: returns what a part of a file holds.
     """
     for file in ("zarr.json", ".zarray"):  # it is told elsewhere which of both Orbax reads
-        text = index.get(f"{name}/{file}")
+        text = index.get(direct.value_key(name, file))
         if text is None:
             continue
         try:
@@ -162,9 +162,11 @@ def check_kind(leaf: LeafSpec, value: Any) -> None:
     """
     found = getattr(value, "dtype", np.dtype("O"))
     is_key = jax.numpy.issubdtype(found, jax.dtypes.prng_key)
-    if is_key != (leaf.kind == "key"):
+    impl = str(jax.random.key_impl(value)) if is_key else ""
+    if impl != (leaf.dtype if leaf.kind == "key" else ""):
+        kind = f"key ({leaf.dtype})" if leaf.kind == "key" else leaf.kind
         raise StorageError(
-            f"{leaf.name} was saved as a {leaf.kind}, and Orbax reads it as {found}: its array"
+            f"{leaf.name} was saved as a {kind}, and Orbax reads it as {found}: its array"
             " metadata, which tells a typed PRNG key from plain numbers, cannot be read.",
             errno=None,
         )

@@ -8,6 +8,7 @@ from datarax_dist.direct.layout import (
     describe_stored,
     parse_array,
     threads,
+    value_key,
 )
 from datarax_dist.direct.reading import Buffer, Reading, Region, region
 from datarax_dist.direct.writing import Writing
@@ -23,4 +24,5 @@ __all__ = [
     "parse_array",
     "region",
     "threads",
+    "value_key",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "parse_array",
     "slabs",
     "threads",
+    "value_key",
 ]
 
 _SLAB_BYTES = 4 << 20
@@ -73,6 +74,15 @@ class StoredArray:
         )
 
 
+def value_key(name: str, *parts: str) -> str:
+    """Returns what a value of an array is called in the database, as TensorStore does. A state that
+    is one array has a leaf without a name, and a name may end with a slash.
+    """
+    if name in ("", "/"):
+        return "/".join(parts)
+    return name.removesuffix("/") + "/" + "/".join(parts)
+
+
 def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray | None:
     """Returns how an array is stored, or None when Orbax must read it.
 
@@ -80,7 +90,7 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
         name: as Orbax names it.
         index: of the database (`ocdbt.read_index`).
     """
-    text = index.get(f"{name}/zarr.json")
+    text = index.get(value_key(name, "zarr.json"))
     described = _parse_description(text) if isinstance(text, bytes) else None
     if described is None:
         return None
@@ -89,7 +99,7 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
     if math.prod(grid) > len(index):
         return None  # chunks are missing
     places = itertools.product(*map(range, grid))
-    keys = ("/".join([f"{name}/c", *map(str, at)]) for at in places)
+    keys = (value_key(name, "c", *map(str, at)) for at in places)
     chunks = [index.get(key) for key in keys]
     array = StoredArray(name, shape, dtype, chunk, [c for c in chunks if c is not None])
     length = array.chunk_bytes + TAIL_BYTES

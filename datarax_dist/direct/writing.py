@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import format as fmt
-from datarax_dist.direct.layout import TAIL_BYTES, make_tail, slabs, threads
+from datarax_dist.direct.layout import TAIL_BYTES, make_tail, slabs, threads, value_key
 from datarax_dist.ocdbt import MOST_INLINE_BYTES, Extent, make_index, new_file
 
 __all__ = ["Writing"]
@@ -70,7 +70,7 @@ class Writing:
     ) -> None:
         """Adds chunks of an array, each with its place in the grid of chunks."""
         for at, values in chunks:
-            key = "/".join([f"{name}/c", *map(str, at)])
+            key = value_key(name, "c", *map(str, at))
             length = values.nbytes + TAIL_BYTES
             if length <= MOST_INLINE_BYTES:
                 self._values[key] = _with_tail(values)
