@@ -9,8 +9,9 @@ what it is about to do:
 2. The attempt goes when the restore of that step has ended in any way but the death of a process:
    it succeeded, the step is damaged, there was an error. A success takes along those of earlier
    restores. When a host is lost, the attempt stays: its death is what is counted.
-3. Whoever restores later counts the attempts of restores that must have ended. From the second on
-   the step is *suspect*, and passed over, unless it is asked for by its number.
+   Who may create files, and not remove them, makes `<step>.restored-<nonce>` beside it instead.
+3. Whoever restores later counts the attempts of restores that must have ended, and do not say so.
+   From the second on the step is *suspect*, and passed over, unless it is asked for by its number.
 
 An attempt is a note, and nothing depends on it: where it cannot be written, read or removed, the
 restore goes on.
@@ -18,6 +19,7 @@ restore goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -39,6 +41,7 @@ logger = logging.getLogger("datarax_dist")
 
 _CRASHES = 2  # a step is suspect from this one on
 _MOST_READ = 64  # attempts at one step
+_MOST_ENDED = 8  # that nobody could remove: then no more are made
 # Twice each: verify, load, and verify all of it; or gather and positions in place of the last. And
 # around each of these, seven times in all, whether the step has moved.
 _WAITS = 7
@@ -62,9 +65,15 @@ class Trial:
         self._timeout_seconds = timeout_seconds
         self._open: str | None = None
 
-    def begin(self, run: str, candidate: Candidate) -> None:
-        """Says that this step is going to be restored. Ends the attempt before, if there is one."""
+    def begin(self, run: str, candidate: Candidate, names: Sequence[str] = ()) -> None:
+        """Says that this step is going to be restored. Ends the attempt before, if there is one.
+
+        Args:
+            names: of attempts that there are.
+        """
         self.end()
+        if len(_ended(_of_step(candidate.step, names))) >= _MOST_ENDED:
+            return
         nonce = secrets.token_hex(8)
         self._open = name = fmt.attempt_name(candidate.step, nonce)
         attempt = fmt.RestoreAttempt(
@@ -92,9 +101,10 @@ class Trial:
 
     def succeed(self, run: str, step: int, names: Sequence[str]) -> None:
         """The step was restored: earlier attempts at it, among `names`, do not count any more."""
-        if (name := self._open) is not None:
-            _remove(self._store, [name, *_ours(self._store, run, step, names)])
-            self._open = None
+        there = _ours(self._store, run, step, names) if self._open or _ended(names) else []
+        if there or self._open:
+            _remove(self._store, [*([self._open] if self._open else []), *there])
+        self._open = None
 
     def leave(self) -> None:
         """A host was lost: the attempt stays, and counts when this process has ended, too."""
@@ -112,11 +122,13 @@ def mark_suspects(store: Store, inspection: Inspection, now: float) -> Inspectio
 
     def judged(candidate: Candidate) -> Candidate:
         names = _of_step(candidate.step, inspection.attempts)
+        ended = _ended(names)
+        names = [name for name in names if fmt.parse_attempt_name(name) not in ended]
         if candidate.state != "committed" or len(names) < _CRASHES:
             return candidate
         crashed = [
             attempt
-            for attempt in _read_all(store, names[:_MOST_READ])
+            for _, attempt in _read_all(store, names[:_MOST_READ])
             if (attempt.run, attempt.marker) == (inspection.run, candidate.digest)
             and _has_ended(attempt, here, now)
         ]
@@ -136,8 +148,8 @@ def find_stale(store: Store, run: str, names: Sequence[str]) -> list[tuple[str, 
     """Returns the attempts of this run, and their steps, at what is not there any more."""
     found = [name for name in names if fmt.parse_attempt_name(name) is not None]
     return [
-        (fmt.attempt_name(attempt.step, attempt.nonce), attempt.step)
-        for attempt in _read_all(store, found)
+        (name, attempt.step)
+        for name, attempt in _read_all(store, found)
         if attempt.run == run and _is_gone(store, attempt, names)
     ]
 
@@ -161,15 +173,25 @@ def _of_step(step: int, names: Sequence[str]) -> list[str]:
 
 def _ours(store: Store, run: str | None, step: int, names: Sequence[str]) -> list[str]:
     attempts = _read_all(store, _of_step(step, names))
-    return [fmt.attempt_name(a.step, a.nonce) for a in attempts if run in (None, a.run)]
+    return [name for name, attempt in attempts if run in (None, attempt.run)]
 
 
-def _read_all(store: Store, names: Sequence[str]) -> list[fmt.RestoreAttempt]:
-    """Returns those that are attempts, and can be read."""
+def _ended(names: Sequence[str]) -> set[tuple[int, str] | None]:
+    """Returns step and nonce of the attempts that have ended, and say so."""
+    parsed = {name: fmt.parse_attempt_name(name) for name in names}
+    return {
+        at
+        for name, at in parsed.items()
+        if at is not None and name == fmt.attempt_name(*at, has_ended=True)
+    }
 
-    def read(name: str) -> fmt.RestoreAttempt | None:
+
+def _read_all(store: Store, names: Sequence[str]) -> list[tuple[str, fmt.RestoreAttempt]]:
+    """Returns those that are attempts, and can be read, by their names."""
+
+    def read(name: str) -> tuple[str, fmt.RestoreAttempt] | None:
         try:
-            return fmt.parse_attempt(store.get(name), name)
+            return name, fmt.parse_attempt(store.get(name), name)
         except KeyError:  # its restore has ended meanwhile
             return None
         except (fmt.InvalidRecordError, CheckpointError) as error:
@@ -216,10 +238,21 @@ def _remove(store: Store, names: Sequence[str]) -> None:
             for name in names:
                 store.delete(name)
     except CheckpointError as error:
-        logger.warning(
-            "could not remove %s of %s: %s. Such a file counts as a restore that has crashed, once"
-            " its process is gone.",
-            ", ".join(names[:10]),
-            store.root,
-            describe(error),
-        )
+        try:
+            for name in names:
+                _note_end(store, name)
+        except CheckpointError:
+            logger.warning(
+                "could not remove %s of %s: %s. Such a file counts as a restore that has crashed,"
+                " once its process is gone.",
+                ", ".join(names[:10]),
+                store.root,
+                describe(error),
+            )
+
+
+def _note_end(store: Store, name: str) -> None:
+    """Says beside an attempt that it has ended."""
+    step, nonce = fmt.parse_attempt_name(name) or (-1, "")
+    with contextlib.suppress(KeyError, fmt.InvalidRecordError):  # it was removed after all
+        store.create(fmt.attempt_name(step, nonce, has_ended=True), store.get(name))

@@ -52,7 +52,7 @@ MAX_BLOB_BYTES = 2 << 30  # of one position
 MAX_SHARDS = 1 << 20
 MAX_LEASE_SECONDS = 24 * 3600.0
 TALLY_MODULUS = 1 << 128
-_ATTEMPT = re.compile(r"(0|[1-9][0-9]{0,17})\.restoring-([0-9a-f]{16})")
+_ATTEMPT = re.compile(r"(0|[1-9][0-9]{0,17})\.(?:restoring|restored)-([0-9a-f]{16})")
 _MAX_ATTEMPT_BYTES = 1 << 16
 _LATEST_SECONDS = 2.0**36  # in the year 4147
 _EPOCH = re.compile(r"([0-9]{10})\.json")
@@ -262,13 +262,17 @@ def parse_lease_name(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def attempt_name(step: int, nonce: str) -> str:
-    """Returns the name of the file, beside a step, that says that it is being restored."""
-    return f"{step}.restoring-{nonce}"
+def attempt_name(step: int, nonce: str, *, has_ended: bool = False) -> str:
+    """Returns the name of the file, beside a step, that says that it is being restored; or that
+    this has ended, where that file could not be removed.
+    """
+    return f"{step}.{'restored' if has_ended else 'restoring'}-{nonce}"
 
 
 def parse_attempt_name(name: str) -> tuple[int, str] | None:
-    """Returns step and nonce of a restore's attempt, or None when it is no name of one."""
+    """Returns step and nonce of a restore's attempt, ended or not, or None when it is no name of
+    one.
+    """
     found = _ATTEMPT.fullmatch(name)
     return (int(found[1]), found[2]) if found else None
 

@@ -225,7 +225,7 @@ class Restorer:
         """Notes that the first of some candidates is tried. For the primary."""
         self._trial.end()
         if candidates and candidates[0].state == "committed" and inspection.run is not None:
-            self._trial.begin(inspection.run, candidates[0])
+            self._trial.begin(inspection.run, candidates[0], self._attempts)
 
     def _list(self, asked: Sequence[Any]) -> dict[str, Any]:
         for host, (root, step) in enumerate(asked):

@@ -325,7 +325,9 @@ class LocalStore:
                 except (KeyError, fmt.InvalidRecordError):
                     return False
             finally:
-                os.unlink(temporary, dir_fd=parent)
+                # There are directories in which files may be made, and not be removed.
+                with contextlib.suppress(PermissionError):
+                    os.unlink(temporary, dir_fd=parent)
             os.fsync(parent)
             return True
 

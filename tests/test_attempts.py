@@ -534,8 +534,12 @@ def test_where_the_attempt_cannot_be_removed_the_restore_goes_on_and_says_so(
     def refuse(*_: Any) -> Any:
         raise StorageError("no", errno=errno.EIO)
 
+    def load(candidate: Any, _: Any) -> Any:
+        monkeypatch.setattr(store, "create", refuse)
+        return lambda: candidate.step
+
     monkeypatch.setattr(store, "delete_listed" if make is MemoryBucket else "delete", refuse)
-    assert restore(store)[0] == 3
+    assert restore(store, load=load)[0] == 3
     assert any("counts as a restore that has crashed" in r.message for r in caplog.records)
 
 
@@ -668,6 +672,74 @@ def test_the_commands_show_that_a_step_is_suspect(
     out = told("doctor", str(tmp_path))
     assert "WARNING  step 3: is suspect: " + reason in out
     assert "step 3: ok" in told("verify", f"{tmp_path}@3")
+
+
+def may_not_delete(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, as for a reader that may create objects, or in a directory that only grows."""
+
+    def refuse(*_: Any, **more: Any) -> None:
+        raise StorageError("you may not", errno=errno.EPERM)
+
+    for name in ("delete", "delete_listed"):
+        if hasattr(store, name):
+            monkeypatch.setattr(store, name, refuse)
+
+
+@stores
+def test_restores_of_who_may_not_remove_their_attempts_make_no_step_suspect(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_run(make)
+    with monkeypatch.context() as readers:
+        may_not_delete(store, readers)
+        readers.setattr("datarax_dist.attempts.writer_identity", lambda: DEAD)  # soon
+        for _ in range(12):
+            assert restore(store)[0] == 3
+        ended = [name for name in store.children("") if "3.restored-" in name]
+        assert len(attempts(store)) == len(ended) == 8, "they do not pile up"
+    assert restore(store)[0] == 3
+    assert not [name for name in store.children("") if name.startswith("3.rest")]
+
+
+@stores
+def test_a_crash_counts_though_no_attempt_can_be_removed(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_run(make)
+    may_not_delete(store, monkeypatch)
+    note(store, 3)
+    note(store, 3)
+    assert restore(store)[0] == 2
+    assert restore(store, step=3)[0] == 3
+    assert restore(store)[0] == 3, "a success clears it, whoever may remove what"
+
+
+def test_a_file_is_made_in_a_directory_that_only_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(str(tmp_path))
+
+    def refuse(*_: Any, **more: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert store.create("a", b"1")
+    assert not store.create("a", b"2")
+    assert store.get("a") == b"1"
+
+
+def test_who_may_only_create_objects_restores_the_newest_step_each_time(
+    gcs: FakeGCS, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"gs://{bucket}/run"
+    with dd.Checkpointer(root) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state={"w": np.full(3, step)}).result()
+    monkeypatch.setattr("datarax_dist.attempts.writer_identity", lambda: DEAD)
+    gcs.deny("storage.objects.delete")
+    for _ in range(3):
+        with dd.Checkpointer(root) as ckpt:
+            assert ckpt.restore().step == 2
 
 
 def test_marking_costs_nothing_where_there_are_no_attempts(monkeypatch: pytest.MonkeyPatch) -> None:

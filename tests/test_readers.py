@@ -591,8 +591,8 @@ def waits_of(store: Any, monkeypatch: pytest.MonkeyPatch, load: Any) -> tuple[li
         waits.append(more["timeout_seconds"])
         return exchange(group, *arguments, **more)
 
-    def beginning(trial: Any, run: str, candidate: Any) -> None:
-        begin(trial, run, candidate)
+    def beginning(trial: Any, run: str, candidate: Any, names: Any) -> None:
+        begin(trial, run, candidate, names)
         [name] = inspect_run(store).attempts
         said.append(fmt.parse_attempt(store.get(name), name).timeout_seconds)
 
