@@ -94,6 +94,9 @@ class Run(Checkpointer):
         part = _Local(bool(local), spec, leaves)
         return super()._capture(step, (rest or None) if local else tree, {_LOCAL: part}, metadata)
 
+    def _loads(self, target: Any) -> bool:
+        return not target.metadata_only
+
     def _load(
         self,
         candidate: Candidate,

@@ -175,6 +175,7 @@ class Restorer:
         self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
         self._operation: Operation | None = None  # the restore that is under way
         self._refused: Mapping[str, str] = {}
+        self._loads = True
         # What the last restore has found damaged, or suspect: step -> the digest of its marker,
         # empty where that could not be read, or its records were damaged. On the primary.
         self.judged: Mapping[int, str] = {}
@@ -224,7 +225,9 @@ class Restorer:
     def _begin(self, inspection: Inspection, candidates: Sequence[Candidate]) -> None:
         """Notes that the first of some candidates is tried. For the primary."""
         self._trial.end()
-        if candidates and candidates[0].state == "committed" and inspection.run is not None:
+        if not self._loads or inspection.run is None or not candidates:
+            return
+        if candidates[0].state == "committed":
             self._trial.begin(inspection.run, candidates[0], self._attempts)
 
     def _list(self, asked: Sequence[Any]) -> dict[str, Any]:
@@ -251,6 +254,7 @@ class Restorer:
         phases: Phases,
         *,
         refused: BaseException | None = None,
+        loads: bool = True,
     ) -> tuple[Any, RestoreReport] | None:
         """Restores the newest good step, or `step`.
 
@@ -261,6 +265,9 @@ class Restorer:
                 An error of the tree other than damage (a target that does not fit, say) ends the
                 restore on every host.
             refused: why this host cannot take part. It is raised on every host.
+            loads: whether `load` reads arrays or positions, which may crash the job. Where it does
+                not, the step is not noted as tried, nor as restored; and of a `step` that is asked
+                for the arrays are not read to verify them.
 
         Returns:
             What the function that `load` returned has returned, with the report; None when there is
@@ -271,7 +278,7 @@ class Restorer:
             CorruptStepError: it is damaged, or every committed step is damaged or suspect; or, on a
                 file system, every step has lost its marker.
         """
-        self._refused, self.judged = {}, {}
+        self._refused, self.judged, self._loads = {}, {}, loads
         try:
             with self._group.in_parts("restore") as self._operation:
                 for _ in range(_TRIES):
@@ -313,6 +320,8 @@ class Restorer:
         self.judged = judged
         for place, told in enumerate(candidates):
             level = self._options.verify_on_restore
+            if not self._loads and step is not None and level == "full":
+                level = "sizes"
             candidate, bad, unverified = self._verify(told, phases, level)
             applied: Any = None
             if not bad:
@@ -320,7 +329,7 @@ class Restorer:
             if bad and candidate.state == "committed":
                 self._go_on(inspection, candidates[place:])
             if not bad:
-                if self._group.is_primary and inspection.run is not None:
+                if self._group.is_primary and inspection.run is not None and self._loads:
                     self._trial.succeed(inspection.run, candidate.step, self._attempts)
                 judged.pop(candidate.step, None)
                 removed = self._tidy(inspection)

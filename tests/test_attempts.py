@@ -17,6 +17,7 @@ import datarax_dist as dd
 from datarax_dist import cli, config, retention, telemetry, writers
 from datarax_dist import format as fmt
 from datarax_dist.attempts import mark_suspects
+from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import (
     CorruptStepError,
@@ -740,6 +741,56 @@ def test_who_may_only_create_objects_restores_the_newest_step_each_time(
     for _ in range(3):
         with dd.Checkpointer(root) as ckpt:
             assert ckpt.restore().step == 2
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_who_reads_the_metadata_only_has_not_tried_the_step(
+    step: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = OrbaxCheckpointHandler()
+    for number in (1, 2, 3):
+        handler.save(
+            tmp_path, {"w": np.full(4, number)}, step=number, metadata={"n": number}, keep=0
+        )
+    store = LocalStore(str(tmp_path))
+    kept, ended = note(store, 3), note(store, 3)
+    store.create(ended.replace("restoring", "restored"), store.get(ended))
+    created: list[str] = []
+    create = LocalStore.create
+
+    def noted(store: Any, key: str, data: bytes) -> bool:
+        created.append(key)
+        return create(store, key, data)
+
+    monkeypatch.setattr(LocalStore, "create", noted)
+    assert handler.restore(tmp_path, metadata_only=True, step=step) == {"n": 3}
+    assert created == []
+    assert attempts(store) == sorted([kept, ended]), (
+        "one restore more that crashes, and the step is suspect"
+    )
+    assert handler.restore(tmp_path)["w"].tolist() == [3] * 4
+    assert attempts(store) == []
+    handler.close()
+
+
+def test_the_metadata_of_a_step_is_read_without_its_arrays(tmp_path: Path) -> None:
+    handler = OrbaxCheckpointHandler()
+    for number in (1, 2):
+        handler.save(
+            tmp_path, {"w": np.arange(9000.0)}, step=number, metadata={"n": number}, keep=0
+        )
+    largest = max((p for p in (tmp_path / "2").rglob("*") if p.is_file()), key=os.path.getsize)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert handler.restore(tmp_path, metadata_only=True, step=2) == {"n": 2}
+    assert handler.restore(tmp_path, metadata_only=True) == {"n": 1}, "as the state would be"
+    assert handler.restore(tmp_path)["w"][8999] == 8999.0
+    assert handler.restore(tmp_path, metadata_only=True, step=2) == {"n": 2}
+    # That its metadata could be read does not make it a good one.
+    handler.save(tmp_path, {"w": np.zeros(3)}, step=2, metadata={"n": 22})
+    assert handler.restore(tmp_path, metadata_only=True) == {"n": 22}
+    handler.close()
 
 
 def test_marking_costs_nothing_where_there_are_no_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
