@@ -271,6 +271,7 @@ class Checkpointer:
                 replace=replace,
                 previous_error=unseen,
             )
+            self._saver.check_turn(started.turn, started.step)
             running = _Running(started, SaveHandle(started.step, phases))
             if unseen is not None and (self._missed is None or self._missed._seen):
                 self._missed = previous  # on another host it was seen
@@ -284,7 +285,8 @@ class Checkpointer:
                 try:
                     started.abandon(error)
                 finally:
-                    self._running, self._handle = None, previous
+                    if running is not None and self._running is running:
+                        self._running, self._handle = None, previous
             raise
         return running.handle
 

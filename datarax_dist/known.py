@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datarax_dist import format as fmt
-from datarax_dist.inspection import Inspection
+from datarax_dist.inspection import Inspection, inspect_run, inspect_step, is_committed
 from datarax_dist.retention import has_stray_attempts
+from datarax_dist.storage import Store, SupportsRename
 
 __all__ = ["Known", "step_of"]
 
@@ -38,6 +40,27 @@ class Known:
             tidy=all(c.state not in ("staged", "deleting", "void") for c in inspection.candidates)
             and not has_stray_attempts(inspection.attempts, inspection),
         )
+
+    def committed(self, store: Store, names: Sequence[str]) -> list[int]:
+        """Returns the committed steps; of a bucket those of `names` that are known here, and new
+        ones.
+        """
+        if isinstance(store, SupportsRename):
+            return inspect_run(store).committed
+        found = set()
+        for name in names:
+            step = step_of(name)
+            if step is None:
+                continue
+            if fmt.parse_step_name(name.rstrip("/")) is None:
+                if is_committed(store, name[:-1]):
+                    found.add(step)
+                continue
+            if self.steps.get(step) is None:
+                self.steps[step] = inspect_step(store, step, name[:-1]).state == "committed"
+            if self.steps[step]:
+                found.add(step)
+        return sorted(found)
 
     def is_free(self, step: int) -> bool:
         return self.run is not None and step not in self.steps

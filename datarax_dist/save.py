@@ -39,6 +39,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,19 +57,18 @@ from datarax_dist.clock import Clock
 from datarax_dist.config import KeepPolicy, Options
 from datarax_dist.errors import (
     CorruptStepError,
+    InvalidArgumentError,
     PeerError,
     StepExistsError,
     StorageError,
+    cause,
     describe,
 )
 from datarax_dist.hosts import HostGroup, Operation, is_unheard
 from datarax_dist.inspection import (
     Inspection,
     find_run,
-    inspect_run,
-    inspect_step,
     is_as_judged,
-    is_committed,
     read_records,
     refuse_a_step,
 )
@@ -120,9 +120,12 @@ class Saver:
         # are left.
         # What restores have found damaged, or suspect: step -> what `is_as_judged` is told.
         self.suspects: dict[int, str] = {}
-        self._under_way: Sequence[str] = ()  # what this object writes to
+        self._turn = 0  # counts saves
+        # What this object writes to: staging directory -> all that such a save may write to. Of two
+        # saves one is given up: see `check_turn`.
+        self._under_way: dict[str, Sequence[str]] = {}
         self.has_swept = False
-        self.claim = b""  # of the save under way
+        self.claims: dict[str, bytes] = {}  # staging directory -> claim, of a save under way
         self._known = Known()
         # What was read here first is what is saved to, or a job would begin anew where its file
         # system is not mounted. Not so for who takes the run for each save.
@@ -209,6 +212,8 @@ class Saver:
             step: less than 0 when it is none, which `capture` says.
         """
         self._has_asked = True
+        self._turn += 1
+        turn = self._turn
         request: SaveRequest | None = None
         failure: BaseException | None = None
         payload: dict[str, Any] = {}
@@ -234,7 +239,7 @@ class Saver:
             }
         except BaseException as error:
             failure = error
-        begin, before = self._clock.monotonic(), self._under_way
+        begin, mine = self._clock.monotonic(), list[str]()
         started: StartedSave | None = None
         try:
             with operation.failing("save:prepare"):
@@ -243,7 +248,7 @@ class Saver:
                     payload,
                     error=failure,
                     leader=lambda payloads: {
-                        **self._stage(payloads, phases, overwrite),
+                        **self._stage(payloads, phases, overwrite, mine),
                         "arrays": request and request.writer.choose(),
                     },
                     timeout_seconds=self.agreement_seconds(),
@@ -254,16 +259,29 @@ class Saver:
                     raise previous_error
                 self._is_taken = True
                 assert request is not None
-                started = StartedSave(self, operation, request, decided, phases)
+                started = StartedSave(self, operation, request, decided, phases, turn)
             started.start()
             return started
         except BaseException as error:
             if started is not None:
                 started.abandon(error)
             operation.close()
-            if self._under_way is not before:  # or it is an earlier save's, which goes on
-                self.ended()
+            for staging in mine:  # an earlier save may go on
+                self.ended(staging)
+            if not isinstance(error, InvalidArgumentError):
+                self.check_turn(turn, step, error)
             raise
+
+    def check_turn(self, turn: int, step: int, error: Any = None) -> None:
+        """Raises when another save was made while one began. It may have removed what this one has
+        staged; and Orbax's writer is its own.
+        """
+        if turn != self._turn:
+            raise InvalidArgumentError(
+                f"Step {step} is not saved: before this save() had returned, another one of the"
+                " same Checkpointer was called, in a signal handler or on another thread. That one"
+                " counts. Let a handler set a flag, and save where the training loop sees it."
+            ) from (error and cause(error))
 
     def may_be_committed(self, phase: str) -> bool:
         """Whether a save that fails in a phase may have committed its step."""
@@ -280,16 +298,19 @@ class Saver:
             return f"Step {step} was not saved again: what it was is there still."
         return f"Step {step} was not committed; earlier steps are as they were."
 
-    def ended(self) -> None:
-        """Nothing is written any more of what this object had under way."""
-        self.lease.under_way.difference_update(self._under_way)
-        self._under_way = ()
+    def ended(self, staging: str) -> None:
+        """Nothing is written any more of a save."""
+        self.lease.under_way.difference_update(self._under_way.pop(staging, ()))
+        self.claims.pop(staging, None)
 
     def is_others(self, name: str) -> bool:
         """Whether another object of this process writes to it now."""
-        return name in self.lease.under_way and name not in self._under_way
+        ours = itertools.chain.from_iterable(list(self._under_way.values()))
+        return name in self.lease.under_way and name not in ours
 
-    def _stage(self, payloads: list[Any], phases: Phases, replace: bool) -> dict[str, Any]:
+    def _stage(
+        self, payloads: list[Any], phases: Phases, replace: bool, mine: list[str]
+    ) -> dict[str, Any]:
         if all(payload["unseen"] for payload in payloads):
             return {"unseen": True}
         check_agreement(payloads)
@@ -301,10 +322,10 @@ class Saver:
         nonce = secrets.token_hex(8)
         store, known = self._store, self._known
         staging = fmt.aside_name(step, "staging", nonce)
-        self.ended()
         aside = fmt.aside_name(step, "replaced", nonce)
-        self._under_way = staging, fmt.step_name(step), aside
-        self.lease.under_way.update(self._under_way)
+        mine.append(staging)
+        self._under_way[staging] = staging, fmt.step_name(step), aside
+        self.lease.under_way.update(self._under_way[staging])
         decided: dict[str, Any] = {"staging": staging, "nonce": nonce, "claimed": False}
         decided["replace"] = replace
         if (
@@ -334,10 +355,11 @@ class Saver:
 
     def write_claim(self, run: str, step: int, nonce: str, hosts: int, staging: str) -> None:
         """Writes `STEP.json`: from here on, what is in the directory is known as ours."""
-        self.claim = fmt.dump_claim(
+        claim = fmt.dump_claim(
             fmt.StepClaim(run, step, nonce, hosts, writer_identity(), self._clock.now())
         )
-        self._store.put(f"{staging}/{fmt.STEP_NAME}", self.claim)
+        self.claims[staging] = claim
+        self._store.put(f"{staging}/{fmt.STEP_NAME}", claim)
 
     def remove_leftovers(self, *, but: str = "") -> None:
         """Removes what earlier saves of the run left behind, `but` what is staged now. On the
@@ -369,32 +391,14 @@ class Saver:
         there = {step: self._known.steps.get(step) for step in steps if step is not None}
         self._known = Known(run, there, tidy=self._known.tidy)
 
+    def committed(self, names: Sequence[str]) -> list[int]:
+        """Returns the committed steps among `names`, those of the root."""
+        return self._known.committed(self._store, names)
+
     def is_suspect(self, step: int, name: str) -> bool:
         """Whether a directory is still what a restore has found damaged, or suspect."""
         judged = self.suspects.get(step)
         return judged is not None and is_as_judged(self._store, step, name, judged)
-
-    def committed_steps(self, names: Sequence[str]) -> list[int]:
-        """Returns the committed steps; of a bucket those of `names` that are known here, and new
-        ones.
-        """
-        store, known = self._store, self._known
-        if isinstance(store, SupportsRename):
-            return inspect_run(store).committed
-        found = set()
-        for name in names:
-            step = step_of(name)
-            if step is None:
-                continue
-            if fmt.parse_step_name(name.rstrip("/")) is None:
-                if is_committed(store, name[:-1]):
-                    found.add(step)
-                continue
-            if known.steps.get(step) is None:
-                known.steps[step] = inspect_step(store, step, name[:-1]).state == "committed"
-            if known.steps[step]:
-                found.add(step)
-        return sorted(found)
 
     def _claim_run(self, there: Sequence[str], known: str | None) -> str:
         """Returns the run of the root, in which `there` is; makes one in a new root.
@@ -435,7 +439,9 @@ class StartedSave:
         request: SaveRequest,
         decided: Mapping[str, Any],
         phases: Phases,
+        turn: int,
     ) -> None:
+        self.turn = turn
         self._replace: bool = decided["replace"]
         self.step = request.step
         self.run: str = decided["run"]
@@ -479,7 +485,7 @@ class StartedSave:
         with contextlib.ExitStack() as then:  # all of it, though Ctrl-C may come once more
             then.callback(self.let_go)
             then.callback(self._saver.forget)
-            then.callback(self._saver.ended)
+            then.callback(self._saver.ended, self._staging)
             then.callback(self._end_write, _CANCEL_SECONDS)
             self.fail(error)
 
@@ -556,7 +562,7 @@ class StartedSave:
                 raise
         finally:
             self._end_write(float("inf"))
-            self._saver.ended()
+            self._saver.ended(self._staging)
         try:
             decided = self.outcome()
         except BaseException:
@@ -587,7 +593,7 @@ class StartedSave:
                     if (step := step_of(name)) is not None
                     and self._saver.is_suspect(step, name[:-1])
                 }
-                good = sorted(set(self._saver.committed_steps(names)) - suspects)
+                good = sorted(set(self._saver.committed(names)) - suspects)
                 steps = retention.plan_retention(good, self._keep, saved=self.step)
             except Exception as error:
                 told = describe(error)
@@ -670,7 +676,7 @@ class StartedSave:
         self.operation.check("hash")
         with self.phases.span("hash"):
             if self._group.is_primary:
-                contents |= {fmt.STEP_NAME: self._saver.claim, **self._request.last}
+                contents |= {fmt.STEP_NAME: self._saver.claims[self._staging], **self._request.last}
             files = self._hash(contents, known)
         self.operation.check("record")
         with self.phases.span("record"):
@@ -798,7 +804,7 @@ class StartedSave:
                 self.step,
                 self._nonce,
                 staging,
-                claim=self._saver.claim,
+                claim=self._saver.claims[self._staging],
                 marker=fmt.dump_marker(marker),
                 files=written,
                 last=self._request.last,

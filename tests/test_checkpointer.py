@@ -592,7 +592,7 @@ def test_an_engine_that_was_given_up_does_not_speak_for_a_later_save(tmp_path: P
     said: list[str] = []
 
     def write(prefix: str, word: str) -> None:
-        started = engine.start(prefix, lambda: said.append(word), {"a": np.ones(3)})
+        started = engine.start(prefix, lambda: said.append(word), {"a": np.ones(3)}, number=1)
         started.release()
         started.wait(30)
 
@@ -613,7 +613,7 @@ def test_nothing_is_written_before_the_step_is_claimed(tmp_path: Path) -> None:
     from datarax_dist import arrays
 
     engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())
-    started = engine.start("1", lambda: None, {"a": np.ones(3)})
+    started = engine.start("1", lambda: None, {"a": np.ones(3)}, number=1)
     started.cancel()
     with pytest.raises(errors.StorageError, match="ended before its arrays were written"):
         started.wait(30)

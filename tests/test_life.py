@@ -507,6 +507,46 @@ def test_a_save_that_failed_waits_for_what_else_its_host_is_writing(
         told.set()
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "does not wait"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (save.StartedSave, "start"),
+        (engine.OrbaxWriter, "start"),
+        (save.Saver, "hold"),
+        (LocalStore, "_write_temporary"),
+    ],
+    ids=["after Orbax has begun", "before Orbax begins", "before it is agreed", "while it stages"],
+)
+def test_a_save_in_a_signal_handler_takes_the_place_of_the_one_that_was_about_to_begin(
+    kind: type, name: str, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles: list[Any] = []
+    before = getattr(kind, name)
+
+    def interrupted(this: Any, *args: Any) -> Any:
+        monkeypatch.setattr(kind, name, before)
+        found = before(this, *args) if name == "start" and kind is save.StartedSave else None
+        handles.append(ckpt.save(50, state={"w": jnp.full(3, 50.0)}))
+        if waits:
+            assert handles[0].result(SECONDS).step == 50
+        return found if kind is save.StartedSave else before(this, *args)
+
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"w": jnp.ones(3)}).result(SECONDS)
+        monkeypatch.setattr(kind, name, interrupted)
+        with pytest.raises(errors.InvalidArgumentError, match="in a signal handler"):
+            ckpt.save(2, state={"w": jnp.full(3, 2.0)})
+        assert handles[0].result(SECONDS).step == 50
+        assert ckpt.save(51, state={"w": jnp.full(3, 51.0)}).result(SECONDS).step == 51
+        assert ckpt.restore(step=50).state["w"].tolist() == [50.0] * 3
+        assert ckpt.all_steps() == [1, 50, 51]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        *("1", "50", "51", "RUN.json", "lease")
+    ]
+    assert engine.gates == {}
+
+
 def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:
     one, other = dd.Checkpointer(tmp_path / "run"), dd.Checkpointer(tmp_path / "run")
     one.save(1, state=STATE).result(SECONDS)

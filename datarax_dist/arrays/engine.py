@@ -89,6 +89,7 @@ _TENSORSTORE_SETTINGS = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
+_OVERTAKEN = "Another save of this Checkpointer was begun before this call had returned."
 _LATE_SECONDS = 1.0  # for other writes, when one of a save's has failed
 _SAMPLES_PER_SAVE = 8  # each takes some milliseconds, before the save goes on
 _Result = TypeVar("_Result")
@@ -336,6 +337,8 @@ class OrbaxArrays:
         self._options = options
         self._checkpointer: Engine | None = None
         self._compressed: Sequence[str] | None = ()  # in the save under way
+        self._gate: Gate | None = None  # of the last save
+        self._made = self._begun = 0  # writers, counted; and the last one of them that has begun
         self._advisor = Advisor(direct.threads())
         if is_bucket(root):
             _prepare_buckets(root)
@@ -353,7 +356,8 @@ class OrbaxArrays:
                 if not (isinstance(leaf, jax.Array) and self._is_direct)
             ]
             _check_limit("save_concurrent_bytes", limit, sizes)
-        return OrbaxWriter(self, arrays)
+        self._made += 1
+        return OrbaxWriter(self, arrays, self._made)
 
     @property
     def _is_direct(self) -> bool:
@@ -382,8 +386,21 @@ class OrbaxArrays:
             self._advisor.note_sample(array.name, array.size, *found)
 
     def start(
-        self, prefix: str, all_written: Callable[[], None], arrays: Any, choice: Choice = NOTHING
+        self,
+        prefix: str,
+        all_written: Callable[[], None],
+        arrays: Any,
+        choice: Choice = NOTHING,
+        *,
+        number: int,
     ) -> _OrbaxWrite:
+        if number < self._begun:
+            raise StorageError(_OVERTAKEN, errno=None)
+        self._begun = number
+        if self._gate is not None and self._gate.cancel(_OVERTAKEN):
+            # Its caller cannot go on before this returns, as this is called in a signal handler,
+            # say; and Orbax would wait for its arrays.
+            self._checkpointer = None
         limit = _at_least(self._options.save_concurrent_bytes, jax.tree.leaves(arrays))
         if self._checkpointer is None or self._checkpointer.limit != limit:
             if self._checkpointer is not None:
@@ -394,7 +411,7 @@ class OrbaxArrays:
             with wrapped("write", path):
                 os.makedirs(path, exist_ok=True)
         self._compressed = choice.compressed
-        gates[path] = gate = Gate(
+        gates[path] = self._gate = gate = Gate(
             self._options.save_timeout_seconds,
             direct=self._is_direct,
             compressed=choice.compressed,
@@ -553,9 +570,10 @@ class OrbaxArrays:
 class OrbaxWriter:
     """The array writer of one save."""
 
-    def __init__(self, engine: OrbaxArrays, arrays: Any) -> None:
+    def __init__(self, engine: OrbaxArrays, arrays: Any, number: int) -> None:
         self._engine = engine
         self._arrays = arrays
+        self._number = number
 
     def choose(self) -> Any:
         """See `request.ArrayWriter`."""
@@ -566,7 +584,9 @@ class OrbaxWriter:
     ) -> _OrbaxWrite | None:
         if self._arrays is None:
             return None
-        return self._engine.start(prefix, all_written, self._arrays, Choice.from_json(choice))
+        return self._engine.start(
+            prefix, all_written, self._arrays, Choice.from_json(choice), number=self._number
+        )
 
     def step_files(self) -> dict[str, bytes]:
         """Returns what plain Orbax wants to see in a step directory beside its items."""

@@ -37,6 +37,8 @@ __all__ = ["Gate", "Written", "gates"]
 # tests/test_plain_orbax.py watches this spot.
 gates: dict[str, Gate] = {}
 
+_ENDED = "The save has ended before its arrays were written."
+
 
 class Written:
     """What this host has written of an array.
@@ -85,7 +87,7 @@ class Gate:
         self.direct = direct
         self.learn = learn
         self.digests: dict[str, tuple[int, str]] = {}  # of what was, by its path below the item
-        self._cancelled = False
+        self._cancelled = ""
 
     def compresses(self, name: str) -> bool:
         return self._compressed is None or name in self._compressed
@@ -93,14 +95,17 @@ class Gate:
     def open(self) -> None:
         self._opened.set()
 
-    def cancel(self) -> None:
-        if not self._opened.is_set():
-            self._cancelled = True
-            self._opened.set()
+    def cancel(self, why: str = _ENDED) -> bool:
+        """Has nothing written any more; returns whether it was closed still."""
+        if self._opened.is_set():
+            return False
+        self._cancelled = why
+        self._opened.set()
+        return True
 
     def pass_through(self) -> None:
         if not self._opened.wait(self._seconds) or self._cancelled:
-            raise StorageError("The save has ended before its arrays were written.", errno=None)
+            raise StorageError(self._cancelled or _ENDED, errno=None)
 
 
 class _WriteSpec(tensorstore_utils.ArrayWriteSpec):
