@@ -211,7 +211,9 @@ class Checkpointer:
         """Saves a step in the background. Call it on every host.
 
         It blocks while an earlier save still runs, for one agreement of the hosts, and for the copy
-        of the state to host memory.
+        of the state to host memory. On a CPU that copy may be the array itself, with memory that it
+        shares with a numpy array (`jax.device_put` of one): do not write into that one before the
+        handle is done.
 
         Args:
             step: 0 or more.

@@ -580,6 +580,32 @@ def test_what_does_not_lie_in_memory_as_it_is_stored_is_stored_like_its_copy(
     assert digests[0] == (len(data), fmt.digest(data))
 
 
+@pytest.mark.parametrize("shape", [(40,), (3 << 18,)], ids=["small", "large"])
+def test_memory_that_changes_while_it_is_written_is_digested_as_it_was_written(
+    shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU an array may share its memory with one of numpy."""
+    array = np.zeros(shape, np.int32)
+    monkeypatch.setattr(writing, "MOST_INLINE_BYTES", 10)
+    digest = fmt.crc32c
+
+    def then_change(data: Any, crc: int = 0) -> int:
+        found = digest(data, crc)
+        array[:] += 1
+        return found
+
+    monkeypatch.setattr(fmt, "crc32c", then_change)
+    names = iter(["d/data", "d/index"])
+    monkeypatch.setattr(writing, "new_file", names.__next__)
+    out = writing.Writing(str(tmp_path))
+    out.add_chunks("w", [((0,), array)])
+    told = out.run()["d/data"]
+    monkeypatch.undo()
+    data = (tmp_path / "d" / "data").read_bytes()
+    assert array[0] > 0
+    assert told == (len(data), fmt.digest(data))
+
+
 def test_reading_another_mesh_takes_little_memory_beside_the_arrays(tmp_path: Path) -> None:
     """Chunks that no shard wants as a whole go through slabs of a few MiB."""
     if DEVICES < 2:

@@ -1,8 +1,8 @@
 """Writes chunks into files of one OCDBT database, with an index, and digests of all that it writes.
 
 The files are written on a few threads, each of them once: what is written is at that moment in the
-processor's caches, where its checksums cost the least, and is synced while others are written. Of
-what is larger than a few MiB no copy is made.
+processor's caches, where its checksums cost the least, and is synced while others are written.
+Copies are made of a few MiB at a time.
 """
 
 from __future__ import annotations
@@ -188,9 +188,13 @@ class _Output:
         """Writes bytes that follow each other, as they are, and returns their crc32c."""
         self._flush()
         part = self.digester.part()
+        copy = np.empty(_PIECE_BYTES, np.uint8)
         for memory in pieces:
             for begin in range(0, len(memory), _PIECE_BYTES):
-                piece = memory[begin : begin + _PIECE_BYTES]
+                # On a CPU an array may share its memory with one of numpy that its owner changes
+                # meanwhile: what is digested must be what is written.
+                piece = copy[: min(_PIECE_BYTES, len(memory) - begin)]
+                np.copyto(piece, memory[begin : begin + len(piece)])
                 part.update(piece)
                 self._put(piece)
         return self.digester.join(part)
