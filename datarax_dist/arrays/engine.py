@@ -50,7 +50,7 @@ from datarax_dist import direct
 from datarax_dist import format as fmt
 from datarax_dist.arrays import replicas
 from datarax_dist.arrays.failures import wrapped
-from datarax_dist.arrays.hooks import Gate, Written, gates
+from datarax_dist.arrays.hooks import Gate, Written, gates, give_up
 from datarax_dist.arrays.leaves import (
     bytes_of,
     check_kind,
@@ -423,9 +423,8 @@ class OrbaxArrays:
                 self._checkpointer.save(path, arrays, all_written)
             return write
         except BaseException:
-            gate.cancel()
+            give_up(path, gate)
             self.abandon(self._checkpointer)
-            gates.pop(path, None)
             raise
 
     def restore(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from orbax.checkpoint._src.serialization import types as serialization_types
 from datarax_dist import direct
 from datarax_dist.errors import StorageError
 
-__all__ = ["Gate", "Written", "gates"]
+__all__ = ["Gate", "Written", "gates", "give_up"]
 
 # Orbax has no public option for the codecs of its zarr3 arrays. In the directories of this dict,
 # and nowhere else, the inner codecs get a crc32c, which stock Orbax reads and checks. It goes by
@@ -37,6 +38,8 @@ __all__ = ["Gate", "Written", "gates"]
 # tests/test_plain_orbax.py watches this spot.
 gates: dict[str, Gate] = {}
 
+_given_up: collections.deque[str] = collections.deque()  # directories
+_MOST_GIVEN_UP = 64  # their writers have come to the gate long before there are so many others
 _ENDED = "The save has ended before its arrays were written."
 
 
@@ -106,6 +109,17 @@ class Gate:
     def pass_through(self) -> None:
         if not self._opened.wait(self._seconds) or self._cancelled:
             raise StorageError(self._cancelled or _ENDED, errno=None)
+
+
+def give_up(directory: str, gate: Gate) -> None:
+    """Has nothing written any more of a save that could not begin. Its gate stays for a while:
+    which of Orbax's threads have yet to come there is not known, as Orbax did not return.
+    """
+    gate.cancel()
+    gate.learn = None  # it keeps more than itself
+    _given_up.append(directory)
+    if len(_given_up) > _MOST_GIVEN_UP:
+        gates.pop(_given_up.popleft(), None)
 
 
 class _WriteSpec(tensorstore_utils.ArrayWriteSpec):
