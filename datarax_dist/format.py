@@ -169,6 +169,7 @@ class LeaseRecord:
         ttl_seconds: for how long it may stand still.
         released: its owner has ended, and will write nothing any more.
         deleting: (step, digest of its marker) of what the owner deletes in this moment.
+        place: device and inode of the root, on its owner's machine; empty where there is none.
     """
 
     run: str
@@ -179,6 +180,7 @@ class LeaseRecord:
     renewals: int = 0
     released: bool = False
     deleting: Sequence[tuple[int, str]] = ()
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -798,6 +800,7 @@ def dump_lease(lease: LeaseRecord) -> bytes:
             "renewals": lease.renewals,
             "released": lease.released,
             "deleting": [{"step": step, "digest": digest} for step, digest in lease.deleting],
+            "place": lease.place,
         }
     )
 
@@ -819,6 +822,7 @@ def parse_lease(data: bytes, name: str) -> LeaseRecord:
         renewals=_get(body, "renewals", int, name),
         released=body.get("released") is True,
         deleting=tuple(deleting),
+        place=str(body.get("place", "")),
     )
 
 

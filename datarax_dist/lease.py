@@ -118,6 +118,14 @@ def _all(store: Store) -> list[_Seen]:
     return [found for epoch in _epochs(store) if (found := _read(store, epoch)) is not None]
 
 
+def _place(store: Store) -> str:
+    """Names the directory of a root, on this machine; empty where it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = os.stat(store.root)
+        return f"{found.st_dev:x}:{found.st_ino:x}"
+    return ""
+
+
 def newest_lease(store: Store) -> fmt.LeaseRecord | None:
     """Returns the newest lease of a root that can be read."""
     for epoch in reversed(_epochs(store)):
@@ -238,12 +246,14 @@ class Lease:
         tried: list[int] = []
         missed = 0
         while True:
+            begun = clock.monotonic()  # this job may be stopped between a look and the clock
             epochs = _epochs(store)
             newest = _read(store, epochs[-1]) if epochs else None
             now = clock.monotonic()
             moves = False
             if newest != watched:
                 moves, watched, since = watched is not None, newest, now
+            unchanged = max(0.0, begun - since)
             if newest is None and epochs:  # removed meanwhile, as there is a newer one
                 if now >= end + self._ttl:
                     raise self._blocked_by(
@@ -255,19 +265,19 @@ class Lease:
                 missed += 1
                 clock.sleep(_LOOK_SECONDS if missed > 1 else 0.0)
                 continue
-            if newest is None or self._is_free(newest, now - since):
+            if newest is None or self._is_free(newest, unchanged):
                 epoch = 1 if newest is None else newest.epoch + 1
                 if self._create(run, epoch, newest, fence):
                     return
                 self._try_again(tried, epoch)  # another job was faster
                 continue
             alive = moves
-            if (record := newest.record) is not None and is_running(record.owner):
-                alive = alive or now - since <= _MISSED * record.ttl_seconds / _RENEWALS
+            if (record := newest.record) is not None and self._is_running_here(record):
+                alive = alive or unchanged <= _MISSED * record.ttl_seconds / _RENEWALS
             if alive and now >= end:
                 raise self._held_by(newest)
             if now >= end + max(self._ttl, _UNREADABLE_SECONDS) + _SLACK_SECONDS:
-                raise self._held_for_long(newest, now - since)
+                raise self._held_for_long(newest, unchanged)
             if now == since:
                 logger.warning(
                     "%s is held by %s; watching whether it is alive, for up to %.0f s",
@@ -292,7 +302,8 @@ class Lease:
         name = fmt.lease_name(epoch)
         if fmt.parse_lease_name(name.rpartition("/")[2]) != epoch:
             raise self._blocked_by(epoch - 1, "has the last number there is: no job has made it")
-        mine = fmt.LeaseRecord(run, epoch, secrets.token_hex(8), self._owner, self._ttl)
+        nonce, place = secrets.token_hex(8), _place(self._store)
+        mine = fmt.LeaseRecord(run, epoch, nonce, self._owner, self._ttl, place=place)
         _holders[mine.nonce] = self
         try:
             is_made = self._store.create(name, fmt.dump_lease(mine))
@@ -545,6 +556,12 @@ class Lease:
             holder = _holders.get(record.nonce)
             is_over |= holder is None or not _is_same_place(holder._store.root, self._store.root)
         return is_over or is_certainly_dead(record.owner) or unchanged_seconds > record.ttl_seconds
+
+    def _is_running_here(self, record: fmt.LeaseRecord) -> bool:
+        """Whether the process runs that owns a lease, and writes to this root: the lease may have
+        been copied with its run.
+        """
+        return is_running(record.owner) and record.place in ("", _place(self._store))
 
     def _blocked_by(
         self, epoch: int, why: str, then: str = "When no job writes to this run, remove it."

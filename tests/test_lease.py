@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from datarax_dist.hosts import HostGroup
 from datarax_dist.inspection import inspect_run
 from datarax_dist.lease import Lease, newest_lease
 from datarax_dist.save import Saver
+from datarax_dist.storage import LocalStore
 from datarax_dist.testing import FakeClock, MemoryBucket, MemoryStore, SimulatedHosts
 from datarax_dist.testing.simulated import stepped
 from datarax_dist.testing.turns import Job as Turn
@@ -135,6 +138,46 @@ def test_on_one_machine_a_running_owner_is_refused_and_a_dead_one_followed_at_on
     second = lease(gone, never)
     take(second)
     assert second.epoch == 2
+
+
+def test_who_stood_still_itself_does_not_take_that_for_a_sign_of_death(store: Any) -> None:
+    """The one that waits is stopped between its look at the lease and its look at the clock."""
+    clock = NoWallClock()
+    owner = lease(store, clock)
+    take(owner)
+    looks = 0
+
+    class Stopped:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def get(self, key: str) -> bytes:
+            nonlocal looks
+            found: bytes = store.get(key)
+            looks += 1
+            if looks == 2:
+                for _ in range(7):
+                    clock.sleep(TTL / 6)
+                    owner.renew()
+            return found
+
+    with pytest.raises(LeaseError, match="which is alive"):
+        take(lease(Stopped(), clock, wait_seconds=TTL))
+    assert looks > 2
+    owner.check()
+
+
+def test_a_lease_that_was_copied_with_its_run_runs_out(tmp_path: Path) -> None:
+    run, copy = LocalStore(str(tmp_path / "run")), LocalStore(str(tmp_path / "copy"))
+    os.makedirs(run.root)
+    parent = {"pid": os.getppid(), "started": _process(os.getppid())[0]}
+    take(lease(run, owner={**writer_identity(), **parent}))
+    with pytest.raises(LeaseError, match="which is alive"):
+        take(lease(run, owner=writer_identity()))
+    shutil.copytree(run.root, copy.root)
+    begin = (clock := NoWallClock()).monotonic()
+    take(lease(copy, clock, owner=writer_identity()))
+    assert TTL < clock.monotonic() - begin < TTL + 5
 
 
 def test_what_this_process_could_not_release_does_not_lock_it_out(store: Any) -> None:
