@@ -251,7 +251,8 @@ def check_root(root: str | os.PathLike[str]) -> str:
             f" {mask(f'{bucket[1]}://{bucket[2]}') if bucket else os.path.abspath(text)!r}."
         )
     # TensorStore takes a backslash for a slash: the arrays would be in another directory.
-    return str(os.path.normpath(_without(text, text, r"\\|\[[^/]*\]")))
+    path = os.path.normpath(_without(text, text, r"\\|\[[^/]*\]|(?<=/)(?:gs|s3):/"))
+    return f"/{path.lstrip('/')}"  # two slashes stay two, which POSIX leaves open
 
 
 def _without(root: str, path: str, pattern: str) -> str:

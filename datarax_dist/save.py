@@ -631,8 +631,9 @@ class StartedSave:
         except Exception as error:
             self._raise_if_taken(error)
             if isinstance(error, KeyError):  # what was there a moment ago
+                name = str(error.args[0]).removeprefix(f"{self._store.root}/")
                 raise StorageError(
-                    f"{self._store.root}/{error.args[0]} is not there any more: another job has"
+                    f"{self._store.root}/{name} is not there any more: another job has"
                     " removed what this one has staged. Only one job at a time may write to a run."
                 ) from error
             raise

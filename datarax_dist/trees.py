@@ -39,7 +39,10 @@ __all__ = [
 Path = tuple[str, ...]
 _NAMELESS = (jax.tree_util.FlattenedIndexKey, jax.tree_util.SequenceKey)
 _SMALL = ("int2", "uint2", "int4", "uint4")
-_UNSTORABLE = ("uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "float128")
+_UNSTORABLE = (
+    *("uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn"),
+    *("float96", "float128", "complex192", "complex256"),
+)
 _KINDS = (
     *("jax", "key", "key_data", "numpy", "scalar"),
     *("int", "float", "bool", "complex", "str", "bytes", "empty"),
@@ -303,6 +306,12 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             raise UnsupportedLeafError(
                 f"{name}: the array has been deleted. Was it donated to a jitted function? Save"
                 " what that function has returned.",
+                path=name,
+            )
+        if hosts > 1 and not leaf.sharding.addressable_devices:
+            raise UnsupportedLeafError(
+                f"{name}: the array is on devices of other hosts only, and each host must hold a"
+                " part. Place it over all of them (replicated, say) to save it.",
                 path=name,
             )
         local = hosts > 1 and leaf.is_fully_addressable

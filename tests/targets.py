@@ -250,7 +250,14 @@ def disagree(root: str) -> Any:
     with dd.Checkpointer(root) as ckpt:
         state = mesh_state((-1,), ("x",), 1)
         wrong = state | {"count": jax.numpy.int32(me)}
+        devices = [d for d in jax.devices() if d.process_index == 0]
+        mesh = jax.sharding.Mesh(np.array(devices), ("x",))
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        there = jax.make_array_from_callback(
+            (4,), place, lambda index: np.ones(4, np.float32)[index], dtype=np.float32
+        )
         calls = [
+            (7, state | {"there": there}, None),
             (7 + me, state, None),
             (7, wrong, None),
             (7, state, Boom(0, 1) if me else Counter(0, 1)),

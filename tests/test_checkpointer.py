@@ -84,6 +84,7 @@ def test_a_64_bit_jax_array_is_refused_by_its_path_when_jax_would_cut_it(tmp_pat
         ("\ud800", "Unicode"),
         (jnp.ones(4, jnp.uint4), "uint4"),
         (np.ones(2, np.longdouble), "float128"),
+        (np.ones(2, np.clongdouble), "complex256"),
         (np.ma.array([1, 2], mask=[True, False]), "masked"),
     ],
     ids=[
@@ -96,6 +97,7 @@ def test_a_64_bit_jax_array_is_refused_by_its_path_when_jax_would_cut_it(tmp_pat
         "lone surrogate",
         "uint4",
         "longdouble",
+        "clongdouble",
         "masked array",
     ],
 )

@@ -317,7 +317,7 @@ def test_a_lost_run_file_is_taken_from_the_steps(copy: Path) -> None:
         assert ckpt.all_steps() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["run[1]", "a\\b", "lr=[1,2]/run"])
+@pytest.mark.parametrize("name", ["run[1]", "a\\b", "lr=[1,2]/run", "gs:/x"])
 def test_names_that_are_no_names_for_what_writes_the_arrays_are_refused(
     name: str, tmp_path: Path
 ) -> None:
@@ -336,6 +336,13 @@ def test_a_run_whose_name_is_odd_is_where_it_should_be(
         restored = ckpt.restore(state=make_state(0))
     assert dd.tree_digest(restored.state) == dd.tree_digest(make_state(1))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_root_that_begins_with_two_slashes_begins_with_one(tmp_path: Path) -> None:
+    with dd.Checkpointer(f"/{tmp_path}/run") as ckpt:
+        assert ckpt.root == f"{tmp_path}/run"
+        ckpt.save(1, state=make_state(1)).result()
+        assert ckpt.all_steps() == [1]
 
 
 def test_bad_input_is_a_clear_error_and_loses_nothing(copy: Path) -> None:

@@ -199,7 +199,10 @@ def test_another_step_number_or_another_value_on_one_host_raises_on_all_and_writ
     hosts = run_hosts(targets.disagree, 2, args=(str(tmp_path / "run"),), timeout_seconds=90)
     assert [h.error for h in hosts] == [None, None]
     for host in hosts:
-        (wrong_step, before), (wrong_value, then), (wrong_position, after), *asked = host.value
+        (elsewhere, _), *told = host.value
+        assert "host 1 failed" in elsewhere or host.host == 1
+        assert "there: the array is on devices of other hosts only" in elsewhere
+        (wrong_step, before), (wrong_value, then), (wrong_position, after), *asked = told
         assert "PeerError" in wrong_step and "different steps" in wrong_step
         assert "count" in wrong_value and "InvalidArgumentError" in wrong_value
         assert "host 1" in wrong_position and "boom" in wrong_position
