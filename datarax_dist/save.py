@@ -93,6 +93,7 @@ logger = logging.getLogger("datarax_dist")
 
 _HANGS_SECONDS = 10.0  # after the deadline
 _TELLS_SECONDS = 15.0  # who has been cut off for longer is named by the others
+_GONE = "is not there, or nothing of the run is"
 _CANCEL_SECONDS = 5.0  # for the end of a write that nobody has begun yet
 
 
@@ -135,7 +136,12 @@ class Saver:
     def learn(self, inspection: Inspection) -> None:
         """Takes in what the root holds, as far as a bucket need not be asked again. For the
         primary.
+
+        Raises:
+            StorageError: it holds nothing, and this job has written to it.
         """
+        if self._is_taken and self._run is not None and inspection.run is None:
+            raise root_is_away(self._store.root, _GONE)
         if self.keeps_to_a_run and self._run is None:
             self._run = inspection.run
         self._known = Known.of(inspection)
@@ -411,7 +417,7 @@ class Saver:
         refuse_a_step(store, there)
         run = find_run(store) if there else None
         if known is not None and run != known:
-            what = "is not there, or nothing of the run is" if run is None else "holds another run"
+            what = _GONE if run is None else "holds another run"
             raise root_is_away(store.root, what)
         if run is not None and fmt.RUN_NAME in there:
             return run

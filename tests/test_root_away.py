@@ -35,6 +35,20 @@ def test_a_save_while_the_root_is_away_brings_nothing_back(tmp_path: Path) -> No
         assert ckpt.save(3, state={"w": np.ones(3)}).result(20).step == 3
 
 
+def test_a_job_that_has_written_is_not_told_that_there_is_nothing(tmp_path: Path) -> None:
+    """Or it would begin anew."""
+    root = tmp_path / "run"
+    with dd.Checkpointer(root) as ckpt:
+        assert ckpt.try_restore() is None
+        ckpt.save(1, state={"w": np.ones(3)}).result(20)
+        root.rename(tmp_path / "away")
+        for ask in (ckpt.try_restore, ckpt.restore, ckpt.latest_step, ckpt.all_steps):
+            with pytest.raises(StorageError, match="Is its file system mounted"):
+                ask()
+        (tmp_path / "away").rename(root)
+        assert ckpt.restore().step == 1
+
+
 @pytest.mark.parametrize("what", ["nothing", "an empty directory", "another run"])
 def test_a_run_that_was_restored_does_not_begin_anew_where_it_is_away(
     tmp_path: Path, what: str
