@@ -171,6 +171,38 @@ def test_a_directory_passes_and_nothing_stays(
     assert [path.name for path in root.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("where", ["a step", "a run that cannot be known"])
+def test_where_no_run_can_be_it_does_not_write(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state={"w": np.ones(3)})
+    if where == "a step":
+        root = root / "1"
+        check, text = "steps", "is a step, and no root of a run"
+    else:
+        root = tmp_path / "other"
+        root.mkdir()
+        (root / "RUN.json").write_text("junk")
+        check, text = "RUN.json", "nothing can be saved here"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    code, found = findings(capsys, "--write", str(root))
+    assert code == 3
+    assert found[check][0] == "error" and text in found[check][1]
+    assert found["writing"] == ("info", "is not tried before that is mended")
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_what_is_in_the_way_of_a_lease_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lease" / "0000000001.json").mkdir(parents=True)
+    code, found = findings(capsys, str(tmp_path))
+    assert code == 3
+    assert "in the way" in found["lease/0000000001.json/"][1]
+
+
 def test_who_writes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     me = f"process {os.getpid()} on"
     assert "writer" not in findings(capsys, str(tmp_path))[1]

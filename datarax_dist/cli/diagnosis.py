@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from datarax_dist import format as fmt
 from datarax_dist.attempts import mark_suspects
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli.output import FINDINGS, NOT_AUTHORISED, OK, note, print_clean, print_json
@@ -97,13 +98,16 @@ def diagnose(root: str, *, write: bool) -> Iterator[Finding]:
         StorageError: there is no such bucket, or it cannot be reached at all.
     """
     store = open_store(root)
-    denied = False
+    denied = broken = False
     looks = _bucket(store) if isinstance(store, BucketStore) else _directory(root, write)
     for finding in itertools.chain(_environment(root), looks, _lease(store), _steps(store)):
         denied |= finding.level == "denied"
+        broken |= finding.level == "error" and finding.check in ("steps", fmt.RUN_NAME)
         yield finding
     if write and denied:
         yield Finding("info", "writing", "is not tried before the permissions are there")
+    elif write and broken:
+        yield Finding("info", "writing", "is not tried before that is mended")
     elif write:
         yield from _writes(root)
 
@@ -127,8 +131,13 @@ def _environment(root: str) -> Iterator[Finding]:
 def _lease(store: Store) -> Iterator[Finding]:
     try:
         lease = newest_lease(store)
+        names = store.children(fmt.LEASE_NAME)
     except CheckpointError:
         return  # `_steps` says why
+    for name in names:
+        if name.endswith("/") and fmt.parse_lease_name(name[:-1]) is not None:
+            path = f"{fmt.LEASE_NAME}/{name}"
+            yield Finding("error", path, "is a directory, and in the way of a lease. Remove it.")
     if lease is None:
         return
     if lease.released:
@@ -150,6 +159,13 @@ def _steps(store: Store) -> Iterator[Finding]:
         denied = getattr(error, "errno", None) == errno.EACCES
         yield Finding("denied" if denied else "error", "steps", str(error))
         return
+    if inspection.run is None and fmt.RUN_NAME in store.children(""):
+        yield Finding(
+            "error",
+            fmt.RUN_NAME,
+            "cannot be read, and no step says which run this is: nothing can be saved here. Choose"
+            " another root, or remove that file.",
+        )
     other = len(inspection.candidates) - len(inspection.committed)
     text = f"{len(inspection.committed)} committed"
     yield Finding("ok", "steps", text + (f", {other} others (datarax-dist ls)" if other else ""))
