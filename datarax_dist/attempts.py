@@ -72,8 +72,10 @@ class Trial:
             names: of attempts that there are.
         """
         self.end()
-        if len(_ended(_of_step(candidate.step, names))) >= _MOST_ENDED:
-            return
+        ended = _ended(names := _of_step(candidate.step, names))
+        over = [name for name in names if fmt.parse_attempt_name(name) in ended]
+        if len(ended) >= _MOST_ENDED and not _removed(self._store, over):
+            return  # nor would this one be
         nonce = secrets.token_hex(8)
         self._open = name = fmt.attempt_name(candidate.step, nonce)
         attempt = fmt.RestoreAttempt(
@@ -101,10 +103,9 @@ class Trial:
 
     def succeed(self, run: str, step: int, names: Sequence[str]) -> None:
         """The step was restored: earlier attempts at it, among `names`, do not count any more."""
-        there = _ours(self._store, run, step, names) if self._open or _ended(names) else []
-        if there or self._open:
-            _remove(self._store, [*([self._open] if self._open else []), *there])
-        self._open = None
+        if (name := self._open) is not None:
+            _remove(self._store, [name, *_ours(self._store, run, step, names)])
+            self._open = None
 
     def leave(self) -> None:
         """A host was lost: the attempt stays, and counts when this process has ended, too."""
@@ -229,30 +230,34 @@ def _reason(step: int, crashed: Sequence[fmt.RestoreAttempt]) -> str:
 
 
 def _remove(store: Store, names: Sequence[str]) -> None:
-    if not names:
+    """Removes attempts; of those that stay says that they have ended."""
+    if _removed(store, names):
         return
+    ended = _ended(names)
     try:
-        if isinstance(store, SupportsReplace):
+        for name in names:
+            if (at := fmt.parse_attempt_name(name)) is not None and at not in ended:
+                with contextlib.suppress(KeyError, fmt.InvalidRecordError):  # it is gone after all
+                    store.create(fmt.attempt_name(*at, has_ended=True), store.get(name))
+    except CheckpointError as error:
+        logger.warning(
+            "could not remove %s of %s: %s. Such a file counts as a restore that has crashed, once"
+            " its process is gone.",
+            ", ".join(names[:10]),
+            store.root,
+            describe(error),
+        )
+
+
+def _removed(store: Store, names: Sequence[str]) -> bool:
+    """Removes attempts; returns whether that could be done."""
+    try:
+        if isinstance(store, SupportsReplace) and names:
             store.delete_listed([Entry(name, 0) for name in names])  # in one request
         else:
             for name in names:
                 store.delete(name)
     except CheckpointError as error:
-        try:
-            for name in names:
-                _note_end(store, name)
-        except CheckpointError:
-            logger.warning(
-                "could not remove %s of %s: %s. Such a file counts as a restore that has crashed,"
-                " once its process is gone.",
-                ", ".join(names[:10]),
-                store.root,
-                describe(error),
-            )
-
-
-def _note_end(store: Store, name: str) -> None:
-    """Says beside an attempt that it has ended."""
-    step, nonce = fmt.parse_attempt_name(name) or (-1, "")
-    with contextlib.suppress(KeyError, fmt.InvalidRecordError):  # it was removed after all
-        store.create(fmt.attempt_name(step, nonce, has_ended=True), store.get(name))
+        logger.debug("could not remove attempts of %s: %s", store.root, describe(error))
+        return False
+    return True

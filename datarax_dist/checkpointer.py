@@ -277,20 +277,23 @@ class Checkpointer:
             running = _Running(started, SaveHandle(started.step, phases))
             if unseen is not None and (self._missed is None or self._missed._seen):
                 self._missed = previous  # on another host it was seen
-            self._running, self._handle = running, running.handle
             self._worker.submit(self._finish, running)
+            self._keep(running)
         except BaseException as error:
             if previous is not None and error is unseen:
                 previous._seen = True
             # Ctrl-C, or no thread to be had: nobody else would end what has begun.
             if started is not None and (running is None or running.take()):
-                try:
-                    started.abandon(error)
-                finally:
-                    if running is not None and self._running is running:
-                        self._running, self._handle = None, previous
+                started.abandon(error)
+            elif running is not None:
+                self._keep(running)
             raise
         return running.handle
+
+    def _keep(self, running: _Running) -> None:
+        """Takes note of the save that goes on; not when a signal handler has made one since."""
+        if running.started.turn == self._saver.turn:
+            self._running, self._handle = running, running.handle
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
         """Step 1 of the protocol: what the caller changes later must not reach the step."""
@@ -376,7 +379,8 @@ class Checkpointer:
             if watcher.ident is not None:
                 watcher.join()  # it has the same outcome
             started.let_go()
-            self._running = None
+            if self._running is running:
+                self._running = None
             running.over.set()
 
     def restore(

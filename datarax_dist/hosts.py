@@ -81,7 +81,7 @@ class HostGroup:
         self._board = board
         self._clock = clock or SystemClock()
         self._sequence = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may call what it has interrupted
         self._open: set[int] = set()
         self._cleared = 0
         self._untold: dict[str, str] = {}  # decisions, until the board has them

@@ -37,7 +37,7 @@ class Staged:
         marker: the content that `COMMIT.json` gets.
         last: path -> content, of those `files` that are written just before the marker, and not
             there yet.
-        replace: whether the step may be committed already.
+        may_replace: whether the step may be committed already, by the name of its directory.
     """
 
     run: str
@@ -48,7 +48,7 @@ class Staged:
     claim: bytes = b""
     marker: bytes = b""
     last: Mapping[str, bytes] = field(default_factory=dict)
-    replace: bool = False
+    may_replace: Callable[[str], bool] = lambda name: False
 
     @property
     def name(self) -> str:
@@ -62,15 +62,12 @@ class Staged:
 
 def check_free(
     store: Store, run: str, step: int, names: Sequence[str], may_replace: Callable[[str], bool]
-) -> bool:
+) -> None:
     """Raises when a step may not be saved, as something is in its place.
 
     Args:
         names: what is in the root.
         may_replace: whether a committed step may be saved again, by the name of its directory.
-
-    Returns:
-        Whether there is such a one.
 
     Raises:
         StepExistsError: there is a committed step, or something that no job of this run has made.
@@ -82,6 +79,8 @@ def check_free(
         if child == f"{name}/" or fmt.parse_aside_name(child.rstrip("/")) == (step, "replaced")
     ]
     committed = [holder for holder in there if is_committed(store, holder)]
+    if name in committed:
+        committed = [name]  # beside it the others are what it was before
     if not all(map(may_replace, committed)):
         raise StepExistsError(
             f"Step {step} is committed in {store.root} already; nothing was changed."
@@ -90,7 +89,6 @@ def check_free(
         )
     if (name in there and not retention.is_ours(store, run, name)) or name in names:
         raise _not_ours(store, name, step)
-    return bool(committed)
 
 
 def publish(
@@ -159,7 +157,7 @@ def _publish_by_renaming(
     with phases.span("publish"):
         names = store.children(staged.name)
         committed = fmt.COMMIT_NAME in names
-        if committed and not staged.replace:
+        if committed and not staged.may_replace(staged.name):
             raise _other_writer(store, staged)
         # What has lost its marker steps aside, too.
         aside = retention.is_ours(store, staged.run, staged.name)
@@ -217,7 +215,7 @@ def _make_room(store: Store, staged: Staged, now: float, check: Callable[[], Non
     name = staged.name
     if not (names := store.children(name)):
         return None
-    if (committed := is_committed(store, name, names)) and not staged.replace:
+    if (committed := is_committed(store, name, names)) and not staged.may_replace(name):
         raise _other_writer(store, staged)
     if not retention.is_ours(store, staged.run, name):
         raise _not_ours(store, name, staged.step)

@@ -23,7 +23,7 @@ import contextlib
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -543,15 +543,18 @@ def _run_of(store: Store, name: str) -> str | None:
     """
     if (claim := read_claim(store, name)) is not None:
         return claim.run
-    if isinstance(store, SupportsRename):
-        return None
+    return None if isinstance(store, SupportsRename) else next(_traces(store, name), None)
+
+
+def _traces(store: Store, name: str) -> Iterator[str]:
+    """Yields the runs that a directory's marker and host records name, as far as they do."""
     with contextlib.suppress(KeyError, fmt.InvalidRecordError):
         if run := _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")):
-            return run
-    with contextlib.suppress(KeyError, fmt.InvalidRecordError, FormatVersionError):
-        for record in store.children(f"{name}/hosts"):
-            return fmt.parse_record(store.get(f"{name}/hosts/{record}"), record).run
-    return None
+            yield run
+    for record in store.children(f"{name}/hosts"):
+        with contextlib.suppress(KeyError, fmt.InvalidRecordError, FormatVersionError):
+            yield fmt.parse_record(store.get(f"{name}/hosts/{record}"), record).run
+            return
 
 
 def _run_in(marker: bytes) -> str | None:
@@ -569,9 +572,8 @@ def is_ours(store: Store, run: str, name: str) -> bool:
     """
     if _run_of(store, name) == run:
         return True
-    with contextlib.suppress(KeyError, fmt.InvalidRecordError):  # the claim may be damaged, or lost
-        if _run_in(store.get(f"{name}/{fmt.COMMIT_NAME}")) == run:
-            return True
+    if run in _traces(store, name):  # the claim may be damaged, or lost
+        return True
     return not isinstance(store, SupportsRename) and not store.children(name)  # gone meanwhile
 
 

@@ -61,7 +61,6 @@ from datarax_dist.errors import (
     PeerError,
     StepExistsError,
     StorageError,
-    cause,
     describe,
 )
 from datarax_dist.hosts import HostGroup, Operation, is_unheard
@@ -116,12 +115,10 @@ class Saver:
         self._clock = clock
         self._options = options
         self.keep = keep
-        # Steps that a restore here has found damaged, or passed over because their restore crashes:
-        # they may be saved again, and they do not count where retention decides how many good ones
-        # are left.
-        # What restores have found damaged, or suspect: step -> what `is_as_judged` is told.
+        # What restores here have found damaged, or suspect: step -> what `is_as_judged` is told.
+        # They may be saved again, and are none of the good ones that retention keeps.
         self.suspects: dict[int, str] = {}
-        self._turn = 0  # counts saves
+        self.turn = 0  # counts saves
         # What this object writes to: staging directory -> all that such a save may write to. Of two
         # saves one is given up: see `check_turn`.
         self._under_way: dict[str, Sequence[str]] = {}
@@ -218,8 +215,8 @@ class Saver:
             step: less than 0 when it is none, which `capture` says.
         """
         self._has_asked = True
-        self._turn += 1
-        turn = self._turn
+        self.turn += 1
+        turn = self.turn
         request: SaveRequest | None = None
         failure: BaseException | None = None
         payload: dict[str, Any] = {}
@@ -266,6 +263,7 @@ class Saver:
                 self._is_taken = True
                 assert request is not None
                 started = StartedSave(self, operation, request, decided, phases, turn)
+                self.check_turn(turn, step)
             started.start()
             return started
         except BaseException as error:
@@ -274,20 +272,18 @@ class Saver:
             operation.close()
             for staging in mine:  # an earlier save may go on
                 self.ended(staging)
-            if not isinstance(error, InvalidArgumentError):
-                self.check_turn(turn, step, error)
+            if started is None and not mine and turn == self.turn:
+                self.turn -= 1  # it has disturbed no other one
             raise
 
-    def check_turn(self, turn: int, step: int, error: Any = None) -> None:
-        """Raises when another save was made while one began. It may have removed what this one has
-        staged; and Orbax's writer is its own.
-        """
-        if turn != self._turn:
+    def check_turn(self, turn: int, step: int) -> None:
+        """Raises when another save was made while one began: Orbax's writer is its own."""
+        if turn != self.turn:
             raise InvalidArgumentError(
                 f"Step {step} is not saved: before this save() had returned, another one of the"
-                " same Checkpointer was called, in a signal handler or on another thread. That one"
-                " counts. Let a handler set a flag, and save where the training loop sees it."
-            ) from (error and cause(error))
+                " same Checkpointer was called, in a signal handler or on another thread. Let a"
+                " handler set a flag, and save where the training loop sees it."
+            )
 
     def may_be_committed(self, phase: str) -> bool:
         """Whether a save that fails in a phase may have committed its step."""
@@ -306,7 +302,9 @@ class Saver:
 
     def ended(self, staging: str) -> None:
         """Nothing is written any more of a save."""
-        self.lease.under_way.difference_update(self._under_way.pop(staging, ()))
+        names = set(self._under_way.pop(staging, ()))
+        names = names.difference(*self._under_way.values())
+        self.lease.under_way.difference_update(names)
         self.claims.pop(staging, None)
 
     def is_others(self, name: str) -> bool:
@@ -343,9 +341,7 @@ class Saver:
         there = store.children("")
         run = self._claim_run(there, self._run)
         try:
-            decided["replace"] = check_free(
-                store, run, step, there, lambda name: replace or self.is_suspect(step, name)
-            )
+            check_free(store, run, step, there, lambda name: replace or self.is_suspect(step, name))
         except StepExistsError:
             self.lease.check()  # which would say more
             raise
@@ -382,7 +378,8 @@ class Saver:
             )
         # Then nothing of it is what a job has staged that has taken the run since.
         self.lease.check()
-        leftovers = [left for left in found if left.name != but and not self.is_others(left.name)]
+        ours = {but, *self._under_way}
+        leftovers = [o for o in found if o.name not in ours and not self.is_others(o.name)]
         removed = retention.remove_leftovers(store, leftovers, run=run, now=now)
         if isinstance(store, SupportsSweep) and not self.has_swept:
             self.has_swept = True
@@ -396,10 +393,6 @@ class Saver:
         steps = [step_of(name) for name in names]
         there = {step: self._known.steps.get(step) for step in steps if step is not None}
         self._known = Known(run, there, tidy=self._known.tidy)
-
-    def committed(self, names: Sequence[str]) -> list[int]:
-        """Returns the committed steps among `names`, those of the root."""
-        return self._known.committed(self._store, names)
 
     def is_suspect(self, step: int, name: str) -> bool:
         """Whether a directory is still what a restore has found damaged, or suspect."""
@@ -599,7 +592,7 @@ class StartedSave:
                     if (step := step_of(name)) is not None
                     and self._saver.is_suspect(step, name[:-1])
                 }
-                good = sorted(set(self._saver.committed(names)) - suspects)
+                good = sorted(set(self._saver._known.committed(self._store, names)) - suspects)
                 steps = retention.plan_retention(good, self._keep, saved=self.step)
             except Exception as error:
                 told = describe(error)
@@ -815,7 +808,7 @@ class StartedSave:
                 marker=fmt.dump_marker(marker),
                 files=written,
                 last=self._request.last,
-                replace=self._replace,
+                may_replace=lambda name: self._replace or self._saver.is_suspect(self.step, name),
             )
         self._publish(staged)
         self.phases.reach("committed")

@@ -698,7 +698,14 @@ def test_restores_of_who_may_not_remove_their_attempts_make_no_step_suspect(
             assert restore(store)[0] == 3
         ended = [name for name in store.children("") if "3.restored-" in name]
         assert len(attempts(store)) == len(ended) == 8, "they do not pile up"
-    assert restore(store)[0] == 3
+    noted: list[str] = []
+
+    def load(candidate: Any, _: Any) -> Any:
+        noted.extend(attempts(store))
+        return lambda: candidate.step
+
+    assert restore(store, load=load)[0] == 3
+    assert len(noted) == 1, "who may remove them does, and would count a crash"
     assert not [name for name in store.children("") if name.startswith("3.rest")]
 
 

@@ -18,7 +18,9 @@ import pytest
 from orbax.checkpoint._src.serialization import type_handler_registry
 
 import datarax_dist as dd
+from datarax_dist import direct
 from datarax_dist.arrays.leaves import check_kind
+from datarax_dist.direct import writing
 from datarax_dist.errors import StorageError
 from datarax_dist.trees import LeafSpec
 
@@ -149,3 +151,23 @@ def test_leaves_that_would_be_stored_alike_are_refused(
         pytest.raises(dd.errors.UnsupportedLeafError, match="the same name"),
     ):
         ckpt.save(1, state={name: jnp.full(400, n) for n, name in enumerate(pair)})
+
+
+@pytest.mark.parametrize("level", ["sizes", "full"])
+def test_arrays_with_odd_names_that_the_first_versions_wrote_are_read(
+    level: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before(name: str, *parts: str) -> str:
+        return "/".join([name, *parts])
+
+    states = [jnp.arange(400.0), {"": jnp.ones(3), "a/": jnp.arange(400.0), "w": jnp.zeros(2)}]
+    with monkeypatch.context() as patch, dd.Checkpointer(tmp_path) as ckpt:
+        patch.setattr(direct, "value_key", before)
+        patch.setattr(writing, "value_key", before)
+        for step, state in enumerate(states):
+            ckpt.save(step, state=state).result(SECONDS)
+    options = dd.Options(verify_on_restore=level)
+    with dd.Checkpointer(tmp_path, options=options) as ckpt:
+        for step, state in enumerate(states):
+            assert same(ckpt.restore(step=step).state, state)
+            assert same(ckpt.restore(step=step, state=state).state, state)

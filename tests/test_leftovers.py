@@ -134,7 +134,7 @@ def test_a_step_is_not_replaced_once_another_job_has_begun_to_remove_its_copy(
     for place in range(20):
         bucket = start("5 is committed")
         run, listing, left = run_of(bucket), bucket.list, {4, 5}
-        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
 
         def then_another_job_acts(
             prefix: str,
@@ -189,7 +189,7 @@ def both(
 def test_a_step_stays_whatever_who_replaces_it_and_who_removes_its_copy_do_in_turn() -> None:
     """Neither comes further: both die then."""
     run = run_of(start("5 is committed"))
-    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
 
     def replaces(store: Any) -> None:
         publish._step_aside(store, staged, fmt.dump_void(run, 5, "c" * 16, 0.0), goes_on)
@@ -434,7 +434,7 @@ def test_what_was_copied_of_two_versions_is_never_the_step(stands_before: str) -
         assert first.save(4) == first.save(5) == "saved"
         del bucket.files["5/state/ocdbt.process_0/b"]  # the new one has a file more
         run = run_of(bucket)
-        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
         requested: list[str] = []  # since it went on
 
         def act(
@@ -531,7 +531,7 @@ def test_a_copy_that_is_not_whole_leaves_the_step_where_it_was(
         copy(source, destination, [name for name in names if name != "TREE.json"])
 
     monkeypatch.setattr(bucket, "copy", lossy)
-    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
+    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
     with pytest.raises(publish.StorageError, match="stays as it is"):
         publish._step_aside(bucket, staged, fmt.dump_void(staged.run, 5, "c" * 16, 0.0), goes_on)
     assert whose(bucket) == {4: "old", 5: "old"}
@@ -583,7 +583,7 @@ def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
 ) -> None:
     bucket = start("5 is committed")
     run, replace = run_of(bucket), bucket.replace
-    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
 
     def saved_again(key: str, expected: bytes, data: bytes, **more: Any) -> bool:
         monkeypatch.undo()
@@ -600,7 +600,9 @@ def test_a_step_that_was_changed_while_it_was_copied_aside_leaves_no_copy(
 def test_a_copy_of_a_step_has_its_marker_only_when_it_is_whole() -> None:
     for number in range(20):
         bucket = start("5 is committed")
-        staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
+        staged = publish.Staged(
+            run_of(bucket), 5, "c" * 16, "5.staging-x", may_replace=lambda _: True
+        )
         store = requests(bucket, killer(number))
         try:
             publish._copy_aside(store, staged)
@@ -747,7 +749,7 @@ def test_who_finds_its_copy_removed_and_dies_leaves_nothing_unknown(
         bucket = start("5 is committed")
         bucket.crashed = False
         run = run_of(bucket)
-        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+        staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
         copy = bucket.copy
 
         def then_it_is_removed(
@@ -781,7 +783,7 @@ def test_the_copy_stays_when_it_is_the_step_though_another_job_was_first_to_say_
     """
     bucket = start("5 is committed")
     run, replace = run_of(bucket), bucket.replace
-    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", replace=True)
+    staged = publish.Staged(run, 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
 
     def lost(key: str, expected: bytes, data: bytes, **more: Any) -> bool:
         assert replace(key, expected, data, **more)
@@ -799,7 +801,7 @@ def test_a_copy_whose_step_was_changed_meanwhile_is_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bucket = start("5 is committed")
-    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", replace=True)
+    staged = publish.Staged(run_of(bucket), 5, "c" * 16, "5.staging-x", may_replace=lambda _: True)
     replace = bucket.replace
 
     def another_was_first(key: str, *arguments: Any, **more: Any) -> bool:

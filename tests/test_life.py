@@ -26,7 +26,7 @@ from orbax.checkpoint._src.serialization import type_handlers
 
 import datarax_dist as dd
 from datarax_dist import checkpointer, direct, errors, save, sharing
-from datarax_dist.arrays import engine, hooks
+from datarax_dist.arrays import engine
 from datarax_dist.buckets import BucketStore
 from datarax_dist.checkpoint import CheckpointExistsError, OrbaxCheckpointHandler
 from datarax_dist.clock import SystemClock
@@ -244,49 +244,6 @@ def test_a_save_that_is_cut_short_while_it_begins_leaves_nothing_waiting(
     ckpt.close()
     assert staged(root) == []
     assert all(gate._cancelled for gate in engine.gates.values())
-
-
-def test_what_orbax_has_begun_for_a_save_that_was_interrupted_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    goes_on = threading.Event()
-    engines: list[Any] = []
-    come, begin = hooks._await_path_creation, engine.Engine.save
-
-    async def come_late(info: Any) -> None:
-        await asyncio.to_thread(goes_on.wait, SECONDS)
-        await come(info)
-
-    def interrupted(this: Any, *args: Any) -> None:
-        begin(this, *args)
-        engines.append(this)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hooks, "_MOST_GIVEN_UP", len(hooks._given_up) + 1)
-    with dd.Checkpointer(tmp_path) as ckpt:
-        with monkeypatch.context() as patch:
-            patch.setattr(hooks, "_await_path_creation", come_late)
-            patch.setattr(engine.Engine, "save", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                ckpt.save(2, state={"w": jnp.ones(1000), "n": np.ones(1000)})
-            goes_on.set()
-            engines[0]._orbax._async_manager._thread.join(SECONDS)
-        [staging] = tmp_path.glob("2.staging-*")
-        written = [path.name for path in (staging / "state").rglob("*") if path.is_file()]
-        assert written == ["_CHECKPOINT_METADATA"], "which is there before any array"
-        assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
-    assert staged(tmp_path) == []
-
-
-def test_the_gates_of_saves_that_were_interrupted_do_not_pile_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(hooks, "gates", {})
-    monkeypatch.setattr(hooks, "_given_up", type(hooks._given_up)())
-    for number in range(100):
-        hooks.gates[str(number)] = gate = hooks.Gate(1.0)
-        hooks.give_up(str(number), gate)
-    assert list(hooks.gates) == [str(number) for number in range(36, 100)]
 
 
 def test_ctrl_c_twice_while_a_save_begins_leaves_no_agreement_open(
@@ -548,45 +505,6 @@ def test_a_save_that_failed_waits_for_what_else_its_host_is_writing(
             handle.result(SECONDS)
         assert late == ["written"]
         told.set()
-
-
-@pytest.mark.parametrize("waits", [True, False], ids=["waits", "does not wait"])
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (save.StartedSave, "start"),
-        (engine.OrbaxWriter, "start"),
-        (save.Saver, "hold"),
-        (LocalStore, "_write_temporary"),
-    ],
-    ids=["after Orbax has begun", "before Orbax begins", "before it is agreed", "while it stages"],
-)
-def test_a_save_in_a_signal_handler_takes_the_place_of_the_one_that_was_about_to_begin(
-    kind: type, name: str, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handles: list[Any] = []
-    before = getattr(kind, name)
-
-    def interrupted(this: Any, *args: Any) -> Any:
-        monkeypatch.setattr(kind, name, before)
-        found = before(this, *args) if name == "start" and kind is save.StartedSave else None
-        handles.append(ckpt.save(50, state={"w": jnp.full(3, 50.0)}))
-        if waits:
-            assert handles[0].result(SECONDS).step == 50
-        return found if kind is save.StartedSave else before(this, *args)
-
-    with dd.Checkpointer(tmp_path / "run") as ckpt:
-        ckpt.save(1, state={"w": jnp.ones(3)}).result(SECONDS)
-        monkeypatch.setattr(kind, name, interrupted)
-        with pytest.raises(errors.InvalidArgumentError, match="in a signal handler"):
-            ckpt.save(2, state={"w": jnp.full(3, 2.0)})
-        assert handles[0].result(SECONDS).step == 50
-        assert ckpt.save(51, state={"w": jnp.full(3, 51.0)}).result(SECONDS).step == 51
-        assert ckpt.restore(step=50).state["w"].tolist() == [50.0] * 3
-        assert ckpt.all_steps() == [1, 50, 51]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        *("1", "50", "51", "RUN.json", "lease")
-    ]
 
 
 def test_the_second_close_of_one_of_two_gives_back_nothing_of_the_other(tmp_path: Path) -> None:

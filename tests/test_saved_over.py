@@ -15,6 +15,7 @@ import pytest
 import datarax_dist as dd
 from datarax_dist import config, hosts, writers
 from datarax_dist import format as fmt
+from datarax_dist import lease as leases
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.clock import SystemClock
 from datarax_dist.errors import StepExistsError
@@ -36,10 +37,10 @@ SECONDS = 30.0
 class Job:
     """One host that saves and restores, without a lease: other jobs come in between."""
 
-    def __init__(self, store: Any, keep: Any = None) -> None:
+    def __init__(self, store: Any, keep: Any = None, lease: Any = None) -> None:
         self.store = store
         self.group = HostGroup(hosts.LocalBoard())
-        self.saver = Saver(store, self.group, SystemClock(), OPTIONS, keep)
+        self.saver = Saver(store, self.group, SystemClock(), OPTIONS, keep, lease)
 
     def begin(self, step: int, content: bytes, phases: Phases, *, replace: bool = False) -> Any:
         request = SaveRequest(
@@ -188,6 +189,54 @@ def test_what_comes_while_a_step_is_saved_again_stays(make: Any) -> None:
     with pytest.raises(StepExistsError):
         begun.finish()
     assert {entry.key: store.get(entry.key) for entry in store.list("3")} == theirs
+
+
+@stores
+def test_a_step_whose_claim_and_marker_are_lost_is_known_by_its_hosts_records(make: Any) -> None:
+    store = make_run(make)
+    store.put("3/STEP.json", b"")
+    store.put("3/COMMIT.json", b"")
+    job = Job(store)
+    assert job.restore() == 2
+    assert job.save(3, b"again").step == 3
+    assert content(store, 3) == b"again"
+
+
+@stores
+def test_what_another_job_saves_while_it_is_saved_again_stays(make: Any) -> None:
+    """Both are objects of one process, have passed over it, and the other one is faster."""
+    store, lease = make_run(make), leases.Unguarded()
+    damage_a_file(store)
+    job, other = Job(store, lease=lease), Job(store, lease=lease)
+    assert job.restore() == other.restore() == 2
+    phases = Phases("save", 0)
+    begun = job.begin(3, b"ours", phases)
+    reach = phases.reach
+
+    def then_the_other(phase: str) -> None:
+        if phase == "arrays":
+            phases.reach = reach  # type: ignore[method-assign]
+            other.save(3, b"theirs")
+        reach(phase)
+
+    phases.reach = then_the_other  # type: ignore[method-assign]
+    with pytest.raises(StepExistsError, match="that one stays"):
+        begun.finish()
+    assert content(store, 3) == b"theirs"
+
+
+def test_what_a_step_was_before_does_not_keep_it_from_being_saved_again() -> None:
+    """A save of it that died had not removed that yet; and what it has saved is damaged since."""
+    store = make_run(MemoryStore)
+    before = {entry.key: store.get(entry.key) for entry in store.list("3")}
+    assert Job(store).save(3, b"newer", replace=True).step == 3
+    damage_a_file(store)
+    job = Job(store)
+    assert job.restore() == 2
+    for key, data in before.items():
+        store.put(key.replace("3/", "3.replaced-0123456789abcdef/", 1), data)
+    assert job.save(3, b"again").step == 3
+    assert content(store, 3) == b"again"
 
 
 @stores

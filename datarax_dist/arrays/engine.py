@@ -406,6 +406,7 @@ class OrbaxArrays:
             if self._checkpointer is not None:
                 self._checkpointer.close()
             self._checkpointer = Engine(self._host, self._options, limit)
+        engine = self._checkpointer  # this one, whatever a signal handler does meanwhile
         path = os.path.join(self._root, prefix, "state")
         if self._host == 0 and not is_bucket(path):
             with wrapped("write", path):
@@ -418,13 +419,13 @@ class OrbaxArrays:
             learn=self._learn if self._host == 0 and self._options.compression == "auto" else None,
         )
         try:
-            write = _OrbaxWrite(self, self._checkpointer, path, gate, choice)
+            write = _OrbaxWrite(self, engine, path, gate, choice)
             with wrapped("write", path):
-                self._checkpointer.save(path, arrays, all_written)
+                engine.save(path, arrays, all_written)
             return write
         except BaseException:
             give_up(path, gate)
-            self.abandon(self._checkpointer)
+            self.abandon(engine)
             raise
 
     def restore(

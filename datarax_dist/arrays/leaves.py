@@ -107,7 +107,7 @@ def check_stored(
         read: returns what a part of a file holds.
     """
     for file in ("zarr.json", ".zarray"):  # it is told elsewhere which of both Orbax reads
-        text = index.get(direct.value_key(name, file))
+        _, text = direct.find_description(name, file, index)
         if text is None:
             continue
         try:

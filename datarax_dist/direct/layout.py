@@ -25,6 +25,7 @@ __all__ = [
     "StoredArray",
     "describe_array",
     "describe_stored",
+    "find_description",
     "is_tail",
     "make_tail",
     "parse_array",
@@ -83,6 +84,18 @@ def value_key(name: str, *parts: str) -> str:
     return name.removesuffix("/") + "/" + "/".join(parts)
 
 
+def find_description(
+    name: str, file: str, index: Mapping[str, bytes | Extent]
+) -> tuple[str, bytes | Extent | None]:
+    """Returns what the keys of an array begin with, and what its `zarr.json` (or so) is. The first
+    versions wrote those of odd names with one slash more; Orbax cannot read these.
+    """
+    for begin in (value_key(name, ""), f"{name}/"):
+        if (text := index.get(f"{begin}{file}")) is not None:
+            return begin, text
+    return value_key(name, ""), None
+
+
 def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray | None:
     """Returns how an array is stored, or None when Orbax must read it.
 
@@ -90,7 +103,7 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
         name: as Orbax names it.
         index: of the database (`ocdbt.read_index`).
     """
-    text = index.get(value_key(name, "zarr.json"))
+    begin, text = find_description(name, "zarr.json", index)
     described = _parse_description(text) if isinstance(text, bytes) else None
     if described is None:
         return None
@@ -99,7 +112,7 @@ def parse_array(name: str, index: Mapping[str, bytes | Extent]) -> StoredArray |
     if math.prod(grid) > len(index):
         return None  # chunks are missing
     places = itertools.product(*map(range, grid))
-    keys = (value_key(name, "c", *map(str, at)) for at in places)
+    keys = (begin + "/".join(["c", *map(str, at)]) for at in places)
     chunks = [index.get(key) for key in keys]
     array = StoredArray(name, shape, dtype, chunk, [c for c in chunks if c is not None])
     length = array.chunk_bytes + TAIL_BYTES
