@@ -329,7 +329,7 @@ class Restorer:
             if bad and candidate.state == "committed":
                 self._go_on(inspection, candidates[place:])
             if not bad:
-                if self._group.is_primary and inspection.run is not None and self._loads:
+                if self._group.is_primary and inspection.run is not None:
                     self._trial.succeed(inspection.run, candidate.step, self._attempts)
                 judged.pop(candidate.step, None)
                 removed = self._tidy(inspection)
