@@ -162,7 +162,8 @@ def test_a_save_in_a_signal_handler_takes_the_place_of_the_one_that_was_about_to
             assert handles[0].result(SECONDS).step == 50
         return found if kind is save.StartedSave else before(this, *args)
 
-    with dd.Checkpointer(tmp_path / "run") as ckpt:
+    options = dd.Options(save_timeout_seconds=12)  # for which it would wait
+    with dd.Checkpointer(tmp_path / "run", options=options) as ckpt:
         ckpt.save(1, state={"w": jnp.ones(3)}).result(SECONDS)
         monkeypatch.setattr(kind, name, interrupted)
         with pytest.raises(errors.InvalidArgumentError, match="in a signal handler"):
