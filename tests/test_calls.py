@@ -736,7 +736,7 @@ def test_a_host_that_was_cut_off_while_its_save_went_on_hears_that_it_is_committ
         started = job.begin(group, 1)
         handle = dd.SaveHandle(1, started.phases)
         running = checkpointer._Running(started, handle)
-        ckpt: Any = SimpleNamespace(_root="run")
+        ckpt: Any = SimpleNamespace(_root="run", _running=None)
         if group.index == 1:
             job.boards[1].at["wait"], job.boards[1].at["set"] = cut_off, not_before
         threading.Thread(target=dd.Checkpointer._finish, args=(ckpt, running)).start()
