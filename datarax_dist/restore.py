@@ -177,7 +177,7 @@ class Restorer:
         self._refused: Mapping[str, str] = {}
         self._loads = True
         # What the last restore has found damaged, or suspect: step -> the digest of its marker,
-        # empty where that could not be read, or its records were damaged. On the primary.
+        # empty where that could not be read, or its records were damaged.
         self.judged: Mapping[int, str] = {}
 
     def why_nothing(self) -> str:

@@ -175,3 +175,65 @@ def test_a_save_in_a_signal_handler_takes_the_place_of_the_one_that_was_about_to
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         *("1", "50", "51", "RUN.json", "lease")
     ]
+
+
+def test_a_signal_handler_may_call_the_hosts_that_it_has_interrupted(tmp_path: Path) -> None:
+    numbers: list[int] = []
+
+    def interrupted(ckpt: dd.Checkpointer) -> None:
+        with ckpt._group._lock:
+            numbers.append(ckpt._group._next())
+
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        thread = threading.Thread(target=interrupted, args=(ckpt,), daemon=True)
+        thread.start()
+        thread.join(5.0)
+        assert numbers
+
+
+def test_of_two_saves_of_one_step_the_end_of_one_is_not_the_end_of_the_other(
+    tmp_path: Path,
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        saver = ckpt._saver
+        for staging in ("2.staging-a", "2.staging-b"):
+            saver._under_way[staging] = staging, "2"
+            saver.lease.under_way.update(saver._under_way[staging])
+        saver.ended("2.staging-a")
+        assert saver.lease.under_way == {"2", "2.staging-b"}
+        saver.ended("2.staging-b")
+        assert saver.lease.under_way == set()
+
+
+def test_the_save_of_a_signal_handler_stays_the_one_that_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when the other one is under way, and before that is noted."""
+    goes_on, begun, finish = threading.Event(), threading.Event(), save.StartedSave.finish
+    nested: list[Any] = []
+
+    def held(started: save.StartedSave) -> Any:
+        if started.step == 50:  # the worker has done with the other one
+            begun.set()
+            goes_on.wait(SECONDS)
+        return finish(started)
+
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        submit = ckpt._worker.submit
+
+        def interrupted(*args: Any) -> Any:
+            monkeypatch.setattr(ckpt._worker, "submit", submit)
+            found = submit(*args)
+            nested.append(ckpt.save(50, state={}))
+            return found
+
+        monkeypatch.setattr(save.StartedSave, "finish", held)
+        monkeypatch.setattr(ckpt._worker, "submit", interrupted)
+        outer = ckpt.save(2, state={})
+        assert outer is not None
+        outer.result(SECONDS)
+        assert ckpt._handle is nested[0]
+        assert begun.wait(SECONDS)
+        assert ckpt._running is not None and ckpt._running.handle is nested[0]
+        goes_on.set()
+        assert nested[0].result(SECONDS).step == 50
