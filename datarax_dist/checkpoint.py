@@ -115,7 +115,7 @@ class Run(Checkpointer):
         if f"data/{_LOCAL}" not in items:
             return super()._load(candidate, target.value, None, loading=loading)
         part = _Local(False, trees.TreeSpec(None, ()), {})
-        read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
+        read = lambda key: self._read(candidate, key)
         plan = data_io.plan_restore(
             {_LOCAL: part}, items, read, self._group.index, self._group.count
         )

@@ -482,7 +482,7 @@ class Checkpointer:
                 default.
         """
         name = candidate.name
-        read = lambda key: self._read(candidate, key)  # noqa: E731 - a name for what is passed on
+        read = lambda key: self._read(candidate, key)
         items = list(candidate.marker.items) if candidate.marker else []
         metadata: Any = {}
         tree: Callable[[], Any] = _no_state

@@ -250,7 +250,9 @@ def check_root(root: str | os.PathLike[str]) -> str:
             "The root must be absolute, so that all hosts mean the same place. Use"
             f" {mask(f'{bucket[1]}://{bucket[2]}') if bucket else os.path.abspath(text)!r}."
         )
-    # TensorStore takes a backslash for a slash: the arrays would be in another directory.
+    # TensorStore takes a backslash for a slash: the arrays would be in another directory. Bytes
+    # that are no text (surrogates) it takes for nothing.
+    _without(text, text, r"[\0\ud800-\udfff]")
     path = os.path.normpath(_without(text, text, r"\\|\[[^/]*\]|(?<=/)(?:gs|s3):/"))
     return f"/{path.lstrip('/')}"  # two slashes stay two, which POSIX leaves open
 
@@ -259,8 +261,8 @@ def _without(root: str, path: str, pattern: str) -> str:
     """Returns a path in which nothing is as in the pattern."""
     if found := re.search(pattern, path):
         raise InvalidArgumentError(
-            f"{mask(root)!r} has {found[0]!r} in its path. What writes the arrays takes that for"
-            " something else than a name, so nothing was written. Choose another root."
+            f"{mask(root)!r} has {found[0]!r} in its path. What writes the arrays does not take"
+            " that for a part of a name, so nothing was written. Choose another root."
         )
     return path
 

@@ -119,7 +119,9 @@ def _all(store: Store) -> list[_Seen]:
 
 
 def _place(store: Store) -> str:
-    """Names the directory of a root, on this machine; empty where it is none."""
+    """Names the directory of a root, on this machine; empty where it is none, as in a bucket."""
+    if "://" in store.root:
+        return ""
     with contextlib.suppress(OSError, ValueError):
         found = os.stat(store.root)
         return f"{found.st_dev:x}:{found.st_ino:x}"

@@ -128,7 +128,7 @@ def restore(
 ) -> Any:
     group = group or HostGroup(dd.hosts.LocalBoard())
     restorer = Restorer(store, group, options, FakeClock(now))
-    default = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
+    default = lambda candidate, _: lambda: candidate.step
     found = restorer.restore(step, load or default, Phases("restore", group.index))
     assert found is not None
     return found
@@ -251,7 +251,7 @@ def test_an_exception_on_any_host_is_no_crash(
             return (lambda: act(candidate)) if where == "apply" else lambda: act(candidate)()
 
         if where == "load":
-            load = lambda candidate, _: act(candidate)  # noqa: E731 - a name for what it does
+            load = lambda candidate, _: act(candidate)
         try:
             return restore(store, group, load)
         except BaseException as failure:

@@ -102,7 +102,7 @@ class Job:
 
     def restore(self, group: HostGroup) -> Any:
         restorer = Restorer(self.store, group, OPTIONS)
-        load = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
+        load = lambda candidate, _: lambda: candidate.step
         return restorer.restore(None, load, Phases("restore", group.index))
 
     def each(self, *calls: Callable[[HostGroup], Any]) -> list[list[Any]]:

@@ -186,7 +186,7 @@ def on_two_hosts(root: str) -> Any:
     place = NamedSharding(mesh, PartitionSpec("x"))
     values = np.arange(1 << 20, dtype=np.float32)
     values[: 1 << 19] = 0
-    make = lambda index: values[index]  # noqa: E731 - a name for what it does
+    make = lambda index: values[index]
     state = {"w": jax.make_array_from_callback(values.shape, place, make)}
     with dd.Checkpointer(root) as ckpt:
         for step in (1, 2):

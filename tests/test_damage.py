@@ -317,7 +317,7 @@ def test_a_lost_run_file_is_taken_from_the_steps(copy: Path) -> None:
         assert ckpt.all_steps() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["run[1]", "a\\b", "lr=[1,2]/run", "gs:/x"])
+@pytest.mark.parametrize("name", ["run[1]", "a\\b", "lr=[1,2]/run", "gs:/x", "\0", "\udcff"])
 def test_names_that_are_no_names_for_what_writes_the_arrays_are_refused(
     name: str, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def values(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray:
 
 
 def a_state(place: Callable[..., NamedSharding]) -> dict[str, Any]:
-    put = lambda x, *spec: jax.device_put(x, place(*spec))  # noqa: E731 - a name for what it does
+    put = lambda x, *spec: jax.device_put(x, place(*spec))
     return {
         **{
             np.dtype(dtype).name: put(values((8, 12), dtype, seed), "a")

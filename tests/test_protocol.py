@@ -213,7 +213,7 @@ def restore(
 ) -> Any:
     options = dataclasses.replace(options, verify_on_restore=level)
     restorer = Restorer(store, group, options)
-    default = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
+    default = lambda candidate, _: lambda: candidate.step
     found = restorer.restore(None, load or default, Phases("restore", group.index))
     return None if found is None else (found[0], dict(found[1].refused))
 
@@ -502,7 +502,7 @@ def test_a_step_that_another_writer_commits_while_room_is_made_for_ours_stays(
     store = MemoryBucket()
     SimulatedHosts(1).run(lambda group: save(store, group, 5))
     before = dict(store.files)
-    looked = lambda store, name, names=None: False  # noqa: E731 - not yet committed
+    looked = lambda store, name, names=None: False
     monkeypatch.setattr("datarax_dist.publish.is_committed", looked)
     [result] = SimulatedHosts(1).run(lambda group: save(store, group, 5))
     assert isinstance(result, CheckpointError)
@@ -787,7 +787,7 @@ def test_hosts_that_wait_in_vain_for_the_primary_do_not_say_that_nothing_was_com
     """Also on the primary: who waits there does not know how far the one that works is."""
 
     def wait(group: HostGroup) -> Any:
-        told = lambda phase: f"in {phase}" if phase else "may be"  # noqa: E731 - what is known
+        told = lambda phase: f"in {phase}" if phase else "may be"
         operation = group.begin("save", consequence=told)
         operation.contribute("written", None)
         return operation.result("written", SystemClock().monotonic() - 60)

@@ -59,7 +59,7 @@ def restorer_of(store: Any, group: HostGroup | None = None) -> Restorer:
 
 def restore(store: Any, group: HostGroup | None = None, *, load: Any = None) -> Any:
     """Returns step and report, or None."""
-    default = lambda candidate, _: lambda: candidate.step  # noqa: E731 - a name for what it does
+    default = lambda candidate, _: lambda: candidate.step
     return restorer_of(store, group).restore(None, load or default, Phases("restore", 0))
 
 

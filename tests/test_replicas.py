@@ -115,7 +115,7 @@ def test_what_hosts_are_to_gather_is_the_same_only_with_the_same_devices_in_the_
 def test_a_mesh_that_leaves_a_host_out_is_left_alone() -> None:
     mesh = Mesh(np.array(jax.devices()[:3]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    three = lambda device: min(int(device.id), 2)  # noqa: E731 - a name for what it says
+    three = lambda device: min(int(device.id), 2)
     assert replicas.parted(sharding, (3, 1 << 20), FLOAT, three) is not None
     assert replicas.parted(sharding, (3, 1 << 20), FLOAT, lambda device: int(device.id)) is None
 
