@@ -77,14 +77,17 @@ def main() -> int:
             peers.append(name)
         else:
             print(f"{name} is left out: {module} is not installed (pip install {module})")
+    only = asked.only.split(",") if asked.only else []
+    commands = list(_grid(asked.disk, asked.memory, peers, full=asked.full))
+    if unknown := sorted({*only} - {command[0] for command in commands}):
+        names = sorted({command[0] for command in commands})
+        parser.error(f"no benchmark is named {unknown[0]!r}; there are {', '.join(names)}")
+    commands = [command for command in commands if not only or command[0] in only]
     out = Path(asked.out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     rows = [{"benchmark": "machine", **machine(asked.disk)}]
     failed: list[str] = []
-    only = asked.only.split(",") if asked.only else []
-    commands = list(_grid(asked.disk, asked.memory, peers, full=asked.full))
-    commands = [command for command in commands if not only or command[0] in only]
     for number, (name, *options) in enumerate(commands, 1):
         told = " ".join([name, *options])
         print(f"[{number}/{len(commands)}] {told}", flush=True)

@@ -11,6 +11,7 @@ from datarax_dist.errors import InvalidArgumentError, PeerError, PositionError
 __all__ = ["check_agreement", "check_positions", "digests_told", "positions_told"]
 
 
+_HINTS = {"the structure of the state": " Print jax.tree.structure(state) on both, and compare."}
 _MOST_DIGESTS = 100_000  # that host 0 is told of, by all hosts together
 
 
@@ -38,7 +39,7 @@ def check_agreement(payloads: Sequence[Mapping[str, Any]]) -> None:
             if ours != theirs:
                 raise PeerError(
                     f"prepare: host {host} differs from host 0 in {part}: {theirs!r} instead of"
-                    f" {ours!r}. Nothing was written.",
+                    f" {ours!r}. Nothing was written.{_HINTS.get(part, '')}",
                     phase="prepare",
                     failures={host: f"{part}: {theirs!r}"},
                 )

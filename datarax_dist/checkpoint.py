@@ -148,7 +148,7 @@ class Run(Checkpointer):
             if tree is None
             else jax.tree.unflatten(jax.tree.structure(tree), values)
         )
-        return lambda: (apply_state(target.value, whole), metadata, {})
+        return lambda: (apply_state(target.value, whole), metadata, None)
 
 
 def _is_global(leaf: Any) -> bool:

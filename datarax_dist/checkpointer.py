@@ -119,14 +119,7 @@ class Checkpointer:
             raise InvalidArgumentError(
                 f"options must be datarax_dist.Options, not {type(options).__name__}."
             )
-        for name, policy, kind, example in (
-            ("save_when", save_when, SavePolicy, "every_steps(100)"),
-            ("keep", keep, KeepPolicy, "latest(3)"),
-        ):
-            if policy is not None and not isinstance(policy, kind):
-                raise InvalidArgumentError(
-                    f"{name} must be a policy, datarax_dist.{example} say, not {policy!r}."
-                )
+        config.check_policies(save_when=save_when, keep=keep)
         self._save_when = save_when
         self._group: HostGroup = current_group(self._root, self._options.peer_silence_seconds)
         self._store = open_store(self._root)
@@ -139,6 +132,7 @@ class Checkpointer:
             self._store, self._group, self._clock, self._options, keep, self._borrow_lease()
         )
         self._pace = data_io.Pace(self._options.batches_per_step)
+        self._left: dict[str, int] = {}  # data items -> the step that was restored without
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
         )
@@ -282,6 +276,7 @@ class Checkpointer:
         except BaseException as error:
             if previous is not None and error is unseen:
                 previous._seen = True
+                error.add_note(f"So failed step {previous.step}; the save of {step} did not begin.")
             # Ctrl-C, or no thread to be had: nobody else would end what has begun.
             if started is not None and (running is None or running.take()):
                 started.abandon(error)
@@ -313,13 +308,16 @@ class Checkpointer:
         )
         shared = dict(captured.indexes)
         agreement = dict(captured.agreement)
-        items = [f"data/{name}" for name in data_io.named_loaders(data)]
+        names = list(data_io.named_loaders(data))
+        self._warn_of_left(names, step)
+        items = [f"data/{name}" for name in names]
         plan: trees.StatePlan | None = None
         if state is not None:
             plan = trees.plan_state(state_tree(state), self._group.count)
             tree = plan.spec.to_json()
             shared[fmt.TREE_NAME] = fmt.seal(tree)
-            agreement["the structure of the state"] = _tree_digest(plan.spec)
+            told = f"{len(plan.spec.leaves)} leaves, {_tree_digest(plan.spec)}"
+            agreement["the structure of the state"] = told
             items.append("state")
         shared["metadata/metadata"] = fmt.dump_metadata(metadata)
         has_arrays = plan is not None and any(not leaf.inline for leaf in plan.spec.leaves)
@@ -347,6 +345,21 @@ class Checkpointer:
             versions=_versions(),
         )
 
+    def _warn_of_left(self, names: Sequence[str], step: int) -> None:
+        """Once for each: restored without data, and saved with it, records come twice."""
+        for name in names:
+            restored = self._left.pop(name, None)
+            if restored is not None and self._group.is_primary:
+                logger.warning(
+                    "%s: step %d has a position of %r, which restore() was not asked for; step %d"
+                    " is saved with a loader that goes on from where it stood. Records come twice,"
+                    " or never, unless the data was to begin anew; restore(data=...) sets it back.",
+                    self._root,
+                    restored,
+                    name,
+                    step,
+                )
+
     def _finish(self, running: _Running) -> None:
         """On the worker. A watcher beside it tells the handle of a failure elsewhere at once, while
         this host still writes; and at the deadline, though this host may hang.
@@ -361,13 +374,13 @@ class Checkpointer:
             try:
                 watcher.start()
             except RuntimeError as error:
-                started.fail(
-                    CheckpointError(
-                        f"Step {started.step} is not saved: no thread could be started to watch"
-                        f" over it ({error}). Is there a limit on threads or processes (ulimit -u,"
-                        " the pids of a container)?"
-                    )
+                why = (
+                    "the program has ended without close(). Call that, or use `with`"
+                    if "shutdown" in str(error)  # Python 3.12 and later start no threads then
+                    else f"no thread could be started to watch over it ({error}). Is there a limit"
+                    " on threads or processes (ulimit -u, the pids of a container)?"
                 )
+                started.fail(CheckpointError(f"Step {started.step} is not saved: {why}"))
             handle._settle(report=started.finish())
         except BaseException as error:
             told = describe(error)
@@ -450,9 +463,11 @@ class Checkpointer:
             self._saver.suspects.update(self._restorer.judged)
         if found is None:
             return None
-        (value, metadata, changes), report = found
-        report = dataclasses.replace(report, data_changes=changes)
-        for name, (then, now) in changes.items():
+        (value, metadata, plan), report = found
+        if plan is not None:
+            report = dataclasses.replace(report, data_changes=plan.changes, data_left=plan.left)
+            self._left = dict.fromkeys(plan.left, report.step)
+        for name, (then, now) in report.data_changes.items():
             logger.warning("%s: %s was %r, and is %r now, as allowed", self._root, name, then, now)
         if self._loads(state):
             self._saver.suspects.pop(report.step, None)
@@ -474,7 +489,8 @@ class Checkpointer:
         parted: bool | None = None,
         allow: Sequence[str] = (),
     ) -> Callable[[], Any]:
-        """Reads this host's part of a step; changes nothing. Returns what applies it.
+        """Reads this host's part of a step; changes nothing. Returns what applies it, and returns
+        state, metadata, and what was done about data, if something was.
 
         Args:
             loading: what the restore protocol asks for, and is told.
@@ -496,7 +512,7 @@ class Checkpointer:
         else:
             metadata = fmt.parse_metadata(read("metadata/metadata"), "metadata/metadata")
             if metadata_only:
-                return lambda: (None, metadata, {})
+                return lambda: (None, metadata, None)
             if has_state:
                 spec = trees.parse_tree(read(fmt.TREE_NAME))
         if target is not None and not has_state:
@@ -516,9 +532,9 @@ class Checkpointer:
                 goal = None  # a fresh object may have less in its state than the saved one had
             tree = self._load_state(where, spec, goal, loading or Loading(), parted)
 
-        def apply() -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+        def apply() -> tuple[Any, Any, data_io.Plan]:
             data_io.apply_positions(plan, positions, candidate.step, self._pace)
-            return apply_state(target, tree()), metadata, plan.changes
+            return apply_state(target, tree()), metadata, plan
 
         return apply
 

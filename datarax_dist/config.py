@@ -87,10 +87,13 @@ class Options:
             value = getattr(self, item.name)
             if item.name.endswith("_seconds"):
                 _check_seconds(item.name, value)
-            if item.name.endswith("_bytes") and value is not None and not value > 0:
-                raise InvalidArgumentError(
-                    f"Options.{item.name} must be greater than 0, or None, not {value!r}."
-                )
+            if item.name.endswith("_bytes") and value is not None:
+                _positive(f"Options.{item.name}", value, ", or None")
+        if not isinstance(self.single_replica_restore, bool):
+            raise InvalidArgumentError(
+                "Options.single_replica_restore must be True or False, not"
+                f" {self.single_replica_restore!r}."
+            )
         rates: Any = self.batches_per_step
         for rate in rates.values() if isinstance(rates, Mapping) else [rates]:
             if rate is not None:
@@ -133,6 +136,28 @@ class KeepPolicy(Protocol):
     def keep(self, steps: Sequence[int]) -> set[int]: ...
 
 
+def check_policies(*, save_when: Any = None, keep: Any = None) -> None:
+    """Raises `InvalidArgumentError` for what is no policy of its kind; None is none at all."""
+    for name, policy, kind, example in (
+        ("save_when", save_when, SavePolicy, "every_steps(100)"),
+        ("keep", keep, KeepPolicy, "latest(3)"),
+    ):
+        if policy is not None and not isinstance(policy, kind):
+            raise InvalidArgumentError(
+                f"{name} must be a policy, datarax_dist.{example} say, not {policy!r}."
+            )
+
+
+def _any_of(*policies: SavePolicy) -> _AnyOf:
+    check_policies(save_when=policies[-1])
+    return _AnyOf(policies)
+
+
+def _union(*policies: KeepPolicy) -> _Union:
+    check_policies(keep=policies[-1])
+    return _Union(policies)
+
+
 @dataclass(frozen=True, slots=True)
 class _AnyOf:
     policies: tuple[SavePolicy, ...]
@@ -141,7 +166,7 @@ class _AnyOf:
         return any(policy.should_save(step) for policy in self.policies)
 
     def __or__(self, other: SavePolicy) -> _AnyOf:
-        return _AnyOf((*self.policies, other))
+        return _any_of(*self.policies, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +177,7 @@ class _EverySteps:
         return step % self.steps == 0
 
     def __or__(self, other: SavePolicy) -> _AnyOf:
-        return _AnyOf((self, other))
+        return _any_of(self, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +185,10 @@ class _Union:
     policies: tuple[KeepPolicy, ...]
 
     def keep(self, steps: Sequence[int]) -> set[int]:
-        return set().union(*(policy.keep(steps) for policy in self.policies))
+        return set[int]().union(*(policy.keep(steps) for policy in self.policies))
 
     def __or__(self, other: KeepPolicy) -> _Union:
-        return _Union((*self.policies, other))
+        return _union(*self.policies, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +199,7 @@ class _Latest:
         return set(sorted(steps)[-self.count :])
 
     def __or__(self, other: KeepPolicy) -> _Union:
-        return _Union((self, other))
+        return _union(self, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +210,14 @@ class _EveryNSteps:
         return {step for step in steps if step % self.steps == 0}
 
     def __or__(self, other: KeepPolicy) -> _Union:
-        return _Union((self, other))
+        return _union(self, other)
 
 
-def _positive(name: str, value: Any) -> int:
+def _positive(name: str, value: Any, other: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgumentError(f"{name} needs a whole number of 1 or more, not {value!r}.")
+        raise InvalidArgumentError(
+            f"{name} needs a whole number of 1 or more{other}, not {value!r}."
+        )
     return value
 
 
@@ -228,7 +255,7 @@ def check_root(root: str | os.PathLike[str]) -> str:
     Raises:
         InvalidArgumentError: for a relative path and for any URL that this version cannot write to.
     """
-    text: Any = os.fspath(root)
+    text: Any = os.fspath(root) if isinstance(root, os.PathLike) else root
     if not isinstance(text, str) or not text:
         raise InvalidArgumentError(f"The root must be a path, not {root!r}.")
     scheme, separator, rest = text.partition("://")
@@ -245,16 +272,33 @@ def check_root(root: str | os.PathLike[str]) -> str:
             " shared file system, or gs://BUCKET/PREFIX."
         )
     if not os.path.isabs(text):
-        bucket = re.match(r"(gs|s3|az|hf):/*([^/].*)", text)
+        _refuse_a_broken_url(text)
         raise InvalidArgumentError(
             "The root must be absolute, so that all hosts mean the same place. Use"
-            f" {mask(f'{bucket[1]}://{bucket[2]}') if bucket else os.path.abspath(text)!r}."
+            f" {os.path.abspath(os.path.expanduser(text))!r}."
         )
     # TensorStore takes a backslash for a slash: the arrays would be in another directory. Bytes
     # that are no text (surrogates) it takes for nothing.
     _without(text, text, r"[\0\ud800-\udfff]")
     path = os.path.normpath(_without(text, text, r"\\|\[[^/]*\]|(?<=/)(?:gs|s3):/"))
     return f"/{path.lstrip('/')}"  # two slashes stay two, which POSIX leaves open
+
+
+def check_typed_root(text: str) -> str:
+    """Does as `check_root` for a root on the command line, which may be relative."""
+    if not text or "://" in text:
+        return check_root(text)
+    if not os.path.lexists(text):
+        _refuse_a_broken_url(text)
+    return check_root(os.path.abspath(text))
+
+
+def _refuse_a_broken_url(text: str) -> None:
+    if bucket := re.match(r"(gs|s3|az|hf):/*([^/].*)", text):
+        raise InvalidArgumentError(
+            "The root must be absolute, so that all hosts mean the same place. Use"
+            f" {mask(f'{bucket[1]}://{bucket[2]}')!r}."
+        )
 
 
 def _without(root: str, path: str, pattern: str) -> str:

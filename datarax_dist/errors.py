@@ -167,7 +167,9 @@ class PeerLostError(PeerError, TimeoutError):
 
 
 class Preempted(SystemExit):
-    """Raised after the step that a preemption asked for is durable. Exit code 75."""
+    """For a training loop that ends after a preemption, when the step that this asked for is
+    durable: exit code 75. Nothing here raises it by itself.
+    """
 
     def __init__(self, step: int) -> None:
         super().__init__(75)

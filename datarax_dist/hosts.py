@@ -281,6 +281,11 @@ class Operation:
         self.is_told = False
         self._own: BaseException | None = None
 
+    @property
+    def _told(self) -> str:
+        """What the caller knows it by."""
+        return self._call or self.name
+
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[Operation]:
         """Begins the next part of this operation, an agreement of its own. Every host must begin
@@ -292,7 +297,7 @@ class Operation:
             self._clock,
             self._number,
             name,
-            lambda phase: "",
+            lambda phase: self.consequence(name),
             f"{self._prefix}{self._parts}/",
             self._call,
         )
@@ -554,7 +559,7 @@ class Operation:
         text = outcome["error"]["message"]
         if type(cause) is not CheckpointError:
             text = f"{type(cause).__name__}: {text}"
-        told = f"{self.name}: host {host} failed in phase {phase!r}: {text}"
+        told = f"{self._told}: host {host} failed in phase {phase!r}: {text}"
         return PeerError(
             f"{told} {self.consequence(phase)}".rstrip(),
             phase=phase,
@@ -577,7 +582,7 @@ class Operation:
         """
         silent = self._board.silent()
         there = [host for host in range(self._group.count) if host not in missing]
-        told = f"{self.name}: waited {seconds:.0f} s in phase {phase!r}; "
+        told = f"{self._told}: waited {seconds:.0f} s in phase {phase!r}; "
         if missing:
             told += f"arrived: hosts {_ranges(there)}; missing: hosts {_ranges(missing)}."
         else:
@@ -609,7 +614,7 @@ class Operation:
         name = f" ({silence.name})" if silence.name else ""
         place = f" in phase {phase!r}" if phase else ""
         told = (
-            f"{self.name}: waited {seconds}{place}; arrived: hosts {me}, of the others nothing is"
+            f"{self._told}: waited {seconds}{place}; arrived: hosts {me}, of the others nothing is"
             f" known; missing: hosts 0. Host {me} cannot reach JAX's coordination service, which"
             f" runs beside host 0{name}: {said}. Host 0 was stopped or killed, or one of the two"
             " is cut off from the network. Look at the log of host 0, and at the network of both."
@@ -681,7 +686,7 @@ def _warn_of_a_job_of_its_own() -> None:
         logger.warning(
             "This process was started as one of %s (JAX_NUM_PROCESSES), but"
             " jax.distributed.initialize() was not called: for JAX, and here, it is a job of its"
-            " own.",
+            " own. Call that first (datarax-dist launch --help shows how).",
             count,
         )
 

@@ -96,6 +96,14 @@ class Inspection:
     def committed(self) -> list[int]:
         return sorted(c.step for c in self.candidates if c.state == "committed")
 
+    @property
+    def unmarked(self) -> list[int]:
+        """Steps that have their name, and no marker. Where directories are renamed, a step has its
+        marker first: these have lost it.
+        """
+        named = (c for c in self.candidates if c.name == fmt.step_name(c.step))
+        return sorted(c.step for c in named if c.state == "staged")
+
 
 def find_run(store: Store) -> str | None:
     """Returns the run that a root belongs to; None when nothing of ours is in it.

@@ -123,6 +123,7 @@ class RestoreReport:
             again.
         data_changes: what differs between the data pipelines then and now, and was allowed: name ->
             (saved, now).
+        data_left: data items of the step whose positions were not asked for.
     """
 
     step: int
@@ -135,18 +136,25 @@ class RestoreReport:
     damaged: Sequence[int] = ()
     suspects: Sequence[int] = ()
     data_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    data_left: Sequence[str] = ()
 
     def __str__(self) -> str:
+        before = f"{self.hosts_before or 'an unknown number of'} {_hosts(self.hosts_before)}"
         lines = [
-            f"restored step {self.step} (verified: {self.verified}; saved by {self.hosts_before}"
-            f" hosts, {self.hosts_now} now)"
+            f"restored step {self.step} (verified: {self.verified}; saved by {before},"
+            f" {self.hosts_now} now)"
         ]
         lines += [printable(f"  not {name}: {reason}") for name, reason in self.refused.items()]
         lines += [
             f"  changed, as allowed: {name} was {then!r}, is {now!r}"
             for name, (then, now) in self.data_changes.items()
         ]
+        lines += [f"  not asked for: the position of {name!r}" for name in self.data_left]
         return "\n".join(lines)
+
+
+def _hosts(count: int) -> str:
+    return "host" if count == 1 else "hosts"
 
 
 class Restorer:
@@ -398,8 +406,7 @@ class Restorer:
         """
         self._refused = dict(refused)
         numbered = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
-        lost = [c.step for c in numbered if c.state == "staged"]
-        if lost and isinstance(self._store, SupportsRename):
+        if (lost := inspection.unmarked) and isinstance(self._store, SupportsRename):
             # Not None, which would make a job begin anew.
             raise CorruptStepError(
                 f"No step of {self._store.root} is restored, and nothing was changed: there are"

@@ -95,7 +95,7 @@ def plan_retention(
     """
     if keep is None or not committed:
         return []
-    kept = keep.keep(sorted(committed)) | {max(committed), saved}
+    kept = {*keep.keep(sorted(committed)), max(committed), saved}
     return sorted(set(committed) - kept)
 
 

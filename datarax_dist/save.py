@@ -294,6 +294,8 @@ class Saver:
 
     def _consequence(self, step: int, replace: bool, phase: str) -> str:
         """Returns what has become of a step when its save fails in a phase."""
+        if step < 0:
+            return ""
         if self.may_be_committed(phase):
             return f"Step {step} may be committed or not; earlier steps are as they were."
         if replace:

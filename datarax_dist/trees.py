@@ -491,19 +491,25 @@ def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:
     if not missing and not changed:
         return pairs
     unexpected = sorted(leaf.name for leaf in spec.leaves if leaf.path not in wanted)
-    lines = [f"  + {name}: in the target, not in the step" for name in missing]
-    lines += [f"  - {name}: in the step, not in the target" for name in unexpected]
-    lines += [f"  ! {name}: {reason}" for name, reason in changed.items()]
-    shown = "\n".join(lines[:50]) + (
-        f"\n  ... and {len(lines) - 50} more" if len(lines) > 50 else ""
-    )
+    lines = [f"  ! {name}: {reason}" for name, reason in changed.items()]
+    lines += [f"  + {name}: in the target, not in the step" for name in missing]
+    # What is missing may be there by another name. Else it is no error that the step has more.
+    more = [f"  - {name}: in the step, not in the target" for name in unexpected]
+    shown = _shortened(lines, 50) + (_shortened(more, 10) if missing else [])
+    if unexpected and not missing:
+        shown.append(f"  (not asked for, which is allowed: {len(unexpected)} more of the step)")
     raise StructureMismatchError(
-        f"The target does not fit what was saved:\n{shown}\nRestore without a target (state=None)"
-        " to see all of it, or change the target.",
+        "\n".join(["The target does not fit what was saved:", *shown])
+        + "\nRestore without a target (state=None) to see all of it, or change the target.",
         missing=missing,
         unexpected=unexpected,
         changed=changed,
     )
+
+
+def _shortened(lines: Sequence[str], most: int) -> list[str]:
+    left = len(lines) - most
+    return [*lines[:most], *([f"  ... and {left} more"] if left > 0 else [])]
 
 
 def _difference(saved: LeafSpec, leaf: Any) -> str | None:

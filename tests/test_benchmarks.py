@@ -38,6 +38,16 @@ def test_a_small_round_of_each_contender_is_measured_and_drawn(tmp_path: Path) -
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
+def test_a_benchmark_that_there_is_not_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--only=speed,foo", f"--out={tmp_path}/out"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "no benchmark is named 'foo'; there are " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
     order: list[str] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -191,6 +192,13 @@ def test_a_run_whose_name_is_odd_is_where_it_should_be(
     save(f"gs://{bucket}/{name}", 1)
     assert same(restore(f"gs://{bucket}/{name}"), 1)
     assert {key.split("/")[0] for key in gcs.objects(bucket)} == {name}
+
+
+def test_a_save_that_goes_well_warns_of_nothing(
+    root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(root, 1)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("root", ["s3://bucket/run", "az://bucket/run", "hf://x/y", "http://x/y"])

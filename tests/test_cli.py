@@ -268,15 +268,28 @@ def test_usage_errors_exit_2(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         ["nothing"],
         ["ls"],
         ["ls", "s3://bucket/run"],
+        ["doctor", "gs:/bucket/run"],
+        ["ls", str(run), "more"],
         ["show", f"{run}@newest"],
         ["verify", str(run), "--level", "most"],
         ["launch", "--hosts", "0", "--", "true"],
         ["launch", "--hosts", "2"],
+        ["launch", "--hosts", "x", "--", "true"],
+        ["launch", "--hosts", "2", "--grace", "x", "--", "true"],
     ):
         assert cli.main(words) == 2, words
         captured = capsys.readouterr()
         assert captured.out == ""
         assert "Traceback" not in captured.err
+
+
+def test_what_was_meant_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, told in (
+        ("launch --hosts 2 python t.py -x", "datarax-dist launch --hosts 2 -- python t.py -x"),
+        ("ls gs:/bucket/run", "Use 'gs://bucket/run'"),
+    ):
+        assert cli.main(words.split()) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_root_may_have_an_at_sign(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

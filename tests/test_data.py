@@ -334,7 +334,7 @@ def test_batches_keep_pace_with_the_steps() -> None:
     paced(loader, pace, 2)
     paced(loader, pace, 3)  # a step without a batch loses nothing
     taken(loader, 2)  # one too many
-    with pytest.raises(PositionError, match=r"out 5 batches at step 3, 1 more.*\{'data': 2\}"):
+    with pytest.raises(PositionError, match=r"5 at step 3, .* 1 too many.*\{'data': N\}"):
         paced(loader, pace, 3)
     paced(loader, pace, 4)
     for unchecked in (positions.Pace(None), positions.Pace({"data": None}), positions.Pace(1)):

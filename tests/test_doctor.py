@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from datarax_dist import cli
 from datarax_dist import format as fmt
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli import diagnosis
+from datarax_dist.storage import LocalStore
 from datarax_dist.testing import FakeGCS, conformance
 from datarax_dist.writers import writer_identity
 
@@ -49,6 +52,55 @@ def test_a_good_bucket_passes_and_nothing_stays_in_it(
     told = capsys.readouterr()
     assert "ok       storage.objects.list" in told.out
     assert "add --write" in told.err
+
+
+def test_a_run_on_which_no_job_can_start_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": 1}).result()
+        ckpt.save(2, state={"a": 1}).result()
+    (tmp_path / "run" / "2" / "COMMIT.json").unlink()
+    code, found = findings(capsys, str(tmp_path / "run"))
+    assert (code, found["steps"][0]) == (0, "ok")
+    (tmp_path / "run" / "1" / "COMMIT.json").unlink()
+    code, found = findings(capsys, str(tmp_path / "run"))
+    assert code == 3
+    assert found["steps"][0] == "error"
+    assert "none is committed, and 2 have lost their COMMIT.json" in found["steps"][1]
+
+
+@pytest.mark.parametrize(
+    ("free", "level", "text"),
+    [(5 << 30, "info", "5.0 GiB"), (20 << 20, "warning", "20 MiB"), (0, "error", "0 MiB")],
+)
+def test_a_full_disk_is_an_error(
+    free: int,
+    level: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda path: usage)
+    code, found = findings(capsys, str(tmp_path))
+    assert found["free space"] == (level, text)
+    assert code == (3 if level == "error" else 0)
+
+
+def test_one_cause_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(store: Any, key: str, data: bytes) -> Any:
+        raise dd.errors.StorageError("No space left on device", errno=errno.ENOSPC)
+
+    for method in ("put", "create"):
+        monkeypatch.setattr(LocalStore, method, full)
+    code, found = findings(capsys, "--write", str(tmp_path))
+    assert code == 3
+    assert [check for check, (level, _) in found.items() if level == "error"] == ["writing"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_write_nothing_is_written(gcs: FakeGCS, root: str) -> None:

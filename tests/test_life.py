@@ -148,8 +148,9 @@ def told_by_the_next_save(
     ckpt.save(1, state=STATE)
     end()
     disk_is_full(False)
-    with pytest.raises(errors.StorageError, match="no space left"):
+    with pytest.raises(errors.StorageError, match="no space left") as raised:
         ckpt.save(2, state=STATE)
+    assert raised.value.__notes__ == ["So failed step 1; the save of 2 did not begin."]
     ckpt.check_for_errors()
 
 
@@ -184,8 +185,16 @@ def test_what_a_failed_save_has_left_on_a_full_disk_makes_room(
 # Threads that cannot be had
 
 
+@pytest.mark.parametrize(
+    ("why", "told"),
+    [
+        ("can't start new thread", "limit on threads"),
+        # What Python 3.12 says of a program that has not waited for its save.
+        ("can't create new thread at interpreter shutdown", r"ended without close\(\)"),
+    ],
+)
 def test_without_a_thread_for_its_watcher_a_save_fails_and_the_next_one_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str, told: str
 ) -> None:
     ckpt = dd.Checkpointer(tmp_path / "run", options=dd.Options(save_timeout_seconds=12))
     ckpt.save(1, state=STATE).result(SECONDS)
@@ -193,13 +202,13 @@ def test_without_a_thread_for_its_watcher_a_save_fails_and_the_next_one_works(
 
     def refuse(thread: threading.Thread) -> None:
         if thread.name == "datarax_dist-watch":
-            raise RuntimeError("can't start new thread")
+            raise RuntimeError(why)
         start(thread)
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         handle = ckpt.save(2, state=STATE)
-        with pytest.raises(errors.CheckpointError, match="limit on threads"):
+        with pytest.raises(errors.CheckpointError, match=told):
             handle.result(SECONDS)
     assert ckpt.save(3, state=STATE).result(SECONDS).step == 3
     ckpt.close()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from targets import Counter
 
 import datarax_dist as dd
 from datarax_dist import errors, hosts
+from datarax_dist.agreement import check_agreement
 from datarax_dist.cli import main
 from datarax_dist.hosts import HostGroup
 from datarax_dist.testing import SimulatedHosts
@@ -34,6 +39,117 @@ STATE = {"w": np.ones(3)}
 def test_a_number_is_no_policy(tmp_path: Path, arguments: Any, text: str) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=text):
         dd.Checkpointer(tmp_path / "run", **arguments)
+
+
+def test_a_policy_of_the_other_kind_is_refused_where_it_is_joined() -> None:
+    for keep in (dd.latest(1), dd.latest(1) | dd.every_n_steps(2)):
+        with pytest.raises(errors.InvalidArgumentError, match=r"keep must be .*_EverySteps"):
+            keep | dd.every_steps(3)  # type: ignore[operator]
+    for save_when in (dd.every_steps(2), dd.every_steps(2) | dd.every_steps(3)):
+        with pytest.raises(errors.InvalidArgumentError, match=r"save_when must be .*_Latest"):
+            save_when | dd.latest(3)  # type: ignore[operator]
+
+
+def test_a_policy_of_ones_own_may_return_a_list(tmp_path: Path) -> None:
+    class Even:
+        def keep(self, steps: Sequence[int]) -> Any:
+            return [step for step in steps if step % 2 == 0]
+
+    for keep in (Even(), dd.latest(1) | Even()):  # type: ignore[operator]
+        with dd.Checkpointer(tmp_path / "run", keep=keep) as ckpt:
+            for step in range(4):
+                ckpt.save(step, state=STATE).result()
+            assert ckpt.all_steps() == [0, 2, 3]
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("save_concurrent_bytes", "1"),
+        ("save_concurrent_bytes", 0.5),
+        ("restore_concurrent_bytes", 0),
+        ("single_replica_restore", "no"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match=rf"Options\.{name} .*{value!r}"):
+        dd.Options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("root", "text"),
+    [
+        (None, "must be a path, not None"),
+        ("~/run", re.escape(f"Use {os.path.expanduser('~/run')!r}")),
+        ("gs:/bucket/run", "Use 'gs://bucket/run'"),
+    ],
+)
+def test_what_is_no_root_is_told_what_is_one(root: Any, text: str) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match=text):
+        dd.Checkpointer(root)
+
+
+def test_what_differs_is_told_before_what_is_only_not_asked_for(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={f"n{number}": np.zeros(1) for number in range(300)}).result()
+        with pytest.raises(errors.StructureMismatchError) as raised:
+            ckpt.restore(state={"n5": np.ones(2)})
+        first, *lines = str(raised.value).splitlines()
+        assert first == "The target does not fit what was saved:"
+        assert lines[0].startswith("  ! n5: saved with shape [1]")
+        assert lines[1] == "  (not asked for, which is allowed: 299 more of the step)"
+        assert len(lines) == 3
+        with pytest.raises(errors.StructureMismatchError) as raised:
+            ckpt.restore(state={"m5": np.ones(1)})
+        first, *lines = str(raised.value).splitlines()
+        assert lines[0] == "  + m5: in the target, not in the step"
+        assert lines[1] == "  - n0: in the step, not in the target"
+        assert lines[-2] == "  ... and 290 more"
+        assert len(raised.value.unexpected) == 300
+
+
+def test_hosts_with_other_states_are_told_how_to_compare_them() -> None:
+    part = "the structure of the state"
+    rows = [{"step": 1, "agreement": {part: text}, "digests": {}} for text in ("a", "b")]
+    with pytest.raises(errors.PeerError, match=r"host 1 .*jax\.tree\.structure\(state\)"):
+        check_agreement(rows)
+
+
+def test_a_failed_agreement_says_of_which_call_it_was() -> None:
+    def one(group: HostGroup) -> str:
+        operation = group.begin("save of step 7", consequence=lambda phase: f"So much for {phase}.")
+        error = OSError("on purpose") if group.index == 1 else None
+        with pytest.raises(errors.CheckpointError) as raised:
+            group.exchange("prepare", 1, error=error, timeout_seconds=20, within=operation)
+        return str(raised.value)
+
+    told = "save of step 7: host 1 failed in phase 'prepare': OSError: on purpose"
+    first, second = SimulatedHosts(2).run(one)
+    assert first == second == f"{told} So much for prepare."
+
+
+def test_data_that_was_restored_without_is_told_when_it_is_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its records would come twice."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=STATE, data={"a": Counter(0, 1), "b": Counter(0, 1)}).result()
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        report = ckpt.restore(data={"b": Counter(0, 1)}).report
+        assert report.data_left == ("a",)
+        assert "not asked for: the position of 'a'" in str(report)
+        ckpt.save(2, state=STATE).result()  # nothing is wrong with it
+        assert caplog.records == []
+        for step in (3, 4):
+            ckpt.save(step, state=STATE, data={"a": Counter(0, 1), "b": Counter(0, 1)}).result()
+        [record] = caplog.records
+        assert "step 1 has a position of 'a', which restore() was not asked for" in record.message
+        assert "step 3 is saved" in record.message
+        report = ckpt.restore(data={"a": Counter(0, 1), "b": Counter(0, 1)}).report
+        assert report.data_left == ()
+        with pytest.raises(errors.PositionError, match=r"data=\{'a': loader\} takes that one"):
+            ckpt.restore(data={"c": Counter(0, 1)})
 
 
 def test_a_step_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

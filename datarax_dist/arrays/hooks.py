@@ -12,6 +12,7 @@ import asyncio
 import base64
 import collections
 import json
+import logging
 import math
 import os
 import threading
@@ -120,6 +121,20 @@ def give_up(directory: str, gate: Gate) -> None:
     _given_up.append(directory)
     if len(_given_up) > _MOST_GIVEN_UP:
         gates.pop(_given_up.popleft(), None)
+
+
+class _Expected(logging.Filter):
+    """Keeps Orbax from warning of each save in a bucket, where it updates a file of its own that is
+    not there yet: `_InPlace.create` saves the request.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("Metadata file does not exist") or not record.args:
+            return True
+        return os.path.dirname(record.getMessage().partition(": ")[2]) not in gates
+
+
+logging.getLogger("absl").addFilter(_Expected())
 
 
 class _WriteSpec(tensorstore_utils.ArrayWriteSpec):

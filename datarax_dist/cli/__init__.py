@@ -7,9 +7,11 @@ neither jax nor orbax, so they answer at once and also where no accelerator is f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,17 +64,16 @@ def demo(rest: Sequence[str]) -> int:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,7 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             split = words.index("--")
             words, command = words[:split], words[split + 1 :]
         try:
-            arguments = _parser().parse_args(words)
+            parser = _parser()
+            arguments, rest = parser.parse_known_args(words)
+            if rest and arguments.verb == "launch":
+                begun = shlex.join(words[: len(words) - len(rest)])
+                raise UsageError(
+                    f"Put -- before the command: datarax-dist {begun} -- {shlex.join(rest)}"
+                )
+            if rest:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else OK
         arguments.command = command

@@ -22,7 +22,7 @@ from datarax_dist import format as fmt
 from datarax_dist.attempts import mark_suspects
 from datarax_dist.buckets import BucketStore
 from datarax_dist.cli.output import FINDINGS, NOT_AUTHORISED, OK, note, print_clean, print_json
-from datarax_dist.config import check_root, is_bucket
+from datarax_dist.config import check_typed_root, is_bucket
 from datarax_dist.errors import CheckpointError, StepNotFoundError, storage_hint
 from datarax_dist.errors import describe as describe_error
 from datarax_dist.inspection import inspect_run
@@ -41,6 +41,7 @@ _NEEDED = {
 }
 _SETTINGS = "storage.buckets.get"
 _SOON_SECONDS, _FAR_SECONDS = 5.0, 300.0
+_LITTLE_GIB, _NONE_GIB = 1.0, 1 / 2**10
 _SAMPLES = 5
 _Check = Callable[[Callable[[], Store]], None]
 _ROLES = "roles/storage.objectUser on the bucket has all of these"
@@ -64,8 +65,7 @@ class Finding:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints what `diagnose` finds; returns the exit code."""
-    text = str(arguments.root)
-    root = check_root(os.path.abspath(text) if text and "://" not in text else text)
+    root = check_typed_root(str(arguments.root))
     found: list[Finding] = []
     for finding in diagnose(root, write=arguments.write):
         found.append(finding)
@@ -166,6 +166,15 @@ def _steps(store: Store) -> Iterator[Finding]:
             "cannot be read, and no step says which run this is: nothing can be saved here. Choose"
             " another root, or remove that file.",
         )
+    if inspection.unmarked and not inspection.committed and isinstance(store, SupportsRename):
+        yield Finding(
+            "error",
+            "steps",
+            f"none is committed, and {len(inspection.unmarked)} have lost their {fmt.COMMIT_NAME}:"
+            " no job restores or begins anew here. Was the run copied, and not all of it? Take a"
+            " copy that is whole, or move these directories away.",
+        )
+        return
     other = len(inspection.candidates) - len(inspection.committed)
     text = f"{len(inspection.committed)} committed"
     yield Finding("ok", "steps", text + (f", {other} others (datarax-dist ls)" if other else ""))
@@ -299,8 +308,11 @@ def _directory(root: str, write: bool) -> Iterator[Finding]:
         yield Finding("info", "file system", text)
     else:
         yield Finding("info", "file system", f"{kind or 'unknown'}; for hosts that share it only")
-    free = shutil.disk_usage(there).free
-    yield Finding("info", "free space", f"{free / 2**30:.1f} GiB")
+    free = shutil.disk_usage(there).free / 2**30
+    level = "info" if free >= _LITTLE_GIB else "error" if free < _NONE_GIB else "warning"
+    yield Finding(
+        level, "free space", f"{free:.1f} GiB" if free >= 0.1 else f"{free * 2**10:.0f} MiB"
+    )
 
 
 def _kind_of_file_system(path: str) -> str:
@@ -337,6 +349,8 @@ def _writes(root: str) -> Iterator[Finding]:
             finding = _try(check, functools.partial(open_store, f"{place}/{number}"))
             failed |= finding.level != "ok"
             yield finding
+            if finding.check == "writing":  # each of the others would say so, too
+                break
         store = open_store(f"{place}/more")
         if isinstance(store, BucketStore) and not failed:
             refused = store.refuses_wrong_checksums("checksum")
@@ -379,8 +393,10 @@ def _try(check: _Check, make: Callable[[], Store]) -> Finding:
     except AssertionError as error:
         return Finding("error", name, str(error) or "it is not so here: do not keep a run here")
     except CheckpointError as error:
-        denied = getattr(error, "errno", None) == errno.EACCES
-        return Finding("denied" if denied else "error", name, str(error))
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            name = "writing"
+        return Finding("denied" if number == errno.EACCES else "error", name, str(error))
     return Finding("ok", name)
 
 

@@ -25,7 +25,7 @@ from datarax_dist.cli.output import (
     size_text,
     time_text,
 )
-from datarax_dist.config import check_root, is_bucket
+from datarax_dist.config import check_typed_root, is_bucket
 from datarax_dist.errors import CorruptStepError, FormatVersionError, StepNotFoundError, mask
 from datarax_dist.inspection import (
     Candidate,
@@ -49,7 +49,7 @@ def open_root(root: str) -> Store:
         InvalidArgumentError: it is a URL of a kind that is not supported, or empty.
         StepNotFoundError: it is not there.
     """
-    path = check_root(os.path.abspath(root) if root and "://" not in root else root)
+    path = check_typed_root(root)
     if not is_bucket(path) and not os.path.isdir(path):
         what = "not a directory" if os.path.lexists(path) else "not there"
         raise StepNotFoundError(f"{path} is {what}.", step=None)

@@ -247,11 +247,11 @@ class Pace:
         known = self._offsets.setdefault(source, offset)
         if offset > known:
             raise PositionError(
-                f"Data item {name!r} has handed out {batches} batches at step {step},"
-                f" {offset - known} more than the steps say. Were batches read ahead"
+                f"Data item {name!r} has handed out more batches than the steps say: {batches} at"
+                f" step {step}, which is {offset - known} too many. Were batches read ahead"
                 " or skipped? Read ahead with datarax_dist.data.tracked(loader, depth), which keeps"
                 " the position right. If a step takes another number of batches, say so:"
-                f" Options(batches_per_step={{{name!r}: 2}}), or None to leave it unchecked."
+                f" Options(batches_per_step={{{name!r}: N}}), or None to leave it unchecked."
             )
 
     def restored(self, name: str, source: Source, step: int, batches: int | None) -> None:
@@ -271,6 +271,7 @@ class Plan:
         batches: item -> how many batches were handed out before, and how many records each data
             shard gave to one, where that is known.
         changes: what differs from the fingerprint, and is allowed: name -> (saved, now).
+        left: items of the step that nobody asks for.
     """
 
     sources: Mapping[str, Source]
@@ -278,6 +279,7 @@ class Plan:
     batches: Mapping[str, tuple[int | None, int | None]]
     allowed: frozenset[str]
     changes: dict[str, tuple[Any, Any]]
+    left: tuple[str, ...]
 
 
 def plan_restore(
@@ -300,15 +302,17 @@ def plan_restore(
         raise InvalidArgumentError(
             f"allow_data_changes is a list of names, ['data.seed'], say, not {allow!r}."
         )
-    plan = Plan({}, {}, {}, frozenset(allow), {})
     loaders = named_loaders(data)
     saved = [item.removeprefix("data/") for item in items if item.startswith("data/")]
+    left = tuple(name for name in saved if name not in loaders)
+    plan = Plan({}, {}, {}, frozenset(allow), {}, left)
     for name, loader in loaders.items():
         if name not in saved:
+            out = f"data={{{left[0]!r}: loader}} takes that one; with" if left else "With"
             raise PositionError(
                 f"The step has no position of {name!r}; it has"
-                f" {', '.join(map(repr, saved)) or 'none at all'}. Restore with data=None to take"
-                " the state alone."
+                f" {', '.join(map(repr, saved)) or 'none at all'}. {out} data=None the state alone"
+                " is restored, and the data starts anew."
             )
         source = _source(loader)
         key = fmt.position_index_name(name)

@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m datarax_dist.demo",
+        prog="datarax-dist demo",
         description="Kill a job of four hosts in the middle of a save, go on, and prove the rest.",
     )
     parser.add_argument(
