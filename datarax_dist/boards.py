@@ -251,12 +251,15 @@ def _place() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-@functools.cache
 def _beacons() -> Beacons:
     """The beacons of this process, for all its groups."""
     from jax._src import distributed
 
-    client: Any = distributed.global_state.client
+    return _beacons_by(distributed.global_state.client)
+
+
+@functools.lru_cache(maxsize=1)  # another client: jax.distributed was shut down, and begun anew
+def _beacons_by(client: Any) -> Beacons:
     index, count = _place()
     prefix = "datarax_dist/beacons/"
 

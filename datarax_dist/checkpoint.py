@@ -23,12 +23,19 @@ import jax
 import numpy as np
 
 from datarax_dist import codec, config, trees
+from datarax_dist import format as fmt
 from datarax_dist.checkpointer import (
     Checkpointer,
     SaveHandle,
 )
 from datarax_dist.data import positions as data_io
-from datarax_dist.errors import InvalidArgumentError, StepExistsError, StepNotFoundError, describe
+from datarax_dist.errors import (
+    InvalidArgumentError,
+    PositionError,
+    StepExistsError,
+    StepNotFoundError,
+    describe,
+)
 from datarax_dist.inspection import Candidate
 from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading
@@ -94,6 +101,9 @@ class Run(Checkpointer):
         part = _Local(bool(local), spec, leaves)
         return super()._capture(step, (rest or None) if local else tree, {_LOCAL: part}, metadata)
 
+    def _wants(self, target: Any, data: Any) -> str:
+        return "the metadata" if target.metadata_only else super()._wants(target.value, data)
+
     def _loads(self, target: Any) -> bool:
         return not target.metadata_only
 
@@ -116,9 +126,21 @@ class Run(Checkpointer):
             return super()._load(candidate, target.value, None, loading=loading)
         part = _Local(False, trees.TreeSpec(None, ()), {})
         read = lambda key: self._read(candidate, key)
-        plan = data_io.plan_restore(
-            {_LOCAL: part}, items, read, self._group.index, self._group.count
-        )
+        try:
+            plan = data_io.plan_restore(
+                {_LOCAL: part}, items, read, self._group.index, self._group.count
+            )
+        except PositionError as error:
+            key = fmt.position_index_name(_LOCAL)
+            before, now = fmt.parse_position_index(read(key), key).count, self._group.count
+            if before == now:
+                raise
+            raise PositionError(
+                "This state has what belongs to each host alone (numbers, numpy arrays, positions),"
+                f" and was saved by {before} hosts; this job has {now}, and nobody knows how to"
+                " divide it. Restore on as many hosts; or save global jax.Arrays only, or with"
+                " Checkpointer, for which equal numbers are one, and which has data=."
+            ) from error
         position = data_io.decode_positions(plan, read)[_LOCAL][self._group.index]
         stored = codec.unpack(position.state)
         if not stored["flat"]:

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,8 @@ from datarax_dist.errors import (
 from datarax_dist.handles import Progress, SaveHandle
 from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, inspect_run
-from datarax_dist.request import SaveRequest
-from datarax_dist.restore import Loading, Restorer, RestoreReport
+from datarax_dist.request import SaveRequest, plain_metadata
+from datarax_dist.restore import Loading, Restorer, RestoreReport, Together, raise_if_stuck
 from datarax_dist.retention import delete_step, with_room
 from datarax_dist.save import Saver, StartedSave
 from datarax_dist.states import apply_state, is_checkpointable, state_tree
@@ -50,6 +50,10 @@ __all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
 logger = logging.getLogger("datarax_dist")
 
 _SAYS_NOTHING_SECONDS = 20.0  # how long a handle may need to say so of the primary
+_HALF_RESTORED = (
+    "The loaders that restore() was given cannot be used any more: make them anew. What it sets in"
+    " place (an NNX module, an object with set_state) may be restored on some hosts only."
+)
 _ORBAX_MARKER = "commit_success.txt"  # what plain Orbax takes for a whole step, in a bucket
 
 
@@ -133,6 +137,7 @@ class Checkpointer:
         )
         self._pace = data_io.Pace(self._options.batches_per_step)
         self._left: dict[str, int] = {}  # data items -> the step that was restored without
+        self._applied: data_io.Plan | None = None  # what a restore has begun to set
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
         )
@@ -298,7 +303,7 @@ class Checkpointer:
             raise InvalidArgumentError(
                 "save() needs a state, or data, or both; it was given neither."
             )
-        metadata = _check_metadata(metadata)
+        metadata = plain_metadata(metadata)
         captured = data_io.capture(
             data,
             self._group.index,
@@ -444,23 +449,40 @@ class Checkpointer:
         back; so do steps that have all lost their markers.
         """
         self._check_open()
+        self._applied = None
+        try:
+            return self._restore(step, state, data, allow_data_changes)
+        except BaseException as error:
+            if self._applied is not None:  # here, or on another host only
+                self._applied.spoil()
+                error.add_note(_HALF_RESTORED)
+            raise
+        finally:
+            self._applied = None
+            self._saver.suspects.update(self._restorer.judged)
+
+    def _restore(
+        self, step: Any, state: Any, data: Any, allow_data_changes: Sequence[str]
+    ) -> Restored | None:
         refused = self._drained()
         number = None if step is None else _whole_number(step)
         if step is not None and number is None:
             refused = refused or _no_step(step)
-        phases = Phases("restore", self._group.index)
+        wants = ""
         try:
-            found = self._restorer.restore(
-                number,
-                lambda candidate, loading: self._load(
-                    candidate, state, data, loading=loading, allow=allow_data_changes
-                ),
-                phases,
-                refused=refused,
-                loads=self._loads(state),
-            )
-        finally:
-            self._saver.suspects.update(self._restorer.judged)
+            wants = self._wants(state, data)
+        except Exception as error:
+            refused = refused or error
+        found = self._restorer.restore(
+            number,
+            lambda candidate, loading: self._load(
+                candidate, state, data, loading=loading, allow=allow_data_changes
+            ),
+            Phases("restore", self._group.index),
+            refused=refused,
+            loads=self._loads(state),
+            wants=wants,
+        )
         if found is None:
             return None
         (value, metadata, plan), report = found
@@ -472,6 +494,11 @@ class Checkpointer:
         if self._loads(state):
             self._saver.suspects.pop(report.step, None)
         return Restored(report.step, value, metadata, report)
+
+    def _wants(self, target: Any, data: Any) -> str:
+        """What is restored, in words that must be the same on every host."""
+        names = ", ".join(map(repr, sorted(data_io.named_loaders(data)))) or "none"
+        return f"{'no state' if target is None else 'a state'} to restore into, and data: {names}"
 
     def _loads(self, target: Any) -> bool:
         """Whether more than the metadata is read for a target."""
@@ -533,6 +560,7 @@ class Checkpointer:
             tree = self._load_state(where, spec, goal, loading or Loading(), parted)
 
         def apply() -> tuple[Any, Any, data_io.Plan]:
+            self._applied = plan
             data_io.apply_positions(plan, positions, candidate.step, self._pace)
             return apply_state(target, tree()), metadata, plan
 
@@ -575,8 +603,8 @@ class Checkpointer:
             return lambda: state
         built: list[Any] = []
 
-        def gather() -> None:
-            loaded.gather()
+        def gather(together: Together) -> None:
+            loaded.gather(together)
             built.append(build())
 
         loading.gather_later(loaded.told, gather)
@@ -648,13 +676,16 @@ class Checkpointer:
         """
         self._check_open()
         number = _whole_number(step)
-        self._group.exchange(
-            "delete",
-            number,
-            error=self._drained() or (_no_step(step) if number is None else None),
-            leader=self._delete,
-            timeout_seconds=self._saver.agreement_seconds(),
-        )
+        gone = f"Step {number} may be deleted or not: look again (all_steps)."
+        with self._group.in_parts("delete", lambda phase: gone) as operation:
+            self._group.exchange(
+                "delete",
+                number,
+                error=self._drained() or (_no_step(step) if number is None else None),
+                leader=self._delete,
+                timeout_seconds=self._saver.agreement_seconds(),
+                within=operation,
+            )
 
     def _delete(self, steps: Sequence[int]) -> None:
         self._describe(steps)
@@ -753,6 +784,8 @@ class Checkpointer:
             raise self._forked()
         if self._closed:
             raise InvalidArgumentError(f"The Checkpointer of {self._root} is closed.")
+        self._group.check_job()
+        raise_if_stuck()
 
     def _forked(self) -> InvalidArgumentError:
         return InvalidArgumentError(
@@ -839,39 +872,6 @@ def _begin_anew() -> None:
 
 
 os.register_at_fork(after_in_child=_begin_anew)
-
-
-def _check_metadata(metadata: Any) -> dict[str, Any]:
-    """Returns metadata as a JSON object; numbers of numpy and JAX become Python's."""
-    if metadata is None:
-        return {}
-    plain = _plain_json(metadata, "metadata")
-    if not isinstance(plain, dict):
-        raise InvalidArgumentError(
-            f"metadata is a dict of JSON values, not {type(metadata).__name__}."
-        )
-    return plain
-
-
-def _plain_json(value: Any, path: str) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise InvalidArgumentError(
-                    f"{path}: a key of type {type(key).__name__}; JSON has text keys only."
-                )
-        return {key: _plain_json(item, f"{path}/{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_json(item, f"{path}/{i}") for i, item in enumerate(value)]
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        plain = value.item()
-        if type(plain) in (bool, int, float, str):
-            return plain
-    raise InvalidArgumentError(
-        f"{path}: a {type(value).__name__} is not JSON; convert it, or save it in the state."
-    )
 
 
 def _tree_digest(spec: trees.TreeSpec) -> str:

@@ -42,7 +42,7 @@ from datarax_dist.boards import (
     UnreachableError,
 )
 from datarax_dist.clock import Clock, SystemClock
-from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
+from datarax_dist.errors import CheckpointError, InvalidArgumentError, PeerError, PeerLostError
 
 __all__ = [
     "HostGroup",
@@ -57,6 +57,7 @@ Leader = Callable[[list[Any]], Any]
 Consequence = Callable[[str], str]
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
+_CLOSE = "close"
 _TOLD_SECONDS = 30.0  # how soon it is said that hosts are waited for
 _PATIENCE_SECONDS = 3.0
 _GRACE_SECONDS = 10.0  # how long after a deadline the others wait for the primary to say so
@@ -87,6 +88,8 @@ class HostGroup:
         self._untold: dict[str, str] = {}  # decisions, until the board has them
         self._siblings: _Siblings | None = None
         self._is_closed = False
+        self._check: Callable[[], None] = lambda: None
+        self._left: dict[str, Any] | None = None  # what a host has said that makes no more calls
         self.index = board.index
         self.count = board.count
         self.name = names[board.index] if names else socket.gethostname()
@@ -94,6 +97,10 @@ class HostGroup:
     @property
     def is_primary(self) -> bool:
         return self.index == 0
+
+    def check_job(self) -> None:
+        """Raises `InvalidArgumentError` when these are not the hosts of the job any more."""
+        self._check()
 
     def begin(
         self,
@@ -125,11 +132,13 @@ class HostGroup:
         return number
 
     @contextlib.contextmanager
-    def in_parts(self, name: str) -> Iterator[Operation]:
+    def in_parts(
+        self, name: str, consequence: Consequence = lambda phase: ""
+    ) -> Iterator[Operation]:
         """Begins an operation that consists of parts (`exchange(..., within=)`), and ends it. When
         this host cannot go on between two of them, the next one fails on the others.
         """
-        operation = self.begin(name)
+        operation = self.begin(name, consequence=consequence)
         try:
             yield operation
         except BaseException as error:
@@ -185,8 +194,8 @@ class HostGroup:
         """
         if not self._is_closed and self.count > 1:
             self._is_closed = True
-            with self.begin("close", is_any_call=True).part("close") as part:
-                part.fail("close", CheckpointError("it has closed its Checkpointer, or has ended."))
+            with self.begin(_CLOSE, is_any_call=True).part(_CLOSE) as part:
+                part.fail(_CLOSE, CheckpointError("it has closed its Checkpointer, or has ended."))
         if self._siblings is not None:
             self._siblings.closed(self)
 
@@ -241,7 +250,9 @@ class HostGroup:
         while True:
             try:
                 with within.part(phase) as operation:
-                    if error is not None:
+                    if self._left is not None:
+                        operation.repeat(self._left)
+                    elif error is not None:
                         operation.fail(phase, error)
                     else:
                         operation.contribute(phase, payload)
@@ -280,6 +291,7 @@ class Operation:
         # The others hear from this host that it, or a part of it, has failed; or cannot.
         self.is_told = False
         self._own: BaseException | None = None
+        self._is_over = False  # what another thread still waits for will not come
 
     @property
     def _told(self) -> str:
@@ -307,6 +319,7 @@ class Operation:
             with part.failing(name):
                 yield part
         finally:
+            part._is_over = True
             self.is_told |= part.is_told
 
     def begin_anew(self, why: str) -> None:
@@ -370,6 +383,13 @@ class Operation:
         except PeerLostError:  # `result` will say so, and it is said as soon as it can be
             if not isinstance(error, Exception):  # Ctrl-C is not kept waiting once more
                 self.is_told = True
+
+    def repeat(self, decided: Mapping[str, Any]) -> None:
+        """Decides this operation as another one was: a host has gone. All others know that by now,
+        or find it here.
+        """
+        with self._reaching(decided["phase"]):
+            self._group._tell(f"{self._prefix}outcome/0", json.dumps(decided))
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase. Where that
@@ -475,7 +495,9 @@ class Operation:
                 raise
 
     def check(self, phase: str) -> None:
-        """Raises when the operation has failed already."""
+        """Raises when the operation has failed already, or is over."""
+        if self._is_over:
+            raise PeerError(f"{self._told}: it is over.", phase=phase, failures={})
         for value in self._read("outcome", phase).values():
             if "error" in (decided := json.loads(value)):
                 raise self._error(decided)
@@ -556,6 +578,8 @@ class Operation:
         if isinstance(cause, PeerError) or (outcome["host"] == 0 and _same_everywhere(cause)):
             return cause
         host, phase = outcome["host"], outcome["phase"]
+        if phase == _CLOSE:
+            self._group._left = outcome
         text = outcome["error"]["message"]
         if type(cause) is not CheckpointError:
             text = f"{type(cause).__name__}: {text}"
@@ -696,8 +720,9 @@ class _Siblings:
     side by side, in the same order on every host.
     """
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, client: Any = None) -> None:
         self._namespace = namespace
+        self.client = client
         self._opened = 0
         self._open: weakref.WeakValueDictionary[int, HostGroup] = weakref.WeakValueDictionary()
         self._cleared = 1
@@ -740,11 +765,31 @@ def current_group(root: str, silence_seconds: float = SILENCE_SECONDS) -> HostGr
     Args:
         silence_seconds: who has shown no sign of life for so long is not waited for.
     """
+    client = _client()
+    if client is None:
+        _warn_of_a_job_of_its_own()
+        group = HostGroup(LocalBoard())
+    else:
+        if root not in _siblings or _siblings[root].client is not client:
+            _siblings[root] = _Siblings(hashlib.sha256(root.encode()).hexdigest()[:16], client)
+        group = _siblings[root].open(silence_seconds)
+    group._check = functools.partial(_check_job, client, group.count)
+    return group
+
+
+def _client() -> Any:
+    """Returns the client of JAX's coordination service; None where there is none."""
     from jax._src import distributed
 
-    if distributed.global_state.client is None:
-        _warn_of_a_job_of_its_own()
-        return HostGroup(LocalBoard())
-    if root not in _siblings:
-        _siblings[root] = _Siblings(hashlib.sha256(root.encode()).hexdigest()[:16])
-    return _siblings[root].open(silence_seconds)
+    return distributed.global_state.client
+
+
+def _check_job(client: Any, count: int) -> None:
+    import jax
+
+    if _client() is not client and max(count, jax.process_count()) > 1:
+        raise InvalidArgumentError(
+            "jax.distributed was initialized, or shut down, after this Checkpointer was made, which"
+            " knows nothing of that, nor of the hosts that there are now. Make a new one, on every"
+            " host, after jax.distributed.initialize()."
+        )

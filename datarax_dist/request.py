@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest"]
+from datarax_dist.errors import InvalidArgumentError
+
+__all__ = ["ArrayWrite", "ArrayWriter", "SaveReport", "SaveRequest", "plain_metadata"]
 
 
 class ArrayWrite(Protocol):
@@ -111,3 +113,36 @@ class SaveReport:
     bytes: int
     seconds: Mapping[str, float]
     deleted: Sequence[int] = ()
+
+
+def plain_metadata(metadata: Any) -> dict[str, Any]:
+    """Returns metadata as a JSON object; numbers of numpy and JAX become Python's."""
+    if metadata is None:
+        return {}
+    plain = _plain_json(metadata, "metadata")
+    if not isinstance(plain, dict):
+        raise InvalidArgumentError(
+            f"metadata is a dict of JSON values, not {type(metadata).__name__}."
+        )
+    return plain
+
+
+def _plain_json(value: Any, path: str) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidArgumentError(
+                    f"{path}: a key of type {type(key).__name__}; JSON has text keys only."
+                )
+        return {key: _plain_json(item, f"{path}/{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(item, f"{path}/{i}") for i, item in enumerate(value)]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        plain = value.item()
+        if type(plain) in (bool, int, float, str):
+            return plain
+    raise InvalidArgumentError(
+        f"{path}: a {type(value).__name__} is not JSON; convert it, or save it in the state."
+    )

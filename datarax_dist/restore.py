@@ -21,10 +21,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ from datarax_dist.attempts import Trial, mark_suspects
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.config import Options
 from datarax_dist.errors import (
+    CheckpointError,
     CorruptStepError,
     FormatVersionError,
     InvalidArgumentError,
@@ -59,7 +61,7 @@ from datarax_dist.inspection import (
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
 
-__all__ = ["Loading", "RestoreReport", "Restorer"]
+__all__ = ["Loading", "RestoreReport", "Restorer", "raise_if_stuck"]
 
 logger = logging.getLogger("datarax_dist")
 
@@ -67,11 +69,20 @@ _TRIES = 20
 _FEW_HOSTS = 64  # that have written a step: what they wrote is listed in a request or two
 _BEACONS_SECONDS = 5.0  # until a beacon that has stood still is known to have
 _MOST_TOLD = 100  # damaged files that one host tells the others of
+_STUCK = (
+    "A computation of all hosts' devices, which a restore had begun when it failed, has not ended."
+    " Others would be paired with it, and give wrong results without an error, those of the"
+    " training, too. Start this job again, all of its hosts."
+)
+_given_up: list[threading.Event] = []  # set as long as such a computation is under way
 # How the errors of arrays that fail their own checks begin, before any name that is not ours: with
 # a status of TensorStore, or with what its decoders say. And how findings of ours end.
 _OWN_CHECK = re.compile(r"(?:Could not \w+ the arrays: \w+: )?(?:DATA_LOSS: |Error decoding )")
 _OUR_FINDINGS = ("the checksum of a chunk is wrong", "its content has changed (checksum)")
 _OUR_SEAL = re.compile(r": checksum mismatch \(stored .*, computed [0-9a-f]{8}\)\Z", re.DOTALL)
+
+
+Together = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class Loading:
@@ -85,7 +96,7 @@ class Loading:
     def __init__(self, entries: Sequence[fmt.FileEntry] = ()) -> None:
         self._entries = {entry.path: entry for entry in entries}
         self.gathers = ""
-        self.gather: Callable[[], None] = lambda: None
+        self.gather: Callable[[Together], None] = lambda together: None
 
     def take(self) -> list[fmt.FileEntry]:
         """Returns the array files of the step whose content this host has still to verify; who
@@ -94,9 +105,10 @@ class Loading:
         taken, self._entries = list(self._entries.values()), {}
         return taken
 
-    def gather_later(self, what: str, gather: Callable[[], None]) -> None:
+    def gather_later(self, what: str, gather: Callable[[Together], None]) -> None:
         """Has `gather` called, on a thread of its own, when every host has loaded the step, and
-        before anything is applied. What it waits for is the other hosts' `gather`.
+        before anything is applied. It is given what each computation of all hosts' devices is to be
+        made within: entering it waits until the others are ready for that computation, too.
         """
         self.gathers, self.gather = what, gather
 
@@ -207,10 +219,11 @@ class Restorer:
         step: int | None,
         leader: Callable[[Sequence[Any]], dict[str, Any]],
         refused: BaseException | None = None,
+        wants: str = "",
     ) -> Inspection:
         body = self._exchange(
             phase,
-            [self._store.root, step],
+            [self._store.root, step, wants],
             error=refused,
             leader=leader,
             timeout_seconds=self._options.exchange_timeout_seconds,
@@ -239,7 +252,7 @@ class Restorer:
             self._trial.begin(inspection.run, candidates[0], self._attempts)
 
     def _list(self, asked: Sequence[Any]) -> dict[str, Any]:
-        for host, (root, step) in enumerate(asked):
+        for host, (root, step, wants) in enumerate(asked):
             if root != asked[0][0]:
                 raise InvalidArgumentError(
                     f"Host {host} opened {root!r}, host 0 {asked[0][0]!r}: the root must be the"
@@ -249,6 +262,11 @@ class Restorer:
                 raise InvalidArgumentError(
                     f"Host {host} asks for step {step}, host 0 for {asked[0][1]}: every host must"
                     " restore the same one. Nothing was changed."
+                )
+            if wants != asked[0][2]:
+                raise InvalidArgumentError(
+                    f"Host {host} has {wants}; host 0 has {asked[0][2]}. Every host must give"
+                    " restore() the same ones. Nothing was changed."
                 )
         inspection = mark_suspects(self._store, inspect_run(self._store), self._clock.now())
         self._attempts = inspection.attempts
@@ -263,6 +281,7 @@ class Restorer:
         *,
         refused: BaseException | None = None,
         loads: bool = True,
+        wants: str = "",
     ) -> tuple[Any, RestoreReport] | None:
         """Restores the newest good step, or `step`.
 
@@ -276,6 +295,7 @@ class Restorer:
             loads: whether `load` reads arrays or positions, which may crash the job. Where it does
                 not, the step is not noted as tried, nor as restored; and of a `step` that is asked
                 for the arrays are not read to verify them.
+            wants: what is restored, in words. It must be the same on every host.
 
         Returns:
             What the function that `load` returned has returned, with the report; None when there is
@@ -292,7 +312,7 @@ class Restorer:
                 for _ in range(_TRIES):
                     try:
                         with phases.span("list"):
-                            inspection = self._inspect("list", step, self._propose, refused)
+                            inspection = self._inspect("list", step, self._propose, refused, wants)
                         return self._restore(inspection, step, load, phases)
                     except _MovedError:
                         logger.info(
@@ -647,18 +667,36 @@ class Restorer:
     def _gather(self, loading: Loading, restore: Operation) -> None:
         """Lets all hosts do together what they have agreed on in the vote.
 
-        It cannot be stopped, and does not end where a host has died in it. So it has a thread of
-        its own, which is left alone then, and this one waits for the other hosts.
+        A computation cannot be stopped, and does not end where a host has died in it. So it has a
+        thread of its own, which is left alone then, and this one waits for the other hosts.
         """
-        known = threading.Event()
+        known, under_way = threading.Event(), threading.Event()
+        numbers = itertools.count()
+        deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
+
+        @contextlib.contextmanager
+        def together(operation: Operation) -> Iterator[None]:
+            number = next(numbers)
+            operation.contribute(f"ready {number}", None)
+            if self._group.is_primary:
+                operation.gather(f"ready {number}", deadline, together=True)
+                operation.contribute(f"go {number}", None)
+            else:
+                operation.await_primary(f"go {number}", deadline)
+            under_way.set()
+            yield
+            under_way.clear()  # not where it has failed: others may be in it
 
         def run(operation: Operation) -> None:
             try:
-                loading.gather()
+                loading.gather(functools.partial(together, operation))
             except BaseException as error:
-                # When one host dies, it fails on others at once. Which one it was is known when its
-                # beacon has stood still for long enough, and that is the better error.
-                if not known.wait(self._options.peer_silence_seconds + _BEACONS_SECONDS):
+                # When one host dies in it, it fails on others at once. Which one it was is known
+                # when its beacon has stood still for long enough, and that is the better error.
+                patience = self._options.peer_silence_seconds + _BEACONS_SECONDS
+                if known.is_set():
+                    return
+                if not under_way.is_set() or not known.wait(patience):
                     operation.fail("gather", error)
             else:
                 # Too late, nobody asks any more; and the other thread finds out, too.
@@ -670,10 +708,14 @@ class Restorer:
                 threading.Thread(
                     target=run, args=(operation,), name="datarax_dist-gather", daemon=True
                 ).start()
-                deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
                 if self._group.is_primary:
                     operation.lead("gather", _nothing, deadline, together=True)
                 operation.result("gather", deadline)
+        except BaseException as error:
+            _given_up.append(under_way)
+            if under_way.is_set():
+                error.add_note(_STUCK)
+            raise
         finally:
             known.set()
 
@@ -745,6 +787,12 @@ class _Attempt:
     unread: BaseException | None = None
     apply: Callable[[], Any] | None = None
     loading: Loading = field(default_factory=Loading)
+
+
+def raise_if_stuck() -> None:
+    """Raises when a restore that has failed has left a computation of all hosts' devices."""
+    if any(under_way.is_set() for under_way in _given_up):
+        raise CheckpointError(_STUCK)
 
 
 class _MovedError(Exception):

@@ -632,3 +632,32 @@ def killed_in_a_gather(root: str) -> Any:
     except dd.errors.PeerLostError as error:
         return time.monotonic() - begin, str(error), error.missing
     raise AssertionError("the restore has not failed")
+
+
+def failed_gather(root: str) -> Any:
+    """Restores, in which host 1 lacks memory before arrays are passed on; then restores without
+    that, and computes something with the other host.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    import datarax_dist as dd
+    from datarax_dist.arrays import replicas
+
+    host, compute, told = jax.process_index(), replicas._seen_as, ""
+
+    def fails(*arguments: Any) -> Any:
+        if host == 1:
+            raise MemoryError("no memory on the device")
+        return compute(*arguments)
+
+    replicas._seen_as = fails  # type: ignore[assignment]
+    try:
+        restore_replicated(root, (True, True), "full")
+    except dd.errors.PeerError as error:
+        told = str(error)
+    wrong = restore_replicated(root, (False, False), "full")[1]
+    sums = [
+        multihost_utils.process_allgather(np.array(100 * host + step)).tolist() for step in range(3)
+    ]
+    return told, wrong, sums

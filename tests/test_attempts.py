@@ -318,7 +318,7 @@ def test_a_host_that_is_lost_counts_though_the_primary_lives(make: Any) -> None:
     def on(group: HostGroup) -> Any:
         if group.index == 0:
             return restore(store, group, options=options)
-        return group.exchange("list", [store.root, None], timeout_seconds=20)  # and dies
+        return group.exchange("list", [store.root, None, ""], timeout_seconds=20)  # and dies
 
     [error, _] = SimulatedHosts(2).run(on)
     assert isinstance(error, PeerLostError)

@@ -141,7 +141,8 @@ def test_each_host_gets_its_own_part_back_and_another_count_is_refused(tmp_path:
     [alone] = run_hosts(targets.handler_restore, 1, args=(str(tmp_path),), timeout_seconds=90)
     assert alone.value is not None
     assert alone.value[0] == "PositionError"
-    assert "2 hosts" in alone.value[1] and "1" in alone.value[1]
+    assert "was saved by 2 hosts; this job has 1" in alone.value[1]
+    assert "data=None" not in alone.value[1], "the handler has no data="
 
 
 def test_close_ends_every_directory_and_raises_the_first_failure(tmp_path: Path) -> None:

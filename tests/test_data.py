@@ -326,6 +326,29 @@ def test_what_grain_says_of_itself() -> None:
 # Batches and steps.
 
 
+@pytest.mark.parametrize("wrap", [shards, tracked])
+def test_a_loader_whose_iter_takes_back_what_was_restored_is_told(wrap: Any) -> None:
+    class Rewinding(loaders.Stream):
+        def __iter__(self) -> Any:
+            self.set_state(self.fresh)
+            return self
+
+    def make(shard: int, count: int) -> Any:
+        loader = Rewinding(shard, count)
+        loader.fresh = loader.get_state()
+        return loader
+
+    def wrapped() -> Any:
+        return shards(make, 2) if wrap is shards else tracked(make(0, 1), 0)
+
+    first = wrapped()
+    taken(first, 2)  # nothing is wrong with a fresh one
+    second = wrapped()
+    second.apply(first.capture(), None, None)
+    with pytest.raises(PositionError, match=r"Rewinding\.__iter__ sets the loader to another"):
+        taken(second, 1)
+
+
 def test_batches_keep_pace_with_the_steps() -> None:
     loader, pace = shards(loaders.Stream, 4), positions.Pace(1)
     taken(loader, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from datarax_dist import config
 from datarax_dist.arrays import engine, replicas
 from datarax_dist.beacons import Silence
-from datarax_dist.errors import InvalidArgumentError, PeerError, PeerLostError
+from datarax_dist.errors import CheckpointError, InvalidArgumentError, PeerError, PeerLostError
 from datarax_dist.hosts import HostGroup
-from datarax_dist.restore import Restorer
+from datarax_dist.restore import Restorer, raise_if_stuck
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import FakeGCS, SimulatedHosts, run_hosts
 from datarax_dist.testing.simulated import MemoryStore
@@ -136,7 +138,15 @@ def test_parts_are_gathered_in_batches_that_keep_their_order() -> None:
     assert all(
         len(batch) == 1 or sum(part.size for part in batch) <= 256 << 20 for batch in batches
     )
-    found = replicas.gather(parts)
+    begun: list[int] = []
+
+    @contextlib.contextmanager
+    def together() -> Iterator[None]:
+        begun.append(len(begun))
+        yield
+
+    found = replicas.gather(parts, together)
+    assert len(begun) == len(batches)
     assert all(array.sharding == whole for array in found)
     for array, value in zip(found, values, strict=True):
         np.testing.assert_array_equal(array, value)
@@ -150,7 +160,7 @@ def test_64_bits_stay_on_the_threads_that_read_and_gather() -> None:
         part = replicas.Part(lambda: jax.device_put(value, whole), whole, value.nbytes)
         loaded = engine.Loaded({}, {("a",): part})
         read = engine._in_time(lambda: jax.device_put(value, whole), 10.0, "Reading")
-    thread = threading.Thread(target=loaded.gather)
+    thread = threading.Thread(target=loaded.gather, args=(contextlib.nullcontext,))
     thread.start()
     thread.join()
     assert loaded.values["a",].dtype == read.dtype == np.float64
@@ -184,12 +194,13 @@ def test_all_gather_at_the_same_time_after_all_have_loaded_and_before_any_applie
 ) -> None:
     store, hosts = saved
     told: list[str] = []
-    together = threading.Barrier(3)  # as a collective: nobody leaves before all are in it
+    met = threading.Barrier(3)  # as a collective: nobody leaves before all are in it
 
     def on(group: HostGroup) -> Any:
         def load(candidate: Any, loading: Any) -> Any:
-            def gather() -> None:
-                together.wait(10)
+            def gather(together: Any) -> None:
+                with together():
+                    met.wait(10)
                 told.append("gathered")
 
             loading.gather_later("parts of a", gather)
@@ -212,7 +223,7 @@ def test_hosts_that_would_gather_different_things_are_told_so_before(
     def on(group: HostGroup) -> Any:
         def load(candidate: Any, loading: Any) -> Any:
             if group.index != victim:
-                loading.gather_later("parts of a", lambda: done.append("gathered"))
+                loading.gather_later("parts of a", lambda together: done.append("gathered"))
             return lambda: done.append("applied")
 
         return restore(store, group, load)
@@ -229,15 +240,17 @@ def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_erro
 ) -> None:
     store, hosts = saved
     monkeypatch.setattr("datarax_dist.restore._BEACONS_SECONDS", 0.0)
+    monkeypatch.setattr("datarax_dist.restore._given_up", [])
     applied: list[int] = []
     over = threading.Event()
 
     def on(group: HostGroup) -> Any:
         def load(candidate: Any, loading: Any) -> Any:
-            def gather() -> None:
-                if group.index == victim:
-                    raise ValueError("no memory on the device")
-                over.wait(20)
+            def gather(together: Any) -> None:
+                with together():
+                    if group.index == victim:
+                        raise ValueError("no memory on the device")
+                    over.wait(20)
 
             loading.gather_later("parts of a", gather)
             return lambda: applied.append(group.index)
@@ -247,6 +260,9 @@ def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_erro
     uncaught: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", uncaught.append)
     results = hosts.run(on)
+    assert all("Start this job again" in str(result.__notes__) for result in results)
+    with pytest.raises(CheckpointError, match="Start this job again"):
+        raise_if_stuck()
     over.set()
     for thread in threading.enumerate():
         if thread.name == "datarax_dist-gather":
@@ -261,10 +277,50 @@ def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_erro
     assert applied == []
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_host_that_fails_before_all_are_ready_keeps_the_others_from_beginning(
+    saved: Any, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they began could not be ended, and would be paired with whatever comes next."""
+    store, hosts = saved
+    monkeypatch.setattr("datarax_dist.restore._given_up", [])
+    begun: list[tuple[int, int]] = []
+    over: list[int] = []
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, loading: Any) -> Any:
+            def gather(together: Any) -> None:
+                try:
+                    for batch in range(3):
+                        if (group.index, batch) == (victim, 1):
+                            raise MemoryError
+                        with together():
+                            begun.append((batch, group.index))
+                finally:
+                    over.append(group.index)
+
+            loading.gather_later("parts of a", gather)
+            return lambda: None
+
+        with pytest.raises(PeerError, match=f"host {victim} failed in phase 'gather'") as raised:
+            restore(store, group, load)
+        assert not hasattr(raised.value, "__notes__")
+        raise_if_stuck()
+        return restore(store, group, lambda candidate, loading: lambda: "whole")
+
+    assert hosts.run(on) == ["whole"] * 3
+    for thread in threading.enumerate():
+        if thread.name == "datarax_dist-gather":
+            thread.join(5)  # a second; their deadline is 10
+    assert sorted(begun) == [(0, 0), (0, 1), (0, 2)]
+    assert sorted(over) == [0, 1, 2]
+
+
 def test_a_host_that_has_gone_after_its_part_is_named_while_the_others_hang(
     saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, hosts = saved
+    monkeypatch.setattr("datarax_dist.restore._given_up", [])
     over = threading.Event()
     board = hosts.groups[0]._board
 
@@ -277,9 +333,10 @@ def test_a_host_that_has_gone_after_its_part_is_named_while_the_others_hang(
 
     def on(group: HostGroup) -> Any:
         def load(candidate: Any, loading: Any) -> Any:
-            def gather() -> None:
-                if group.index != 2:
-                    over.wait(20)
+            def gather(together: Any) -> None:
+                with together():
+                    if group.index != 2:
+                        over.wait(20)
 
             loading.gather_later("parts of a", gather)
             return lambda: None
@@ -353,6 +410,19 @@ def test_hosts_with_different_options_are_told_so(root: str) -> None:
     for error in restore_really(root, (True, False), "sizes"):
         assert "InvalidArgumentError" in error
         assert "single_replica_restore" in error
+
+
+@real
+def test_after_a_gather_that_failed_on_one_host_computations_are_right(root: str) -> None:
+    for host in run_hosts(
+        targets.failed_gather, 2, devices_per_host=2, args=(root,), timeout_seconds=90
+    ):
+        assert host.error is None, host.error
+        told, wrong, sums = host.value
+        assert "host 1 failed in phase 'gather'" in told
+        assert "no memory on the device" in told
+        assert wrong == []
+        assert sums == [[0, 100], [1, 101], [2, 102]]
 
 
 @real

@@ -55,6 +55,7 @@ from datarax_dist.arrays.leaves import (
     bytes_of,
     check_kind,
     check_stored,
+    elsewhere,
     fits,
     restore_args,
     spec_leaves,
@@ -309,15 +310,20 @@ class Loaded:
         digest = fmt.digest(placed.encode())
         return f"parts of {len(self.parts)} arrays ({names}...; {digest})"
 
-    def gather(self) -> None:
+    def gather(self, together: replicas.Together) -> None:
         """Makes `values` whole. Collective.
+
+        Args:
+            together: see `replicas.gather`.
 
         Raises:
             CheckpointError: a host has gone, or a device lacks memory.
         """
         try:
             with self._as_here:  # on another thread
-                found = replicas.gather(list(self.parts.values()))
+                found = replicas.gather(list(self.parts.values()), together)
+        except CheckpointError:  # another host's
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"The devices could not tell each other what their hosts have read:"
@@ -461,9 +467,11 @@ class OrbaxArrays:
             if part := replicas.parted(arguments.sharding, leaf.shape, leaf.dtype):
                 placed[key] = arguments.sharding
                 chosen[key] = leaf, dataclasses.replace(arguments, sharding=part)
-        makers: dict[tuple[str, ...], Callable[[], Any]] = {}
+        made = {key: elsewhere(leaf, arguments) for key, (leaf, arguments) in chosen.items()}
+        makers = {key: make for key, make in made.items() if make is not None}
         if not is_bucket(path):
-            makers = self._read_direct(path, chosen, verified)
+            here = {key: value for key, value in chosen.items() if key not in makers}
+            makers |= self._read_direct(path, here, verified)
         rest = {key: value for key, value in chosen.items() if key not in makers}
         values = self._read_by_orbax(path, spec, rest)
         parts: dict[tuple[str, ...], replicas.Part] = {}

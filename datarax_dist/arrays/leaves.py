@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "check_stored",
     "default_sharding",
     "describe_foreign",
+    "elsewhere",
     "fits",
     "restore_args",
     "spec_leaves",
@@ -153,6 +155,19 @@ def want(reading: direct.Reading, stored: direct.StoredArray, wish: Any) -> Call
         sharding,
         lambda part: buffers[direct.region(part or (), stored.shape)].array,
         dtype=stored.dtype,
+    )
+
+
+def elsewhere(leaf: LeafSpec, wish: Any) -> Callable[[], Any] | None:
+    """Returns what makes an array of which this host has no part; None for another one. Neither JAX
+    nor Orbax makes one by itself.
+    """
+    if not isinstance(wish, ocp.ArrayRestoreArgs) or leaf.kind == "key":
+        return None
+    if wish.sharding is None or wish.sharding.addressable_devices:
+        return None
+    return functools.partial(
+        jax.make_array_from_single_device_arrays, leaf.shape, wish.sharding, [], dtype=wish.dtype
     )
 
 

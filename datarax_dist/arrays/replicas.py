@@ -7,6 +7,7 @@ says along which axes of the mesh an array is the same.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -27,6 +28,7 @@ _SMALLER = re.compile("u?int[24]|float[46]_.*")  # than a byte
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 ProcessOf = Callable[[Any], int]
+Together = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,15 @@ def _seen_as(array: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(array, dtype)
 
 
-def gather(parts: Sequence[Part]) -> list[jax.Array]:
+def gather(parts: Sequence[Part], together: Together) -> list[jax.Array]:
     """Returns the arrays, each placed as it is to be. Collective: every host with the same ones, in
     the same order.
+
+    Args:
+        together: what each computation of all hosts is made within. It is entered when nothing is
+            left that this host could fail in alone, and waits until that is so on all, or raises. A
+            computation that one host does not begin would be paired, on the others, with whatever
+            that one computes next.
 
     Beside them, the devices hold the parts of a batch (256 MiB, or one array) at the same time, and
     one array of it twice.
@@ -131,7 +139,11 @@ def gather(parts: Sequence[Part]) -> list[jax.Array]:
             if jax.numpy.issubdtype(dtype, jax.numpy.floating):
                 made[number] = _seen_as(made[number], _BITS[dtype.itemsize])
         place = jax.jit(_as_they_are, out_shardings=tuple(part.sharding for part in batch))
-        placed = list(place(*made))
+        compiled = place.lower(*made).compile()
+        jax.block_until_ready(made)
+        with together():
+            placed = list(compiled(*made))
+            jax.block_until_ready(placed)
         for dtype in dtypes:
             array = placed.pop(0)
             if array.dtype != dtype:

@@ -281,6 +281,16 @@ class Plan:
     changes: dict[str, tuple[Any, Any]]
     left: tuple[str, ...]
 
+    def spoil(self) -> None:
+        """Has nothing taken from the loaders, nor saved of them: of a restore that has failed, here
+        or on another host, where they stand is not known, or not what all hosts have.
+        """
+        for source in self.sources.values():
+            source.poison(
+                "A restore into it has failed, and where it stands now is not known. Make the"
+                " loader anew, and restore into that."
+            )
+
 
 def plan_restore(
     data: Any,
@@ -471,11 +481,7 @@ def apply_positions(
             if pace is not None:
                 pace.restored(name, source, step, batches)
     except BaseException:
-        for source in plan.sources.values():
-            source.poison(
-                "A restore into it has failed, and where it stands now is not known. Make the"
-                " loader anew, and restore into that."
-            )
+        plan.spoil()
         raise
 
 

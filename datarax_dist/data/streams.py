@@ -167,7 +167,7 @@ class Loader(Source):
         if self._ended:
             raise StopIteration
         if self._iterator is None:
-            self._iterator = iter(self._adapter.iterate())
+            self._iterator = self._begin()
         try:
             batch = next(self._iterator)
         except StopIteration:
@@ -175,6 +175,22 @@ class Loader(Source):
             raise
         self._handed += 1
         return batch
+
+    def _begin(self) -> Iterator[Any]:
+        """Raises `PositionError` where beginning takes back what was restored."""
+        adapter = self._adapter
+        looks = self._memory.restored is not None and not adapter.starts_when_read
+        before = _encode(adapter.get_state()) if looks else None
+        iterator = iter(adapter.iterate())
+        # What makes an iterator of its own may say that it has begun.
+        if looks and iterator is adapter.loader and _encode(adapter.get_state()) != before:
+            kind = type(adapter.loader).__qualname__
+            raise PositionError(
+                f"{kind}.__iter__ sets the loader to another position than the one that was"
+                " restored, so records would come twice, or never. Let __iter__ return the loader"
+                " as it is, and begin an epoch elsewhere."
+            )
+        return iterator
 
     def ownership(self) -> Ownership:
         return Ownership((0,), frozenset((0,)))

@@ -1,0 +1,175 @@
+"""A restore that has failed on one host has failed on all: nobody goes on from half of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from targets import Counter
+
+import datarax_dist as dd
+from datarax_dist import errors
+from datarax_dist.testing import run_hosts
+
+SPOILT = "A restore into it has failed"
+
+
+class Model:
+    """A state of one's own, which may refuse what it is given."""
+
+    def __init__(self, value: float, fails: bool = False) -> None:
+        self.weights, self.fails = np.full(3, value), fails
+
+    def get_state(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self.fails:
+            raise RuntimeError("not this one")
+        self.weights = state["weights"]
+
+
+class Refusing(Counter):
+    """Its position can be set where `there` says so."""
+
+    there = True
+
+    def set_state(self, state: dict[str, int]) -> None:
+        if not self.there:
+            raise RuntimeError("not this one")
+        super().set_state(state)
+
+
+def told(act: Any) -> str:
+    try:
+        act()
+    except (Exception, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
+    return ""
+
+
+@pytest.mark.parametrize("what", ["state", "interrupt"])
+def test_loaders_of_a_restore_that_failed_with_the_state_cannot_be_used(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        shards = dd.data.shards(Counter, 4)
+        next(shards)
+        ckpt.save(1, state=Model(1.0), data={"a": shards, "b": Counter(0, 1)}).result()
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        model, shards, plain = Model(0.0, fails=True), dd.data.shards(Counter, 4), Counter(0, 1)
+        if what == "interrupt":  # when all is done, and restore() has not returned
+
+            def interrupt(*arguments: Any) -> Any:
+                raise KeyboardInterrupt
+
+            model.fails = False
+            monkeypatch.setattr(ckpt._restorer, "_tidy", interrupt)
+        failed = told(lambda: ckpt.restore(state=model, data={"a": shards, "b": plain}))
+        assert ("KeyboardInterrupt" if what == "interrupt" else "not this one") in failed
+        assert "cannot be used any more: make them anew" in failed
+        assert SPOILT in told(lambda: next(shards))
+        for data in (shards, plain):
+            assert SPOILT in told(lambda data=data: ckpt.save(2, state=Model(2.0), data=data))
+        assert ckpt.all_steps() == [1]
+
+
+def test_a_restore_that_changed_nothing_spoils_no_loader(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": np.zeros(2)}, data=dd.data.shards(Counter, 4)).result()
+        shards = dd.data.shards(Counter, 4)
+        with pytest.raises(errors.StructureMismatchError) as raised:
+            ckpt.restore(state={"a": np.zeros(3)}, data=shards)
+        assert not hasattr(raised.value, "__notes__")
+        ckpt.restore(state={"a": np.zeros(2)}, data=shards)
+        assert next(shards) is not None
+
+
+def failing(root: str) -> list[str]:
+    """Restores that fail on host 1 only; what each host is told, and what is left."""
+    import jax
+
+    there = jax.process_index() == 0
+    found = []
+
+    def make(kind: Any = Counter) -> Any:
+        return {"a": dd.data.shards(kind, 4), "p": kind(jax.process_index(), 2)}
+
+    with dd.Checkpointer(root) as ckpt:
+        data = make()
+        for batches in data.values():
+            next(batches)
+        ckpt.save(1, state=Model(1.0), data=data).result(60)
+        Refusing.there = there
+        allow = ["a.class", "p.class"]
+        for model, data in (
+            (Model(0.0, fails=not there), make()),
+            (Model(0.0), make(Refusing)),
+        ):
+            found.append(
+                told(
+                    lambda model=model, data=data: ckpt.restore(
+                        state=model, data=data, allow_data_changes=allow
+                    )
+                )
+            )
+            found.append(told(lambda data=data: next(data["a"])))
+            # Both loaders are named as one save asks for them: the plain one alone.
+            found.append(told(lambda data=data: ckpt.save(2, state=Model(2.0), data=data["p"])))
+        data = make() if there else None
+        found.append(told(lambda: ckpt.restore(state=Model(0.0), data=data)))
+        found.append(told(lambda: ckpt.restore(state=Model(0.0) if there else None)))
+        found.append(str(ckpt.all_steps()))  # hosts are together still
+        found.append(str(ckpt.restore(state=Model(0.0), data=make()).step))
+    return found
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_a_restore_that_fails_on_one_host_leaves_no_loader_that_can_be_used(tmp_path: Path) -> None:
+    for host in run_hosts(failing, 2, args=(str(tmp_path / "run"),), timeout_seconds=90):
+        assert host.error is None, host.error
+        state, batch, save, loader, batch_2, save_2, no_data, no_state, steps, step = host.value
+        for error in (state, loader):
+            assert "not this one" in error
+            assert "cannot be used any more: make them anew" in error
+        for error in (batch, save, batch_2, save_2):
+            assert SPOILT in error
+        assert "Host 1 has a state to restore into, and data: none; host 0 has" in no_data
+        assert "data: 'a', 'p'" in no_data
+        assert "Host 1 has no state to restore into" in no_state
+        assert (steps, step) == ("[1]", "1")
+
+
+def alone(root: str) -> list[str]:
+    import jax
+
+    options = dd.Options(exchange_timeout_seconds=60)
+    found = []
+    ckpt = dd.Checkpointer(root, options=options)
+    ckpt.save(1, state=Model(1.0)).result(60)
+    if jax.process_index() == 1:
+        ckpt.close()
+    else:
+        found = [
+            told(lambda: ckpt.save(2, state=Model(2.0))),
+            told(ckpt.all_steps),
+            told(lambda: ckpt.restore(state=Model(0.0))),
+            told(lambda: ckpt.delete(1)),
+        ]
+        ckpt.close()
+    return found
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_who_has_closed_is_waited_for_by_no_later_call(tmp_path: Path) -> None:
+    """Each call would wait for 60 s (600 by default), and this test does not."""
+    first, second = run_hosts(alone, 2, args=(str(tmp_path / "run"),), timeout_seconds=30)
+    assert (first.error, second.error) == (None, None)
+    assert len(first.value) == 4
+    for error in first.value:
+        assert "host 1" in error
+        assert "it has closed its Checkpointer, or has ended." in error
