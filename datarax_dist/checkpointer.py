@@ -41,7 +41,7 @@ from datarax_dist.request import SaveRequest, plain_metadata
 from datarax_dist.restore import Loading, Restorer, RestoreReport, Together, raise_if_stuck
 from datarax_dist.retention import delete_step, with_room
 from datarax_dist.save import Saver, StartedSave
-from datarax_dist.states import apply_state, is_checkpointable, state_tree
+from datarax_dist.states import apply_state, is_checkpointable, is_set_in_place, state_tree
 from datarax_dist.storage import open_store
 from datarax_dist.telemetry import Phases
 
@@ -50,10 +50,8 @@ __all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
 logger = logging.getLogger("datarax_dist")
 
 _SAYS_NOTHING_SECONDS = 20.0  # how long a handle may need to say so of the primary
-_HALF_RESTORED = (
-    "The loaders that restore() was given cannot be used any more: make them anew. What it sets in"
-    " place (an NNX module, an object with set_state) may be restored on some hosts only."
-)
+_SPOILT = "The loaders that restore() was given cannot be used any more: make them anew."
+_HALF_SET = "What restore() sets in place may be what the step has on some hosts only."
 _ORBAX_MARKER = "commit_success.txt"  # what plain Orbax takes for a whole step, in a bucket
 
 
@@ -281,7 +279,7 @@ class Checkpointer:
         except BaseException as error:
             if previous is not None and error is unseen:
                 previous._seen = True
-                error.add_note(f"So failed step {previous.step}; the save of {step} did not begin.")
+                error.add_note(f"That was the save of step {previous.step}; {step} is not saved.")
             # Ctrl-C, or no thread to be had: nobody else would end what has begun.
             if started is not None and (running is None or running.take()):
                 started.abandon(error)
@@ -455,7 +453,10 @@ class Checkpointer:
         except BaseException as error:
             if self._applied is not None:  # here, or on another host only
                 self._applied.spoil()
-                error.add_note(_HALF_RESTORED)
+                if self._applied.sources:
+                    error.add_note(_SPOILT)
+                if is_set_in_place(state):
+                    error.add_note(_HALF_SET)
             raise
         finally:
             self._applied = None

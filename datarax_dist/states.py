@@ -11,7 +11,7 @@ import jax
 
 from datarax_dist.data import Checkpointable
 
-__all__ = ["apply_state", "is_checkpointable", "state_tree"]
+__all__ = ["apply_state", "is_checkpointable", "is_set_in_place", "state_tree"]
 
 
 def _nnx() -> Any:
@@ -51,6 +51,13 @@ def _pure(node: Any) -> Any:
 def is_checkpointable(state: Any) -> bool:
     """Whether an object is to be asked for its state, rather than being one."""
     return isinstance(state, Checkpointable) and not isinstance(state, dict | list | tuple)
+
+
+def is_set_in_place(target: Any) -> bool:
+    """Whether `apply_state` changes something of a target."""
+    if is_checkpointable(target):
+        return True
+    return _nnx() is not None and any(map(_is_nnx, jax.tree.leaves(target, is_leaf=_is_nnx)))
 
 
 def apply_state(target: Any, tree: Any) -> Any:

@@ -286,6 +286,7 @@ def test_usage_errors_exit_2(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_was_meant_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in (
         ("launch --hosts 2 python t.py -x", "datarax-dist launch --hosts 2 -- python t.py -x"),
+        ("launch --hosts 2 --what x -- true", "unrecognized arguments: --what x"),
         ("ls gs:/bucket/run", "Use 'gs://bucket/run'"),
     ):
         assert cli.main(words.split()) == 2

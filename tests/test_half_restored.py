@@ -70,10 +70,25 @@ def test_loaders_of_a_restore_that_failed_with_the_state_cannot_be_used(
         failed = told(lambda: ckpt.restore(state=model, data={"a": shards, "b": plain}))
         assert ("KeyboardInterrupt" if what == "interrupt" else "not this one") in failed
         assert "cannot be used any more: make them anew" in failed
+        assert "sets in place may be what the step has on some hosts only" in failed
         assert SPOILT in told(lambda: next(shards))
         for data in (shards, plain):
             assert SPOILT in told(lambda data=data: ckpt.save(2, state=Model(2.0), data=data))
         assert ckpt.all_steps() == [1]
+
+
+def test_who_restores_no_data_in_place_is_told_of_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": np.zeros(2)}).result()
+        monkeypatch.setattr(ckpt._restorer, "_tidy", interrupt)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            ckpt.restore(state={"a": np.zeros(2)})
+    assert not hasattr(raised.value, "__notes__")
 
 
 def test_a_restore_that_changed_nothing_spoils_no_loader(tmp_path: Path) -> None:

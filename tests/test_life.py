@@ -150,7 +150,7 @@ def told_by_the_next_save(
     disk_is_full(False)
     with pytest.raises(errors.StorageError, match="no space left") as raised:
         ckpt.save(2, state=STATE)
-    assert raised.value.__notes__ == ["So failed step 1; the save of 2 did not begin."]
+    assert raised.value.__notes__ == ["That was the save of step 1; 2 is not saved."]
     ckpt.check_for_errors()
 
 

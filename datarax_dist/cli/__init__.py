@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             parser = _parser()
             arguments, rest = parser.parse_known_args(words)
-            if rest and arguments.verb == "launch":
+            is_command = arguments.verb == "launch" and not command
+            if rest and is_command and words[-len(rest) :] == rest:
                 begun = shlex.join(words[: len(words) - len(rest)])
                 raise UsageError(
                     f"Put -- before the command: datarax-dist {begun} -- {shlex.join(rest)}"

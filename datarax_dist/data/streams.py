@@ -179,10 +179,10 @@ class Loader(Source):
     def _begin(self) -> Iterator[Any]:
         """Raises `PositionError` where beginning takes back what was restored."""
         adapter = self._adapter
-        looks = self._memory.restored is not None and not adapter.starts_when_read
+        # What makes iterators of its own may say of itself that it has begun.
+        looks = self._memory.restored is not None and hasattr(adapter.loader, "__next__")
         before = _encode(adapter.get_state()) if looks else None
         iterator = iter(adapter.iterate())
-        # What makes an iterator of its own may say that it has begun.
         if looks and iterator is adapter.loader and _encode(adapter.get_state()) != before:
             kind = type(adapter.loader).__qualname__
             raise PositionError(
