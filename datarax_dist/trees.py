@@ -34,6 +34,7 @@ __all__ = [
     "match",
     "plan_state",
     "tree_digest",
+    "would_be_cut",
 ]
 
 Path = tuple[str, ...]
@@ -628,6 +629,8 @@ def _as_wanted(spec: LeafSpec, value: Any, target: Any) -> Any:
             return jax.device_put(
                 np.asarray(value, target.dtype), getattr(target, "sharding", None)
             )
+        if spec.local and spec.kind == "jax" and not would_be_cut(spec):  # read as numpy
+            return jax.numpy.asarray(value)
         return value
     if type(target) in (bool, int, float, complex):
         return type(target)(np.asarray(value)[()])
@@ -664,6 +667,11 @@ def _empty(spec: LeafSpec) -> Any:
 def needs_x64(spec: LeafSpec) -> bool:
     """A `jax.Array` of 64 bits, which JAX would cut to 32 bits without `jax_enable_x64`."""
     return spec.kind == "jax" and spec.dtype in ("int64", "uint64", "float64", "complex128")
+
+
+def would_be_cut(spec: LeafSpec) -> bool:
+    """Whether it cannot be a `jax.Array` here."""
+    return needs_x64(spec) and not jax.config.read("jax_enable_x64")
 
 
 def tree_digest(tree: Any) -> str:

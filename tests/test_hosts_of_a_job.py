@@ -67,14 +67,16 @@ def begun_anew(root: str, port: int) -> list[Any]:
 
 
 def on_one_host(root: str) -> list[Any]:
-    """Restores into arrays that are on the devices of host 0 only."""
+    """Restores into arrays that are on the devices of host 0 only; and without a target what each
+    host had for itself.
+    """
     found: list[Any] = []
     for number, compression in enumerate(("none", "zstd")):
         with dd.Checkpointer(
             f"{root}{number}", options=dd.Options(compression=compression)
         ) as ckpt:
             values = {"w": np.arange(24.0, dtype=np.float32), "b": np.arange(6)}
-            ckpt.save(1, state=values).result(60)
+            ckpt.save(1, state={**values, "own": jax.numpy.arange(3)}).result(60)
             mine = [device for device in jax.devices() if device.process_index == 0]
             mesh = jax.sharding.Mesh(np.array(mine), ("x",))
             for spec in (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("x")):
@@ -84,6 +86,7 @@ def on_one_host(root: str) -> list[Any]:
                     for name, value in values.items()
                 }
                 restored = ckpt.restore(state=target).state
+                found.append(type(ckpt.restore().state["own"]) is type(jax.numpy.arange(3)))
                 for name, value in restored.items():
                     shards = value.addressable_shards
                     right = all(
@@ -112,7 +115,7 @@ def test_a_job_may_begin_its_hosts_anew(tmp_path: Path) -> None:
 
 @pytest.mark.multihost
 @pytest.mark.xdist_group("multihost")
-def test_a_target_may_be_on_the_devices_of_one_host(tmp_path: Path) -> None:
+def test_arrays_may_be_on_the_devices_of_one_host(tmp_path: Path) -> None:
     first, second = run(on_one_host, str(tmp_path / "run"))
-    assert first == [(2, True)] * 8
-    assert second == [(0, True)] * 8
+    assert first == [True, (2, True), (2, True)] * 4
+    assert second == [True, (0, True), (0, True)] * 4
