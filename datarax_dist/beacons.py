@@ -73,13 +73,18 @@ class Beacons:
         self._watched = 0.0  # how long the others have been watched
         self._seen: dict[int, tuple[str, float]] = {}
         self._number = 0
+        self._is_stopped = threading.Event()
 
     def start(self) -> None:
-        """Sends and receives from here on, until the process ends."""
+        """Sends and receives from here on, until it is stopped, or the process ends."""
         threading.Thread(target=self._run, name="datarax_dist-beacon", daemon=True).start()
 
+    def stop(self) -> None:
+        """Sends and receives nothing any more: what this host was a part of is over."""
+        self._is_stopped.set()
+
     def _run(self) -> None:
-        while True:
+        while not self._is_stopped.is_set():
             self.exchange()
             self._clock.sleep(self._interval)
 

@@ -258,8 +258,13 @@ def _beacons() -> Beacons:
     return _beacons_by(distributed.global_state.client)
 
 
+_sent: list[Beacons] = []  # by the client before
+
+
 @functools.lru_cache(maxsize=1)  # another client: jax.distributed was shut down, and begun anew
 def _beacons_by(client: Any) -> Beacons:
+    while _sent:
+        _sent.pop().stop()
     index, count = _place()
     prefix = "datarax_dist/beacons/"
 
@@ -272,4 +277,5 @@ def _beacons_by(client: Any) -> Beacons:
 
     beacons = Beacons(send, receive, index, count)
     beacons.start()
+    _sent.append(beacons)
     return beacons

@@ -88,6 +88,8 @@ class _Local:
 class Run(Checkpointer):
     """A `Checkpointer` whose state is any target of datarax's convention."""
 
+    _own_items = frozenset((_LOCAL,))
+
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
         tree = state_tree(state)
         hosts = self._group.count

@@ -34,11 +34,12 @@ from datarax_dist.errors import (
     StorageError,
     describe,
 )
+from datarax_dist.gathers import Together, raise_if_stuck
 from datarax_dist.handles import Progress, SaveHandle
 from datarax_dist.hosts import HostGroup, current_group
 from datarax_dist.inspection import Candidate, Inspection, inspect_run
 from datarax_dist.request import SaveRequest, plain_metadata
-from datarax_dist.restore import Loading, Restorer, RestoreReport, Together, raise_if_stuck
+from datarax_dist.restore import Loading, Restorer, RestoreReport
 from datarax_dist.retention import delete_step, with_room
 from datarax_dist.save import Saver, StartedSave
 from datarax_dist.states import apply_state, is_checkpointable, is_set_in_place, state_tree
@@ -107,6 +108,8 @@ class Checkpointer:
     (1, [1.0, 1.0, 1.0], {'loss': 0.5})
     """
 
+    _own_items: frozenset[str] = frozenset()  # data items that are no loaders of the user
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -134,7 +137,7 @@ class Checkpointer:
             self._store, self._group, self._clock, self._options, keep, self._borrow_lease()
         )
         self._pace = data_io.Pace(self._options.batches_per_step)
-        self._left: dict[str, int] = {}  # data items -> the step that was restored without
+        self._unasked = data_io.Unasked()
         self._applied: data_io.Plan | None = None  # what a restore has begun to set
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
@@ -312,7 +315,9 @@ class Checkpointer:
         shared = dict(captured.indexes)
         agreement = dict(captured.agreement)
         names = list(data_io.named_loaders(data))
-        self._warn_of_left(names, step)
+        for name, restored in self._unasked.saved(names).items():
+            if self._group.is_primary:
+                logger.warning(data_io.TWICE, self._root, restored, name, step)
         items = [f"data/{name}" for name in names]
         plan: trees.StatePlan | None = None
         if state is not None:
@@ -347,21 +352,6 @@ class Checkpointer:
             items=sorted(items),
             versions=_versions(),
         )
-
-    def _warn_of_left(self, names: Sequence[str], step: int) -> None:
-        """Once for each: restored without data, and saved with it, records come twice."""
-        for name in names:
-            restored = self._left.pop(name, None)
-            if restored is not None and self._group.is_primary:
-                logger.warning(
-                    "%s: step %d has a position of %r, which restore() was not asked for; step %d"
-                    " is saved with a loader that goes on from where it stood. Records come twice,"
-                    " or never, unless the data was to begin anew; restore(data=...) sets it back.",
-                    self._root,
-                    restored,
-                    name,
-                    step,
-                )
 
     def _finish(self, running: _Running) -> None:
         """On the worker. A watcher beside it tells the handle of a failure elsewhere at once, while
@@ -488,8 +478,9 @@ class Checkpointer:
             return None
         (value, metadata, plan), report = found
         if plan is not None:
-            report = dataclasses.replace(report, data_changes=plan.changes, data_left=plan.left)
-            self._left = dict.fromkeys(plan.left, report.step)
+            left = [name for name in plan.left if name not in self._own_items]
+            report = dataclasses.replace(report, data_changes=plan.changes, data_left=tuple(left))
+            self._unasked.restored(plan.sources, left, report.step)
         for name, (then, now) in report.data_changes.items():
             logger.warning("%s: %s was %r, and is %r now, as allowed", self._root, name, then, now)
         if self._loads(state):
@@ -678,7 +669,7 @@ class Checkpointer:
         self._check_open()
         number = _whole_number(step)
         gone = f"Step {number} may be deleted or not: look again (all_steps)."
-        with self._group.in_parts("delete", lambda phase: gone) as operation:
+        with self._group.in_parts("delete", lambda phase: "" if phase else gone) as operation:
             self._group.exchange(
                 "delete",
                 number,
@@ -786,7 +777,11 @@ class Checkpointer:
         if self._closed:
             raise InvalidArgumentError(f"The Checkpointer of {self._root} is closed.")
         self._group.check_job()
-        raise_if_stuck()
+        try:
+            raise_if_stuck()
+        except CheckpointError as error:  # the others may not be, and need not wait
+            self._group.close(str(error))
+            raise
 
     def _forked(self) -> InvalidArgumentError:
         return InvalidArgumentError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -138,23 +139,33 @@ class KeepPolicy(Protocol):
 
 def check_policies(*, save_when: Any = None, keep: Any = None) -> None:
     """Raises `InvalidArgumentError` for what is no policy of its kind; None is none at all."""
-    for name, policy, kind, example in (
-        ("save_when", save_when, SavePolicy, "every_steps(100)"),
-        ("keep", keep, KeepPolicy, "latest(3)"),
-    ):
-        if policy is not None and not isinstance(policy, kind):
-            raise InvalidArgumentError(
-                f"{name} must be a policy, datarax_dist.{example} say, not {policy!r}."
-            )
+    if save_when is not None:
+        _check_save_policy(save_when)
+    if keep is not None:
+        _check_keep_policy(keep)
+
+
+def _check_save_policy(policy: Any) -> None:
+    if not isinstance(policy, SavePolicy):
+        raise InvalidArgumentError(
+            f"save_when must be a policy, datarax_dist.every_steps(100) say, not {policy!r}."
+        )
+
+
+def _check_keep_policy(policy: Any) -> None:
+    if not isinstance(policy, KeepPolicy):
+        raise InvalidArgumentError(
+            f"keep must be a policy, datarax_dist.latest(3) say, not {policy!r}."
+        )
 
 
 def _any_of(*policies: SavePolicy) -> _AnyOf:
-    check_policies(save_when=policies[-1])
+    _check_save_policy(policies[-1])
     return _AnyOf(policies)
 
 
 def _union(*policies: KeepPolicy) -> _Union:
-    check_policies(keep=policies[-1])
+    _check_keep_policy(policies[-1])
     return _Union(policies)
 
 
@@ -214,11 +225,11 @@ class _EveryNSteps:
 
 
 def _positive(name: str, value: Any, other: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise InvalidArgumentError(
             f"{name} needs a whole number of 1 or more{other}, not {value!r}."
         )
-    return value
+    return int(value)
 
 
 def every_steps(steps: int) -> SavePolicy:

@@ -188,14 +188,14 @@ class HostGroup:
                 return
             self._clock.sleep(_TELL_SECONDS)
 
-    def close(self) -> None:
+    def close(self, why: str = "it has closed its Checkpointer, or has ended.") -> None:
         """Takes note that this host will make no more calls in this group. Who makes one all the
         same is told so, and waits for nobody; and of what could not be said yet.
         """
         if not self._is_closed and self.count > 1:
             self._is_closed = True
             with self.begin(_CLOSE, is_any_call=True).part(_CLOSE) as part:
-                part.fail(_CLOSE, CheckpointError("it has closed its Checkpointer, or has ended."))
+                part.fail(_CLOSE, CheckpointError(why))
         if self._siblings is not None:
             self._siblings.closed(self)
 
@@ -291,7 +291,7 @@ class Operation:
         # The others hear from this host that it, or a part of it, has failed; or cannot.
         self.is_told = False
         self._own: BaseException | None = None
-        self._is_over = False  # what another thread still waits for will not come
+        self._decided: str | None = None  # what is kept of it when the board forgets it
 
     @property
     def _told(self) -> str:
@@ -309,7 +309,7 @@ class Operation:
             self._clock,
             self._number,
             name,
-            lambda phase: self.consequence(name),
+            lambda phase: self.consequence(phase and name),
             f"{self._prefix}{self._parts}/",
             self._call,
         )
@@ -319,7 +319,6 @@ class Operation:
             with part.failing(name):
                 yield part
         finally:
-            part._is_over = True
             self.is_told |= part.is_told
 
     def begin_anew(self, why: str) -> None:
@@ -390,6 +389,17 @@ class Operation:
         """
         with self._reaching(decided["phase"]):
             self._group._tell(f"{self._prefix}outcome/0", json.dumps(decided))
+
+    def stop(self, phase: str, error: BaseException) -> bool:
+        """Decides that it failed, if nothing is decided yet; returns whether it has. Another thread
+        of this host that is in it knows it then, whenever it comes to ask.
+        """
+        self.fail(phase, error)
+        with contextlib.suppress(PeerLostError):
+            for row in self._read("outcome", phase).values():
+                self._decided = row
+                return "error" in json.loads(row)
+        return False  # who knows
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase. Where that
@@ -495,10 +505,9 @@ class Operation:
                 raise
 
     def check(self, phase: str) -> None:
-        """Raises when the operation has failed already, or is over."""
-        if self._is_over:
-            raise PeerError(f"{self._told}: it is over.", phase=phase, failures={})
-        for value in self._read("outcome", phase).values():
+        """Raises when the operation has failed already."""
+        known = [] if self._decided is None else [self._decided]
+        for value in known or self._read("outcome", phase).values():
             if "error" in (decided := json.loads(value)):
                 raise self._error(decided)
 
@@ -562,6 +571,8 @@ class Operation:
 
     def _outcome(self, phase: str) -> str | None:
         """Waits a moment for the decision."""
+        if self._decided is not None:
+            return self._decided
         with self._reaching(phase):
             return self._board.wait(self._prefix + "outcome/0", _SLICE_SECONDS)
 
@@ -787,7 +798,7 @@ def _client() -> Any:
 def _check_job(client: Any, count: int) -> None:
     import jax
 
-    if _client() is not client and max(count, jax.process_count()) > 1:
+    if _client() is not client and (count > 1 or jax.process_count() > 1):
         raise InvalidArgumentError(
             "jax.distributed was initialized, or shut down, after this Checkpointer was made, which"
             " knows nothing of that, nor of the hosts that there are now. Make a new one, on every"

@@ -9,23 +9,20 @@
              next phase, so that it is read once.
 3. load     Each host loads, and verifies what it reads; then what of its share is left. What fails
              is exchanged, never raised on one host alone. Damage moves on to the next candidate.
-4. gather   Where hosts have read parts of what all of them need, their devices pass these on. It
-             is a computation of all hosts, which none leaves before all have their arrays; so it
-             runs beside the thread that waits for the others.
+4. gather   Where hosts have read parts of what all of them need, their devices pass these on
+             (`gathers`).
 5. positions Applied only when every host has loaded and decoded; an error on one host is an error
              on all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +32,6 @@ from datarax_dist.attempts import Trial, mark_suspects
 from datarax_dist.clock import Clock, SystemClock
 from datarax_dist.config import Options
 from datarax_dist.errors import (
-    CheckpointError,
     CorruptStepError,
     FormatVersionError,
     InvalidArgumentError,
@@ -44,6 +40,7 @@ from datarax_dist.errors import (
     StorageError,
     printable,
 )
+from datarax_dist.gathers import GATHER, Gathering, Together
 from datarax_dist.hosts import HostGroup, Operation
 from datarax_dist.inspection import (
     Candidate,
@@ -61,28 +58,18 @@ from datarax_dist.inspection import (
 from datarax_dist.storage import Store, SupportsRename
 from datarax_dist.telemetry import Phases
 
-__all__ = ["Loading", "RestoreReport", "Restorer", "raise_if_stuck"]
+__all__ = ["Loading", "RestoreReport", "Restorer"]
 
 logger = logging.getLogger("datarax_dist")
 
 _TRIES = 20
 _FEW_HOSTS = 64  # that have written a step: what they wrote is listed in a request or two
-_BEACONS_SECONDS = 5.0  # until a beacon that has stood still is known to have
 _MOST_TOLD = 100  # damaged files that one host tells the others of
-_STUCK = (
-    "A computation of all hosts' devices, which a restore had begun when it failed, has not ended."
-    " Others would be paired with it, and give wrong results without an error, those of the"
-    " training, too. Start this job again, all of its hosts."
-)
-_given_up: list[threading.Event] = []  # set as long as such a computation is under way
 # How the errors of arrays that fail their own checks begin, before any name that is not ours: with
 # a status of TensorStore, or with what its decoders say. And how findings of ours end.
 _OWN_CHECK = re.compile(r"(?:Could not \w+ the arrays: \w+: )?(?:DATA_LOSS: |Error decoding )")
 _OUR_FINDINGS = ("the checksum of a chunk is wrong", "its content has changed (checksum)")
 _OUR_SEAL = re.compile(r": checksum mismatch \(stored .*, computed [0-9a-f]{8}\)\Z", re.DOTALL)
-
-
-Together = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class Loading:
@@ -665,59 +652,25 @@ class Restorer:
         return {}, result
 
     def _gather(self, loading: Loading, restore: Operation) -> None:
-        """Lets all hosts do together what they have agreed on in the vote.
-
-        A computation cannot be stopped, and does not end where a host has died in it. So it has a
-        thread of its own, which is left alone then, and this one waits for the other hosts.
-        """
-        known, under_way = threading.Event(), threading.Event()
-        numbers = itertools.count()
+        """Lets all hosts do together what they have agreed on in the vote."""
         deadline = self._clock.monotonic() + self._options.restore_timeout_seconds
-
-        @contextlib.contextmanager
-        def together(operation: Operation) -> Iterator[None]:
-            number = next(numbers)
-            operation.contribute(f"ready {number}", None)
-            if self._group.is_primary:
-                operation.gather(f"ready {number}", deadline, together=True)
-                operation.contribute(f"go {number}", None)
-            else:
-                operation.await_primary(f"go {number}", deadline)
-            under_way.set()
-            yield
-            under_way.clear()  # not where it has failed: others may be in it
-
-        def run(operation: Operation) -> None:
+        with restore.part(GATHER) as operation:
+            silence = self._options.peer_silence_seconds
+            gathering = Gathering(self._group, operation, deadline, silence)
             try:
-                loading.gather(functools.partial(together, operation))
-            except BaseException as error:
-                # When one host dies in it, it fails on others at once. Which one it was is known
-                # when its beacon has stood still for long enough, and that is the better error.
-                patience = self._options.peer_silence_seconds + _BEACONS_SECONDS
-                if known.is_set():
-                    return
-                if not under_way.is_set() or not known.wait(patience):
-                    operation.fail("gather", error)
-            else:
-                # Too late, nobody asks any more; and the other thread finds out, too.
-                with contextlib.suppress(PeerLostError, ValueError):
-                    operation.contribute("gather", None)
-
-        try:
-            with restore.part("gather") as operation:
                 threading.Thread(
-                    target=run, args=(operation,), name="datarax_dist-gather", daemon=True
+                    target=gathering.run,
+                    args=(loading.gather,),
+                    name="datarax_dist-gather",
+                    daemon=True,
                 ).start()
                 if self._group.is_primary:
-                    operation.lead("gather", _nothing, deadline, together=True)
-                operation.result("gather", deadline)
-        except BaseException as error:
-            _given_up.append(under_way)
-            if under_way.is_set():
-                error.add_note(_STUCK)
-            raise
-        finally:
-            known.set()
+                    operation.lead(GATHER, _nothing, deadline, together=True)
+                operation.result(GATHER, deadline)
+            except BaseException as error:
+                gathering.give_up(error)
+                raise
+            gathering.end()
 
     def _try_load(
         self, candidate: Candidate, load: Loader, unverified: Sequence[fmt.FileEntry]
@@ -787,12 +740,6 @@ class _Attempt:
     unread: BaseException | None = None
     apply: Callable[[], Any] | None = None
     loading: Loading = field(default_factory=Loading)
-
-
-def raise_if_stuck() -> None:
-    """Raises when a restore that has failed has left a computation of all hosts' devices."""
-    if any(under_way.is_set() for under_way in _given_up):
-        raise CheckpointError(_STUCK)
 
 
 class _MovedError(Exception):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import datarax_dist as dd
@@ -68,6 +69,10 @@ def test_a_run_on_which_no_job_can_start_is_an_error(
     assert code == 3
     assert found["steps"][0] == "error"
     assert "none is committed, and 2 have lost their COMMIT.json" in found["steps"][1]
+    with ocp.StandardCheckpointer() as plain:  # which is restored
+        plain.save(tmp_path / "run" / "7", {"a": np.ones(2)})
+    code, found = findings(capsys, str(tmp_path / "run"))
+    assert (code, found["steps"][0]) == (0, "ok")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,27 @@ def test_who_has_closed_is_waited_for_by_no_later_call(tmp_path: Path) -> None:
     for error in first.value:
         assert "host 1" in error
         assert "it has closed its Checkpointer, or has ended." in error
+
+
+def in_a_computation(root: str) -> str:
+    import jax
+
+    from datarax_dist import gathers
+
+    with dd.Checkpointer(root, options=dd.Options(exchange_timeout_seconds=60)) as ckpt:
+        ckpt.save(1, state=Model(1.0)).result(60)
+        if jax.process_index() == 1:
+            left = types.SimpleNamespace(is_under_way=True)  # of a restore that has failed
+            gathers._left.append(left)  # type: ignore[arg-type]
+        return told(lambda: ckpt.save(2, state=Model(2.0)))
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_who_makes_no_call_for_a_computation_that_was_left_tells_the_others(tmp_path: Path) -> None:
+    """They would wait for 60 s, and this test does not."""
+    ended = run_hosts(in_a_computation, 2, args=(str(tmp_path / "run"),), timeout_seconds=30)
+    for host, kind in zip(ended, ("PeerError", "CheckpointError"), strict=True):
+        assert host.error is None, host.error
+        assert host.value.startswith(kind)
+        assert "Start this job again, all of its hosts." in host.value

@@ -22,6 +22,7 @@ from targets import Counter
 import datarax_dist as dd
 from datarax_dist import errors, hosts
 from datarax_dist.agreement import check_agreement
+from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.cli import main
 from datarax_dist.hosts import HostGroup
 from datarax_dist.testing import SimulatedHosts
@@ -43,11 +44,13 @@ def test_a_number_is_no_policy(tmp_path: Path, arguments: Any, text: str) -> Non
 
 def test_a_policy_of_the_other_kind_is_refused_where_it_is_joined() -> None:
     for keep in (dd.latest(1), dd.latest(1) | dd.every_n_steps(2)):
-        with pytest.raises(errors.InvalidArgumentError, match=r"keep must be .*_EverySteps"):
-            keep | dd.every_steps(3)  # type: ignore[operator]
+        for other in (dd.every_steps(3), None):
+            with pytest.raises(errors.InvalidArgumentError, match=r"keep must be a policy"):
+                keep | other  # type: ignore[operator]
     for save_when in (dd.every_steps(2), dd.every_steps(2) | dd.every_steps(3)):
-        with pytest.raises(errors.InvalidArgumentError, match=r"save_when must be .*_Latest"):
-            save_when | dd.latest(3)  # type: ignore[operator]
+        for other in (dd.latest(3), None):
+            with pytest.raises(errors.InvalidArgumentError, match=r"save_when must be a policy"):
+                save_when | other  # type: ignore[operator]
 
 
 def test_a_policy_of_ones_own_may_return_a_list(tmp_path: Path) -> None:
@@ -150,6 +153,37 @@ def test_data_that_was_restored_without_is_told_when_it_is_saved(
         assert report.data_left == ()
         with pytest.raises(errors.PositionError, match=r"data=\{'a': loader\} takes that one"):
             ckpt.restore(data={"c": Counter(0, 1)})
+
+
+def test_data_that_was_restored_otherwise_is_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In two calls, whichever comes first; or long before an older step was looked at."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        for step in (1, 2):
+            data = {"a": Counter(0, 1), "b": Counter(0, 1)}
+            ckpt.save(step, state=STATE, data=data).result()
+    for first, second in (({}, {"a", "b"}), ({"a", "b"}, {}), ({"a"}, {"b"})):
+        with dd.Checkpointer(tmp_path / "run") as ckpt:
+            data = {"a": Counter(0, 1), "b": Counter(0, 1)}
+            for names in (first, second):
+                ckpt.restore(data={name: data[name] for name in names} or None)
+            ckpt.save(3, state=STATE, data=data).result()
+            ckpt.restore(step=1, state=STATE)
+            ckpt.save(4, state=STATE, data=data).result()
+            ckpt.delete(3)
+            ckpt.delete(4)
+    assert [record.message for record in caplog.records] == []
+
+
+def test_the_handler_has_no_data_that_could_be_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(tmp_path, Counter(0, 1), step=1)
+        handler.restore(tmp_path, Counter(0, 1))
+        handler.save(tmp_path, Counter(0, 1), step=2)
+    assert [record.message for record in caplog.records] == []
 
 
 def test_a_step_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ from datarax_dist import config
 from datarax_dist.arrays import engine, replicas
 from datarax_dist.beacons import Silence
 from datarax_dist.errors import CheckpointError, InvalidArgumentError, PeerError, PeerLostError
+from datarax_dist.gathers import raise_if_stuck
 from datarax_dist.hosts import HostGroup
-from datarax_dist.restore import Restorer, raise_if_stuck
+from datarax_dist.restore import Restorer
 from datarax_dist.telemetry import Phases
 from datarax_dist.testing import FakeGCS, SimulatedHosts, run_hosts
 from datarax_dist.testing.simulated import MemoryStore
@@ -170,10 +171,12 @@ def test_64_bits_stay_on_the_threads_that_read_and_gather() -> None:
 # What the restore protocol makes of it
 
 
-def restore(store: Any, group: HostGroup, load: Any, silence_seconds: float = 10.0) -> Any:
+def restore(
+    store: Any, group: HostGroup, load: Any, silence_seconds: float = 10.0, seconds: float = 10.0
+) -> Any:
     options = config.Options(
         exchange_timeout_seconds=10,
-        restore_timeout_seconds=10,
+        restore_timeout_seconds=seconds,
         peer_silence_seconds=silence_seconds,
     )
     found = Restorer(store, group, options).restore(None, load, Phases("restore", group.index))
@@ -239,8 +242,8 @@ def test_a_gather_that_fails_on_one_host_and_never_ends_on_the_others_is_an_erro
     saved: Any, victim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, hosts = saved
-    monkeypatch.setattr("datarax_dist.restore._BEACONS_SECONDS", 0.0)
-    monkeypatch.setattr("datarax_dist.restore._given_up", [])
+    monkeypatch.setattr("datarax_dist.gathers._BEACONS_SECONDS", 0.0)
+    monkeypatch.setattr("datarax_dist.gathers._left", [])
     applied: list[int] = []
     over = threading.Event()
 
@@ -283,7 +286,7 @@ def test_a_host_that_fails_before_all_are_ready_keeps_the_others_from_beginning(
 ) -> None:
     """What they began could not be ended, and would be paired with whatever comes next."""
     store, hosts = saved
-    monkeypatch.setattr("datarax_dist.restore._given_up", [])
+    monkeypatch.setattr("datarax_dist.gathers._left", [])
     begun: list[tuple[int, int]] = []
     over: list[int] = []
 
@@ -305,22 +308,59 @@ def test_a_host_that_fails_before_all_are_ready_keeps_the_others_from_beginning(
         with pytest.raises(PeerError, match=f"host {victim} failed in phase 'gather'") as raised:
             restore(store, group, load)
         assert not hasattr(raised.value, "__notes__")
-        raise_if_stuck()
         return restore(store, group, lambda candidate, loading: lambda: "whole")
 
     assert hosts.run(on) == ["whole"] * 3
     for thread in threading.enumerate():
         if thread.name == "datarax_dist-gather":
             thread.join(5)  # a second; their deadline is 10
+    raise_if_stuck()
     assert sorted(begun) == [(0, 0), (0, 1), (0, 2)]
     assert sorted(over) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("late", [(0,), (2,), (0, 1, 2)])
+def test_who_is_late_for_a_computation_of_a_restore_that_has_failed_begins_none(
+    saved: Any, late: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do the others, which have waited for it; and later calls are as if nothing was."""
+    store, hosts = saved
+    monkeypatch.setattr("datarax_dist.gathers._left", [])
+    monkeypatch.setattr("datarax_dist.hosts._GRACE_SECONDS", 0.0)
+    begun: list[int] = []
+    have_failed, may_come = threading.Barrier(3), threading.Event()
+
+    def on(group: HostGroup) -> Any:
+        def load(candidate: Any, loading: Any) -> Any:
+            def gather(together: Any) -> None:
+                assert group.index not in late or may_come.wait(20)
+                with together():
+                    begun.append(group.index)
+
+            loading.gather_later("parts of a", gather)
+            return lambda: None
+
+        with pytest.raises(PeerLostError) as raised:
+            restore(store, group, load, seconds=0.5)
+        assert not hasattr(raised.value, "__notes__")
+        have_failed.wait(20)
+        group.begin("another call, which others have not made")
+        may_come.set()
+        for thread in threading.enumerate():
+            if thread.name == "datarax_dist-gather":
+                thread.join(20)
+        raise_if_stuck()
+        return "together"
+
+    assert hosts.run(on) == ["together"] * 3
+    assert begun == []
 
 
 def test_a_host_that_has_gone_after_its_part_is_named_while_the_others_hang(
     saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, hosts = saved
-    monkeypatch.setattr("datarax_dist.restore._given_up", [])
+    monkeypatch.setattr("datarax_dist.gathers._left", [])
     over = threading.Event()
     board = hosts.groups[0]._board
 

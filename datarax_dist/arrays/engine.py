@@ -327,8 +327,8 @@ class Loaded:
         except Exception as error:
             raise CheckpointError(
                 f"The devices could not tell each other what their hosts have read:"
-                f" {describe(error, 500)}. With Options.single_replica_restore=False each host"
-                " reads everything itself."
+                f" {describe(error, 500)}. Started again with Options.single_replica_restore=False,"
+                " each host reads everything itself."
             ) from cause(error)
         self.values |= dict(zip(self.parts, found, strict=True))
         self.parts = {}

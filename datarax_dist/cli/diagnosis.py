@@ -166,7 +166,9 @@ def _steps(store: Store) -> Iterator[Finding]:
             "cannot be read, and no step says which run this is: nothing can be saved here. Choose"
             " another root, or remove that file.",
         )
-    if inspection.unmarked and not inspection.committed and isinstance(store, SupportsRename):
+    states = {candidate.state for candidate in inspection.candidates}
+    has_one = not states.isdisjoint(("committed", "foreign"))
+    if inspection.unmarked and not has_one and isinstance(store, SupportsRename):
         yield Finding(
             "error",
             "steps",

@@ -261,6 +261,35 @@ class Pace:
             self._offsets[source] = offset
 
 
+TWICE = (
+    "%s: step %d has a position of %r, which restore() was not asked for; step %d is saved with a"
+    " loader that goes on from where it stood. Records come twice, or never, unless the data was to"
+    " begin anew; restore(data=...) sets it back."
+)
+
+
+class Unasked:
+    """Data items whose positions in a restored step nobody has asked for, and that were neither
+    restored nor saved otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._placed: set[str] = set()
+        self._left: dict[str, int] = {}
+
+    def restored(self, names: Iterable[str], left: Iterable[str], step: int) -> None:
+        """Takes note of a restore: what was asked for, and what was not."""
+        self._placed.update(names)
+        self._left = dict.fromkeys(set(left) - self._placed, step)
+
+    def saved(self, names: Iterable[str]) -> dict[str, int]:
+        """Takes note of a save. Returns those of its items that were not asked for, with the step
+        that was restored: once.
+        """
+        self._placed.update(names)
+        return {name: self._left.pop(name) for name in names if name in self._left}
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Which positions this host needs, and what is to be done with them.

@@ -177,19 +177,14 @@ class Loader(Source):
         return batch
 
     def _begin(self) -> Iterator[Any]:
-        """Raises `PositionError` where beginning takes back what was restored."""
-        adapter = self._adapter
-        # What makes iterators of its own may say of itself that it has begun.
-        looks = self._memory.restored is not None and hasattr(adapter.loader, "__next__")
-        before = _encode(adapter.get_state()) if looks else None
+        adapter, restored = self._adapter, self._memory.restored
+        if restored is None or not hasattr(adapter.loader, "__next__"):
+            return iter(adapter.iterate())
+        before = _encode(adapter.get_state())
         iterator = iter(adapter.iterate())
-        if looks and iterator is adapter.loader and _encode(adapter.get_state()) != before:
-            kind = type(adapter.loader).__qualname__
-            raise PositionError(
-                f"{kind}.__iter__ sets the loader to another position than the one that was"
-                " restored, so records would come twice, or never. Let __iter__ return the loader"
-                " as it is, and begin an epoch elsewhere."
-            )
+        if iterator is adapter.loader and _encode(adapter.get_state()) != before:
+            # Its `__iter__` begins an epoch. It goes on where it was restored to.
+            adapter.set_state(codec.unpack(restored.state))
         return iterator
 
     def ownership(self) -> Ownership:
