@@ -69,15 +69,8 @@ class Gathering:
                 # when its beacon has stood still for long enough, and that is the better error.
                 if not self._is_over.wait(self._patience):
                     self._operation.fail(GATHER, error)
-            elif isinstance(error, PeerError) and not is_unheard(error):
-                pass  # another host has failed, and has said so
-            elif not self._is_over.is_set():
-                self._operation.fail(GATHER, error)
-                with (
-                    contextlib.suppress(CheckpointError),
-                    self._operation.part(f"{_READY} {len(self._asked)}") as part,
-                ):
-                    part.fail(_READY, error)  # others may be in it
+            elif not isinstance(error, PeerError) or is_unheard(error):
+                self._operation.fail(GATHER, error)  # else another host has said so
         else:
             # Too late, nobody asks any more; and the other thread finds out, too.
             with contextlib.suppress(PeerLostError, ValueError):
