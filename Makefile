@@ -46,7 +46,7 @@ test-long: $(STAMP)
 # Exit code 3 of a part: it cannot run here (no root, no loop devices, no atheris), and says so.
 trust: $(STAMP)
 	$(BIN)/python -m datarax_dist.testing.explorer --seeds 20000
-	$(BIN)/python -m datarax_dist.testing.explorer --exhaust --every 47
+	$(BIN)/python -m datarax_dist.testing.explorer --exhaust --every 89
 	$(BIN)/python -m benchmarks.power_cut || [ $$? -eq 3 ]
 	-$(BIN)/python $(INSTALL) -e '.[fuzz]'
 	$(BIN)/python tests/fuzz_records.py --seconds 15 || [ $$? -eq 3 ]
