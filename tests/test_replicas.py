@@ -355,6 +355,7 @@ def test_who_is_late_for_a_computation_of_a_restore_that_has_failed_begins_none(
         assert not hasattr(raised.value, "__notes__")
         have_failed.wait(20)
         group.begin("another call, which others have not made")
+        have_failed.wait(20)
         may_come.set()
         for thread in threading.enumerate():
             if thread.name == "datarax_dist-gather":
