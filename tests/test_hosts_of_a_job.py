@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def begun_anew(root: str, port: int) -> list[Any]:
     old = dd.Checkpointer(root, options=options)
     old.save(1, state=STATE).result(60)
     beacons = boards._beacons()
+    [thread] = [each for each in threading.enumerate() if each.name == "datarax_dist-beacon"]
     jax.distributed.shutdown()
     clear_backends()
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, host)
@@ -57,12 +59,14 @@ def begun_anew(root: str, port: int) -> list[Any]:
         old.save(2, state=STATE)
     except errors.InvalidArgumentError as error:
         found.append(str(error))
-    while not beacons.silent(3):  # it goes on asking a service that is not there
+    while not beacons.silent(3):  # nothing tells when: it is time that passes
         time.sleep(0.1)
     with dd.Checkpointer(root, options=options) as ckpt:
         found.append(ckpt.save(2, state=STATE).result(60).step)
         found.append(ckpt.restore(state=STATE).step)
         found.append(ckpt.all_steps())
+        thread.join(10)  # it would ask a service that is not there, for ever
+        found.append(thread.is_alive())
     return found
 
 
@@ -110,7 +114,7 @@ def test_a_job_may_begin_its_hosts_anew(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     for told, *rest in run(begun_anew, str(tmp_path / "run"), port):
         assert "Make a new one, on every host, after jax.distributed.initialize()" in told
-        assert rest == [2, 2, [1, 2]]
+        assert rest == [2, 2, [1, 2], False]
 
 
 @pytest.mark.multihost
