@@ -109,6 +109,9 @@ class Run(Checkpointer):
     def _loads(self, target: Any) -> bool:
         return not target.metadata_only
 
+    def _sets_in_place(self, target: Any) -> bool:
+        return super()._sets_in_place(target.value)
+
     def _load(
         self,
         candidate: Candidate,

@@ -138,7 +138,7 @@ class Checkpointer:
         )
         self._pace = data_io.Pace(self._options.batches_per_step)
         self._unasked = data_io.Unasked()
-        self._applied: data_io.Plan | None = None  # what a restore has begun to set
+        self._plan: data_io.Plan | None = None  # of what is being restored
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
         )
@@ -437,19 +437,18 @@ class Checkpointer:
         back; so do steps that have all lost their markers.
         """
         self._check_open()
-        self._applied = None
         try:
             return self._restore(step, state, data, allow_data_changes)
         except BaseException as error:
-            if self._applied is not None:  # here, or on another host only
-                self._applied.spoil()
-                if self._applied.sources:
+            if self._restorer.has_applied:  # here, or on another host only
+                if self._plan is not None and self._plan.sources:
+                    self._plan.spoil()
                     error.add_note(_SPOILT)
-                if is_set_in_place(state):
+                if self._sets_in_place(state):
                     error.add_note(_HALF_SET)
             raise
         finally:
-            self._applied = None
+            self._plan, self._restorer.has_applied = None, False
             self._saver.suspects.update(self._restorer.judged)
 
     def _restore(
@@ -496,6 +495,9 @@ class Checkpointer:
         """Whether more than the metadata is read for a target."""
         del target
         return True
+
+    def _sets_in_place(self, target: Any) -> bool:
+        return is_set_in_place(target)
 
     def _load(
         self,
@@ -551,8 +553,9 @@ class Checkpointer:
                 goal = None  # a fresh object may have less in its state than the saved one had
             tree = self._load_state(where, spec, goal, loading or Loading(), parted)
 
+        self._plan = plan
+
         def apply() -> tuple[Any, Any, data_io.Plan]:
-            self._applied = plan
             data_io.apply_positions(plan, positions, candidate.step, self._pace)
             return apply_state(target, tree()), metadata, plan
 

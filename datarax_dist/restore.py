@@ -186,6 +186,7 @@ class Restorer:
         # What the last restore has found damaged, or suspect: step -> the digest of its marker,
         # empty where that could not be read, or its records were damaged.
         self.judged: Mapping[int, str] = {}
+        self.has_applied = False  # whether what is restored is being put into its place
 
     def why_nothing(self) -> str:
         """Returns what directories there are that were not taken, and why, by the last restore, if
@@ -638,6 +639,7 @@ class Restorer:
         failure: BaseException | None = None
         result = None
         with phases.span("positions"):
+            self.has_applied = True
             try:
                 result = attempt.apply()
             except BaseException as error:

@@ -426,7 +426,7 @@ def _structure(tree: Any) -> Any:
         pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
         keys, children = [key for key, _ in pairs], [walk(child) for _, child in pairs]
         if kind is dict:
-            names = [codec.encode(key) if _plain(key) else str(key) for key in aux]
+            names = [_key_name(key) for key in aux]
             return {"dict": [list(pair) for pair in zip(names, children, strict=True)]}
         if kind is list or kind is tuple:
             return {kind.__name__: children}
@@ -440,6 +440,14 @@ def _structure(tree: Any) -> Any:
         return {"node": f"{kind.__module__}.{kind.__qualname__}", "children": named}
 
     return walk(tree)
+
+
+def _key_name(key: Any) -> Any:
+    try:
+        return codec.encode(key) if _plain(key) else str(key)
+    except codec.EncodeError as error:
+        text = f"The key {key!r} of a dict cannot be saved: {error}. Rename it."
+        raise UnsupportedLeafError(text, path="") from None
 
 
 def _plain(key: Any) -> bool:

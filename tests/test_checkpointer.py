@@ -119,6 +119,8 @@ def test_two_leaves_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
             ckpt.save(1, state={"a": {"b": np.ones(2)}, "a.b": np.zeros(2)})
         with pytest.raises(errors.UnsupportedLeafError, match="same name"):
             ckpt.save(1, state={"a": {"b": np.ones(2)}, "a/b": np.zeros(2)})
+        with pytest.raises(errors.UnsupportedLeafError, match=r"The key 'a\\ud800' .*Rename"):
+            ckpt.save(1, state={"a\ud800": np.ones(2)})
         with pytest.raises(errors.UnsupportedLeafError, match="several types"):
             ckpt.save(1, state={"1": np.ones(2), 1: np.zeros(2)})
 

@@ -11,7 +11,8 @@ import pytest
 from targets import Counter
 
 import datarax_dist as dd
-from datarax_dist import errors
+from datarax_dist import Checkpointer, errors
+from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.testing import run_hosts
 
 SPOILT = "A restore into it has failed"
@@ -90,6 +91,27 @@ def test_who_restores_no_data_in_place_is_told_of_neither(
         with pytest.raises(KeyboardInterrupt) as raised:
             ckpt.restore(state={"a": np.zeros(2)})
     assert not hasattr(raised.value, "__notes__")
+
+
+def test_a_half_restore_of_the_handler_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = "sets in place may be what the step has on some hosts only"
+
+    def interrupt(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(tmp_path / "run", Model(1.0), step=1)
+        failed = told(lambda: handler.restore(tmp_path / "run", Model(0.0, fails=True)))
+        assert "not this one" in failed
+        assert half in failed
+        assert handler.restore(tmp_path / "run", Model(0.0)).weights[0] == 1.0
+        # Before anything is set nothing is told of.
+        monkeypatch.setattr(Checkpointer, "_drained", interrupt)
+        failed = told(lambda: handler.restore(tmp_path / "run", Model(0.0)))
+        assert "KeyboardInterrupt" in failed
+        assert half not in failed
 
 
 def test_a_restore_that_changed_nothing_spoils_no_loader(tmp_path: Path) -> None:

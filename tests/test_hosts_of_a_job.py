@@ -53,6 +53,8 @@ def begun_anew(root: str, port: int) -> list[Any]:
     [thread] = [each for each in threading.enumerate() if each.name == "datarax_dist-beacon"]
     jax.distributed.shutdown()
     clear_backends()
+    with pytest.raises(errors.InvalidArgumentError):
+        old.all_steps()  # begins no backend, or the next line fails
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, host)
     found: list[Any] = []
     try:

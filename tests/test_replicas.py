@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from datarax_dist import config
 from datarax_dist.arrays import engine, replicas
 from datarax_dist.beacons import Silence
+from datarax_dist.boards import LocalBoard
 from datarax_dist.errors import CheckpointError, InvalidArgumentError, PeerError, PeerLostError
-from datarax_dist.gathers import GATHER, raise_if_stuck
+from datarax_dist.gathers import GATHER, Gathering, raise_if_stuck
 from datarax_dist.hosts import HostGroup, Operation
 from datarax_dist.restore import Restorer
 from datarax_dist.telemetry import Phases
@@ -365,6 +367,37 @@ def test_who_is_late_for_a_computation_of_a_restore_that_has_failed_begins_none(
 
     assert hosts.run(on) == ["together"] * 3
     assert begun == []
+
+
+def test_a_computation_that_ends_a_little_later_is_not_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another host may have failed that ended it a little earlier."""
+    monkeypatch.setattr("datarax_dist.gathers._left", [])
+    begun, is_waited_for = threading.Event(), threading.Event()
+
+    class Changed(threading.Condition):
+        def wait_for(self, predicate: Any, timeout: float | None = None) -> Any:
+            is_waited_for.set()
+            return super().wait_for(predicate, timeout)
+
+    def gather(together: Any) -> None:
+        with together():
+            begun.set()
+            is_waited_for.wait(10)
+
+    group = HostGroup(LocalBoard())
+    with group.begin("restore").part(GATHER) as operation:
+        gathering = Gathering(group, operation, time.monotonic() + 10, 10)
+        gathering._changed = Changed()
+        thread = threading.Thread(target=gathering.run, args=(gather,))
+        thread.start()
+        assert begun.wait(10)
+        error = CheckpointError("another host has failed")
+        gathering.give_up(error)
+        assert not hasattr(error, "__notes__")
+        thread.join(10)
+    raise_if_stuck()
 
 
 def test_a_host_that_has_gone_after_its_part_is_named_while_the_others_hang(
