@@ -156,6 +156,8 @@ class Run(Checkpointer):
             tree = None  # a fresh object may have less in its state than the saved one had
         wanted = [(leaf, None) for leaf in spec.leaves] if tree is None else trees.match(spec, tree)
         leaves = stored["leaves"]
+        if loading is not None:
+            loading.alike = _digest_of_shared(leaves, wanted)
         arrays: Any = {}
         if "state" in items:
             shared = (
@@ -182,6 +184,20 @@ def _is_global(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
+def _digest_of_shared(leaves: Mapping[str, Any], wanted: Sequence[tuple[Any, Any]]) -> str:
+    """Returns a digest of what a host had for itself and is to be in arrays of all hosts; empty
+    where nothing is.
+    """
+    shared = {
+        leaf.name: leaves[leaf.name]
+        for leaf, goal in wanted
+        if leaf.name in leaves
+        and (sharding := getattr(goal, "sharding", None)) is not None
+        and not sharding.is_fully_addressable
+    }
+    return trees.tree_digest(shared) if shared else ""
+
+
 def _pack(leaf: Any) -> Any:
     return (
         leaf
@@ -192,7 +208,7 @@ def _pack(leaf: Any) -> Any:
 
 def _unpack(value: Any, spec: trees.LeafSpec, goal: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__jax__"}:
-        placed = jax.device_put(value["__jax__"], getattr(goal, "sharding", None))
+        placed = trees.placed(value["__jax__"], getattr(goal, "sharding", None))
         return trees.bound_like(goal, placed)
     return trees.finish_leaf(spec, value, goal) if spec.kind in ("numpy", "scalar") else value
 

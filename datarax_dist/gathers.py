@@ -12,8 +12,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
-from datarax_dist.hosts import HostGroup, Operation, is_unheard
+from datarax_dist.errors import CheckpointError, PeerLostError
+from datarax_dist.hosts import HostGroup, Operation
 
 __all__ = ["GATHER", "Gathering", "Together", "raise_if_stuck"]
 
@@ -21,14 +21,21 @@ __all__ = ["GATHER", "Gathering", "Together", "raise_if_stuck"]
 Together = Callable[[], contextlib.AbstractContextManager[None]]
 
 GATHER = "gather"
-_READY = "ready"
 _BEACONS_SECONDS = 5.0  # until a beacon that has stood still is known to have
 _LATE_SECONDS = 2.0
 _STUCK = (
-    "A computation of all hosts' devices, which a restore had begun when it failed, has not ended."
-    " Others would be paired with it, and give wrong results without an error, those of the"
-    " training, too. Start this job again, all of its hosts."
+    "A computation of all hosts' devices, which a restore had begun when it failed, has not ended"
+    " well, as far as this host knows. Others would be paired with it, and give wrong results"
+    " without an error, those of the training, too. Start this job again, all of its hosts."
 )
+
+
+class _Computation:
+    """A computation of all hosts' devices, and the agreement on it."""
+
+    def __init__(self, agreement: Operation) -> None:
+        self.agreement = agreement
+        self.has_ended = False
 
 
 class Gathering:
@@ -48,50 +55,47 @@ class Gathering:
         self._deadline = deadline
         self._patience = silence_seconds + _BEACONS_SECONDS
         self._is_over = threading.Event()  # nobody waits for it any more
-        self._asked: list[Operation] = []  # the agreement on each computation
-        self._agreed = 0  # how many there are, where it was given up in one
-        self._ended = 0
+        self._last: _Computation | None = None
         self._changed = threading.Condition()
         self._computes = False
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether a computation has not ended here that was agreed on when it was given up."""
-        return self._agreed > self._ended
 
     def run(self, gather: Callable[[Together], None]) -> None:
         """Makes the computations. On a thread of its own."""
         try:
             gather(self._together)
         except BaseException as error:
-            if self._computes:
-                # When one host dies in it, it fails on others at once. Which one it was is known
-                # when its beacon has stood still for long enough, and that is the better error.
-                if not self._is_over.wait(self._patience):
-                    self._operation.fail(GATHER, error)
-            elif not isinstance(error, PeerError) or is_unheard(error):
-                self._operation.fail(GATHER, error)  # else another host has said so
+            # When one host dies in it, it fails on others at once. Which one it was is known when
+            # its beacon has stood still for long enough, and that is the better error.
+            if not self._computes or not self._is_over.wait(self._patience):
+                self._operation.fail(GATHER, error)  # what another host has said before stands
         else:
-            # Too late, nobody asks any more; and the other thread finds out, too.
-            with contextlib.suppress(PeerLostError, ValueError):
-                self._operation.contribute(GATHER, None)
+            self._say_that_all_is_done()
+
+    def _say_that_all_is_done(self) -> None:
+        try:
+            self._operation.contribute(GATHER, None)
+        except PeerLostError as error:
+            if not self._is_over.is_set():
+                self._operation.fail(GATHER, error)
+        except ValueError:  # too late, the restore is over
+            pass
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        with self._operation.part(f"{_READY} {len(self._asked)}") as part:
-            self._asked.append(part)
+        with self._operation.part(GATHER) as agreement:
+            computation = self._last = _Computation(agreement)
             if self._is_over.is_set():  # asked after it was said: see `give_up`
-                part.fail(_READY, CheckpointError("the restore has failed before."))
+                agreement.fail(GATHER, CheckpointError("the restore has failed before."))
             else:
-                part.contribute(_READY, None)
+                agreement.contribute(GATHER, None)
                 if self._group.is_primary:
-                    part.lead(_READY, lambda rows: None, self._deadline, together=True)
-            part.result(_READY, self._deadline)
+                    agreement.lead(GATHER, lambda rows: None, self._deadline, together=True)
+            agreement.result(GATHER, self._deadline)
         self._computes = True
         yield
         self._computes = False
         with self._changed:
-            self._ended += 1
+            computation.has_ended = True
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -103,14 +107,24 @@ class Gathering:
         none of them begins any more. Where they have, the error is told what that means.
         """
         self._is_over.set()
-        asked = len(self._asked)  # later ones see that it is over
-        if asked > self._ended and not self._asked[asked - 1].stop(_READY, error):
-            self._agreed = asked
-            _left.append(self)
+        last = self._last  # a later one sees that it is over
+        if last is None or last.has_ended:
+            return
+        _left.append(self)  # whatever cuts this short: a second Ctrl-C, say
+        if not last.agreement.stop(GATHER, error):
             with self._changed:  # another one may have failed that ended it a little earlier
-                is_over = self._changed.wait_for(lambda: not self.is_under_way, _LATE_SECONDS)
-            if not is_over:
+                self._changed.wait_for(lambda: last.has_ended, _LATE_SECONDS)
+            if not last.has_ended:
                 error.add_note(_STUCK)
+                return
+        _left.remove(self)
+
+    def is_stuck(self) -> bool:
+        """Whether a computation was agreed on when this was given up, and has not ended here; also
+        where it is still not known whether it was.
+        """
+        last, why = self._last, CheckpointError("the restore has failed before.")
+        return last is not None and not last.has_ended and not last.agreement.stop(GATHER, why)
 
 
 _left: list[Gathering] = []
@@ -118,5 +132,7 @@ _left: list[Gathering] = []
 
 def raise_if_stuck() -> None:
     """Raises when a restore that has failed has left a computation of all hosts' devices."""
-    if any(gathering.is_under_way for gathering in _left):
-        raise CheckpointError(_STUCK)
+    for gathering in list(_left):
+        if gathering.is_stuck():
+            raise CheckpointError(_STUCK)
+        _left.remove(gathering)

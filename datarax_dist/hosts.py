@@ -30,7 +30,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from datarax_dist import errors
 from datarax_dist.beacons import Silence
@@ -55,6 +55,7 @@ logger = logging.getLogger("datarax_dist")
 
 Leader = Callable[[list[Any]], Any]
 Consequence = Callable[[str], str]
+_T = TypeVar("_T")
 _SLICE_SECONDS = 1.0  # so that Ctrl-C is answered within a second
 _CHECK_SECONDS = 0.25  # how soon a primary that waits for a host sees that the operation has failed
 _CLOSE = "close"
@@ -87,7 +88,7 @@ class HostGroup:
         self._cleared = 0
         self._untold: dict[str, str] = {}  # decisions, until the board has them
         self._siblings: _Siblings | None = None
-        self._is_closed = False
+        self._closed_for = ""
         self._check: Callable[[], None] = lambda: None
         self._left: dict[str, Any] | None = None  # what a host has said that makes no more calls
         self.index = board.index
@@ -99,7 +100,11 @@ class HostGroup:
         return self.index == 0
 
     def check_job(self) -> None:
-        """Raises `InvalidArgumentError` when these are not the hosts of the job any more."""
+        """Raises when this host may make no more calls: it has said why, and told the others, or
+        these are not the hosts of the job any more (`InvalidArgumentError`).
+        """
+        if self._closed_for:
+            raise CheckpointError(self._closed_for)
         self._check()
 
     def begin(
@@ -192,8 +197,8 @@ class HostGroup:
         """Takes note that this host will make no more calls in this group. Who makes one all the
         same is told so, and waits for nobody; and of what could not be said yet.
         """
-        if not self._is_closed and self.count > 1:
-            self._is_closed = True
+        if not self._closed_for and self.count > 1:
+            self._closed_for = why
             with self.begin(_CLOSE, is_any_call=True).part(_CLOSE) as part:
                 part.fail(_CLOSE, CheckpointError(why))
         if self._siblings is not None:
@@ -394,12 +399,12 @@ class Operation:
         """Decides that it failed, if nothing is decided yet; returns whether it has. Another thread
         of this host that is in it knows it then, whenever it comes to ask.
         """
-        self.fail(phase, error)
-        with contextlib.suppress(PeerLostError):
-            for row in self._read("outcome", phase).values():
-                self._decided = row
-                return "error" in json.loads(row)
-        return False  # who knows
+        if self._decided is None:
+            self.fail(phase, error)
+            with contextlib.suppress(PeerLostError):  # who knows
+                for row in self._read("outcome", phase).values():
+                    self._decided = row
+        return self._decided is not None and "error" in json.loads(self._decided)
 
     def succeed(self, result: Any) -> None:
         """Decides this operation: it succeeded. For the primary, after the last phase. Where that
@@ -429,7 +434,7 @@ class Operation:
         """
         begin = self._clock.monotonic()
         rows, missing = self._arrived(phase)
-        is_told = not self._prefix.endswith("/0/")  # that hosts have not made the call
+        is_told = self._prefix != f"{self._number}/0/"  # that hosts have not made the call
         while missing:
             self.check(phase)
             if not is_told and self._clock.monotonic() - begin > _TOLD_SECONDS:
@@ -483,8 +488,8 @@ class Operation:
 
     def _has_arrived(self, phase: str, host: int, seconds: float) -> bool:
         """Waits a moment for a host's payload."""
-        with self._reaching(phase):
-            return self._board.wait(f"{self._prefix}{phase}/{host}", seconds) is not None
+        key = f"{self._prefix}{phase}/{host}"
+        return self._answer(phase, lambda: self._board.wait(key, seconds)) is not None
 
     def lead(self, phase: str, leader: Leader, deadline: float, *, together: bool = False) -> None:
         """Gathers a phase, runs `leader` with it and decides. For the primary only; errors are in
@@ -573,16 +578,19 @@ class Operation:
         """Waits a moment for the decision."""
         if self._decided is not None:
             return self._decided
-        with self._reaching(phase):
-            return self._board.wait(self._prefix + "outcome/0", _SLICE_SECONDS)
+        key = self._prefix + "outcome/0"
+        return self._answer(phase, lambda: self._board.wait(key, _SLICE_SECONDS))
 
     def _read(self, rows: str, phase: str) -> dict[str, str]:
         prefix = f"{self._prefix}{rows}/"
+        return self._answer(phase, lambda: self._board.read(prefix))
+
+    def _answer(self, phase: str, ask: Callable[[], _T]) -> _T:
         with self._reaching(phase):
             try:
-                return self._board.read(prefix)
+                return ask()
             except UnreachableError:  # for a moment only, maybe
-                return self._board.read(prefix)
+                return ask()
 
     def _error(self, outcome: dict[str, Any]) -> CheckpointError:
         cause = errors.decode(outcome["error"])

@@ -78,11 +78,13 @@ class Loading:
     Attributes:
         gathers: what all hosts are to do together when each has loaded, in words that are the same
             on every host; empty for nothing.
+        alike: a digest of what each host had for itself, and becomes an array of all of them; empty
+            for nothing.
     """
 
     def __init__(self, entries: Sequence[fmt.FileEntry] = ()) -> None:
         self._entries = {entry.path: entry for entry in entries}
-        self.gathers = ""
+        self.gathers = self.alike = ""
         self.gather: Callable[[Together], None] = lambda together: None
 
     def take(self) -> list[fmt.FileEntry]:
@@ -583,11 +585,12 @@ class Restorer:
         wrong: dict[str, str] = {}
         is_sure = False  # it is the arrays' own checks that say so, whatever the records say
 
-        def look(votes: Sequence[tuple[tuple[dict[str, str], bool], str]]) -> dict[str, Any]:
-            wrong = _all_of_them([found for (found, _), _ in votes])
-            sure = any(sure for (_, sure), _ in votes)
+        def look(votes: Sequence[tuple[tuple[dict[str, str], bool], str, str]]) -> dict[str, Any]:
+            wrong = _all_of_them([found for (found, _), _, _ in votes])
+            sure = any(sure for (_, sure), _, _ in votes)
             if not wrong:
-                _check_alike([gathers for _, gathers in votes])
+                _check_gathers([gathers for _, gathers, _ in votes])
+                _check_alike([alike for _, _, alike in votes])
             # Another job may have saved the step again while it was loaded: then some of what was
             # loaded is of the old one, some of the new one.
             loaded = candidate.state == "committed" and not wrong
@@ -607,7 +610,11 @@ class Restorer:
                     attempt = self._try_load(candidate, load, unverified)
                 told = self._exchange(
                     "load",
-                    [[attempt.wrong, attempt.is_sure], attempt.loading.gathers],
+                    [
+                        [attempt.wrong, attempt.is_sure],
+                        attempt.loading.gathers,
+                        attempt.loading.alike,
+                    ],
                     error=attempt.failure,
                     leader=look,
                     timeout_seconds=self._options.restore_timeout_seconds,
@@ -753,7 +760,7 @@ def _all_of_them(votes: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {path: reason for vote in votes for path, reason in vote.items()}
 
 
-def _check_alike(gathers: Sequence[str]) -> None:
+def _check_gathers(gathers: Sequence[str]) -> None:
     """Raises where hosts would not gather the same: they would wait for each other for ever."""
     for host, what in enumerate(gathers):
         if what != gathers[0]:
@@ -762,6 +769,17 @@ def _check_alike(gathers: Sequence[str]) -> None:
                 f" {gathers[0] or 'everything that it needs itself'}. The targets' shapes and"
                 " shardings, and Options.single_replica_restore, must be the same on every host."
                 " Nothing was changed."
+            )
+
+
+def _check_alike(digests: Sequence[str]) -> None:
+    for host, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise InvalidArgumentError(
+                f"Host {host} had other values than host 0 for itself alone, and the target has"
+                " arrays of all hosts for them, which would not be the same everywhere. Give each"
+                " host a target of its own (an array on its own devices, or numpy). Nothing was"
+                " changed."
             )
 
 

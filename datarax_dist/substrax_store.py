@@ -299,7 +299,7 @@ def _into(template: Any, tree: Any) -> Any:
             return value
         value = value.astype(dtype)
         if isinstance(value, np.ndarray) and isinstance(goal, jax.Array | jax.ShapeDtypeStruct):
-            return jax.device_put(value, goal.sharding)
+            return trees.placed(value, goal.sharding)
         return value
 
     form = state_tree(template)

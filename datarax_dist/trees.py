@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src.array import ArrayImpl
+from jax.sharding import SingleDeviceSharding
 
 from datarax_dist import codec
 from datarax_dist import format as fmt
@@ -32,6 +33,7 @@ __all__ = [
     "bound_like",
     "fits_exactly",
     "match",
+    "placed",
     "plan_state",
     "tree_digest",
     "would_be_cut",
@@ -627,6 +629,25 @@ def _uncommitted(array: Any) -> Any:
     return ArrayImpl(array.aval, array.sharding, array._arrays, committed=False)
 
 
+def placed(array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
+    """Returns a numpy array that all hosts have as a `jax.Array`. Where the sharding is one of
+    several hosts, `jax.device_put` would have their devices compare what they are given: a
+    computation in which this host would wait for one that fails, or for its next computation.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    kind = sharding.memory_kind
+    return jax.make_array_from_single_device_arrays(
+        array.shape,
+        sharding,
+        [
+            jax.device_put(array[part], SingleDeviceSharding(device, memory_kind=kind))
+            for device, part in sharding.addressable_devices_indices_map(array.shape).items()
+        ],
+        dtype=jax.dtypes.canonicalize_dtype(array.dtype),
+    )
+
+
 def _as_wanted(spec: LeafSpec, value: Any, target: Any) -> Any:
     if spec.kind == "empty" and is_key(value):
         return value
@@ -634,9 +655,7 @@ def _as_wanted(spec: LeafSpec, value: Any, target: Any) -> Any:
         if isinstance(target, jax.ShapeDtypeStruct | jax.Array) and not isinstance(
             value, jax.Array
         ):
-            return jax.device_put(
-                np.asarray(value, target.dtype), getattr(target, "sharding", None)
-            )
+            return placed(np.asarray(value, target.dtype), getattr(target, "sharding", None))
         if spec.local and spec.kind == "jax" and not would_be_cut(spec):  # read as numpy
             return jax.numpy.asarray(value)
         return value
@@ -654,7 +673,7 @@ def _as_saved(spec: LeafSpec, value: Any) -> Any:
         return _empty(spec)
     if spec.inline:
         return codec.decode(spec.value)
-    if spec.kind == "scalar":
+    if spec.kind == "scalar" and not isinstance(value, jax.Array):
         return np.asarray(value)[()]
     if spec.kind == "key_data":
         return jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)

@@ -213,7 +213,7 @@ def test_who_has_closed_is_waited_for_by_no_later_call(tmp_path: Path) -> None:
         assert "it has closed its Checkpointer, or has ended." in error
 
 
-def in_a_computation(root: str) -> str:
+def in_a_computation(root: str) -> tuple[str, str]:
     import jax
 
     from datarax_dist import gathers
@@ -221,9 +221,11 @@ def in_a_computation(root: str) -> str:
     with dd.Checkpointer(root, options=dd.Options(exchange_timeout_seconds=60)) as ckpt:
         ckpt.save(1, state=Model(1.0)).result(60)
         if jax.process_index() == 1:
-            left = types.SimpleNamespace(is_under_way=True)  # of a restore that has failed
+            left = types.SimpleNamespace(is_stuck=lambda: True)  # of a restore that has failed
             gathers._left.append(left)  # type: ignore[arg-type]
-        return told(lambda: ckpt.save(2, state=Model(2.0)))
+        first = told(lambda: ckpt.save(2, state=Model(2.0)))
+        gathers._left.clear()  # it has ended after all, and hosts are not together any more
+        return first, told(ckpt.all_steps)
 
 
 @pytest.mark.multihost
@@ -233,5 +235,90 @@ def test_who_makes_no_call_for_a_computation_that_was_left_tells_the_others(tmp_
     ended = run_hosts(in_a_computation, 2, args=(str(tmp_path / "run"),), timeout_seconds=30)
     for host, kind in zip(ended, ("PeerError", "CheckpointError"), strict=True):
         assert host.error is None, host.error
-        assert host.value.startswith(kind)
-        assert "Start this job again, all of its hosts." in host.value
+        for error in host.value:
+            assert error.startswith(kind)
+            assert "Start this job again, all of its hosts." in error
+
+
+def goals() -> dict[str, Any]:
+    """Targets that are on all hosts' devices."""
+    import jax
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return {
+        name: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
+        for name, dtype in (("n", "int32"), ("m", "float32"), ("own", "int32"))
+    }
+
+
+def values(restored: Any) -> list[Any]:
+    return [restored[name].addressable_data(0).item() for name in ("n", "m")]
+
+
+def into_arrays_of_all_hosts(root: str) -> list[Any]:
+    """A restore of which host 1 fails while it loads, and one that succeeds; and what the hosts
+    compute together after each.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    host, target = jax.process_index(), goals()
+    del target["own"]
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        raise MemoryError
+
+    def gathered() -> Any:
+        return multihost_utils.process_allgather(np.array(100 + host)).tolist()
+
+    with dd.Checkpointer(root) as ckpt:
+        ckpt.save(1, state={"n": 5, "m": np.float32(2), "w": np.arange(4.0)}).result(60)
+        restore = ckpt._arrays.restore
+        ckpt._arrays.restore = fail if host == 1 else restore
+        found = [told(lambda: ckpt.restore(state=target)), gathered()]
+        ckpt._arrays.restore = restore
+        return [*found, values(ckpt.restore(state=target).state), gathered()]
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_restoring_into_arrays_of_all_hosts_computes_nothing_on_their_devices(
+    tmp_path: Path,
+) -> None:
+    """A host that failed would leave the others in it, or pair it with its next computation."""
+    for host in run_hosts(into_arrays_of_all_hosts, 2, args=(str(tmp_path),), timeout_seconds=60):
+        assert host.error is None, host.error
+        failed, first, restored, second = host.value
+        assert "MemoryError" in failed
+        assert restored == [5, 2.0]
+        assert first == second == [100, 101]
+
+
+def own_into_arrays_of_all_hosts(root: str) -> list[Any]:
+    """What each host had for itself is restored into arrays of all: equal ones, and others."""
+    import jax
+
+    state = {
+        "n": jax.numpy.int32(3),
+        "m": np.float32(2),
+        "own": jax.numpy.int32(jax.process_index()),
+    }
+    target = goals()
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(root, state, step=1)
+        different = told(lambda: handler.restore(root, target))
+        del target["own"]
+        return [different, values(handler.restore(root, target))]
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_what_is_not_the_same_on_all_hosts_becomes_no_array_of_all(tmp_path: Path) -> None:
+    for host in run_hosts(
+        own_into_arrays_of_all_hosts, 2, args=(str(tmp_path),), timeout_seconds=60
+    ):
+        assert host.error is None, host.error
+        different, alike = host.value
+        assert "Host 1 had other values than host 0 for itself alone" in different
+        assert alike == [3, 2.0]

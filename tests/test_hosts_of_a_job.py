@@ -81,14 +81,18 @@ def on_one_host(root: str) -> list[Any]:
         with dd.Checkpointer(
             f"{root}{number}", options=dd.Options(compression=compression)
         ) as ckpt:
-            values = {"w": np.arange(24.0, dtype=np.float32), "b": np.arange(6)}
+            values = {"w": np.arange(24.0, dtype=np.float32), "b": np.arange(6), "n": np.int32(7)}
             ckpt.save(1, state={**values, "own": jax.numpy.arange(3)}).result(60)
             mine = [device for device in jax.devices() if device.process_index == 0]
             mesh = jax.sharding.Mesh(np.array(mine), ("x",))
-            for spec in (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("x")):
-                sharding = jax.sharding.NamedSharding(mesh, spec)
+            whole = jax.sharding.PartitionSpec()
+            for spec in (whole, jax.sharding.PartitionSpec("x")):
                 target = {
-                    name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+                    name: jax.ShapeDtypeStruct(
+                        value.shape,
+                        value.dtype,
+                        sharding=jax.sharding.NamedSharding(mesh, spec if value.ndim else whole),
+                    )
                     for name, value in values.items()
                 }
                 restored = ckpt.restore(state=target).state
@@ -123,5 +127,5 @@ def test_a_job_may_begin_its_hosts_anew(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("multihost")
 def test_arrays_may_be_on_the_devices_of_one_host(tmp_path: Path) -> None:
     first, second = run(on_one_host, str(tmp_path / "run"))
-    assert first == [True, (2, True), (2, True)] * 4
-    assert second == [True, (0, True), (0, True)] * 4
+    assert first == [True, (2, True), (2, True), (2, True)] * 4
+    assert second == [True, (0, True), (0, True), (0, True)] * 4
