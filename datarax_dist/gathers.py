@@ -12,8 +12,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from datarax_dist.errors import CheckpointError, PeerLostError
-from datarax_dist.hosts import HostGroup, Operation
+from datarax_dist.errors import CheckpointError, PeerError, PeerLostError
+from datarax_dist.hosts import HostGroup, Operation, is_unheard
 
 __all__ = ["GATHER", "Gathering", "Together", "raise_if_stuck"]
 
@@ -55,6 +55,7 @@ class Gathering:
         self._deadline = deadline
         self._patience = silence_seconds + _BEACONS_SECONDS
         self._is_over = threading.Event()  # nobody waits for it any more
+        self._why: BaseException = CheckpointError("the restore has failed before.")
         self._last: _Computation | None = None
         self._changed = threading.Condition()
         self._computes = False
@@ -67,7 +68,8 @@ class Gathering:
             # When one host dies in it, it fails on others at once. Which one it was is known when
             # its beacon has stood still for long enough, and that is the better error.
             if not self._computes or not self._is_over.wait(self._patience):
-                self._operation.fail(GATHER, error)  # what another host has said before stands
+                is_own = not isinstance(error, PeerError) or is_unheard(error)
+                self._operation.fail(GATHER, error, is_own=is_own)
         else:
             self._say_that_all_is_done()
 
@@ -85,7 +87,7 @@ class Gathering:
         with self._operation.part(GATHER) as agreement:
             computation = self._last = _Computation(agreement)
             if self._is_over.is_set():  # asked after it was said: see `give_up`
-                agreement.fail(GATHER, CheckpointError("the restore has failed before."))
+                agreement.fail(GATHER, self._why)
             else:
                 agreement.contribute(GATHER, None)
                 if self._group.is_primary:
@@ -106,6 +108,7 @@ class Gathering:
         """Takes note that the restore has failed with an error: what hosts have not agreed on yet
         none of them begins any more. Where they have, the error is told what that means.
         """
+        self._why = error
         self._is_over.set()
         last = self._last  # a later one sees that it is over
         if last is None or last.has_ended:
@@ -123,8 +126,10 @@ class Gathering:
         """Whether a computation was agreed on when this was given up, and has not ended here; also
         where it is still not known whether it was.
         """
-        last, why = self._last, CheckpointError("the restore has failed before.")
-        return last is not None and not last.has_ended and not last.agreement.stop(GATHER, why)
+        last = self._last
+        if last is None or last.has_ended:
+            return False
+        return not last.agreement.stop(GATHER, self._why)
 
 
 _left: list[Gathering] = []

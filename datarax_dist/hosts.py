@@ -365,13 +365,17 @@ class Operation:
         """Says that this host will not ask for this operation again; its registers may go."""
         self._group._closed(self._number)
 
-    def fail(self, phase: str, error: BaseException, *, heard: bool = False) -> None:
+    def fail(
+        self, phase: str, error: BaseException, *, heard: bool = False, is_own: bool = True
+    ) -> None:
         """Decides this operation: it failed here. The first decision stands.
 
         Args:
             heard: all hosts have contributed to it.
+            is_own: this host raises that error, if it is one of its own, whoever decides.
         """
-        self._own = error
+        if is_own:
+            self._own = error
         cause = error.__cause__
         if cause is not None and isinstance(error, PeerLostError) and not error._is_heard:
             error = cause

@@ -343,6 +343,15 @@ def test_a_host_that_ends_its_wait_with_an_error_of_its_own_says_so(
         assert "host 1 failed in phase 'gather': TimeoutError: the alarm" in str(error)
 
 
+def test_what_another_host_has_failed_with_first_is_what_is_raised() -> None:
+    first, second = (group.begin("restore") for group in SimulatedHosts(2).groups)
+    second.fail(GATHER, MemoryError("no memory"))
+    heard = PeerError("host 1 gave up.", phase=GATHER, failures={1: "gave up"})
+    first.fail(GATHER, heard, is_own=False)  # on its other thread
+    with pytest.raises(PeerError, match="host 1 failed in phase 'gather': MemoryError: no memory"):
+        first.result(GATHER, time.monotonic() + 10)
+
+
 def test_a_host_that_cannot_say_that_all_is_done_says_so(saved: Any) -> None:
     store, hosts = saved
     board = hosts.groups[1]._board
