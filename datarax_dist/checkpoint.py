@@ -199,18 +199,21 @@ def _digest_of_shared(leaves: Mapping[str, Any], wanted: Sequence[tuple[Any, Any
 
 
 def _pack(leaf: Any) -> Any:
-    return (
-        leaf
-        if trees.is_key(leaf) or not isinstance(leaf, jax.Array)
-        else {"__jax__": np.asarray(leaf)}
-    )
+    if isinstance(leaf, np.ndarray):
+        return np.asarray(leaf)  # of a class of its own, maybe
+    if trees.is_key(leaf) or not isinstance(leaf, jax.Array):
+        return leaf
+    return {"__jax__": np.asarray(leaf)}
 
 
 def _unpack(value: Any, spec: trees.LeafSpec, goal: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__jax__"}:
-        placed = trees.placed(value["__jax__"], getattr(goal, "sharding", None))
-        return trees.bound_like(goal, placed)
-    return trees.finish_leaf(spec, value, goal) if spec.kind in ("numpy", "scalar") else value
+        value = value["__jax__"]
+        if goal is None or isinstance(goal, jax.Array | jax.ShapeDtypeStruct):
+            trees.refuse_to_cut(spec)
+        if goal is None:
+            return jax.device_put(value)
+    return trees.finish_leaf(spec, value, goal)
 
 
 class OrbaxCheckpointHandler:

@@ -43,13 +43,11 @@ _MOST_BITS = 12_000  # of an int: Python reads texts of up to 4300 digits
 _MOST_ALIKE = 100  # keys with one hash: a dict compares each with all of them
 _EXACT = 1 << 53
 _BLOB_BYTES = 512  # fewer are shorter in the JSON than beside it
-_EXTENDED = (
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "int4",
-    "uint4",
-)  # ml_dtypes, which comes with JAX
+_EXTENDED = (  # ml_dtypes, which comes with JAX
+    *("bfloat16", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e4m3fn"),
+    *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("int2", "int4", "uint4"),
+)
 _NUMPY_DTYPE = re.compile(r"[<|][biufcSU][0-9]{1,9}")
 _TORCH_DTYPES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64"),

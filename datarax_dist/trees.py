@@ -10,6 +10,7 @@ with plain Orbax.
 
 from __future__ import annotations
 
+import cmath
 import functools
 import itertools
 import math
@@ -35,6 +36,7 @@ __all__ = [
     "match",
     "placed",
     "plan_state",
+    "refuse_to_cut",
     "tree_digest",
     "would_be_cut",
 ]
@@ -46,6 +48,7 @@ _UNSTORABLE = (
     *("uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn"),
     *("float96", "float128", "complex192", "complex256"),
 )
+_OF_64_BITS = ("int64", "uint64", "float64", "complex128")
 _KINDS = (
     *("jax", "key", "key_data", "numpy", "scalar"),
     *("int", "float", "bool", "complex", "str", "bytes", "empty"),
@@ -453,7 +456,7 @@ def _key_name(key: Any) -> Any:
 
 
 def _plain(key: Any) -> bool:
-    return isinstance(key, str | int | float | bytes | tuple | bool)
+    return key is None or isinstance(key, str | int | float | bytes | tuple | np.integer)
 
 
 def _build(structure: Any, values: Sequence[Any]) -> Any:
@@ -471,12 +474,43 @@ def _build(structure: Any, values: Sequence[Any]) -> Any:
 
 
 def fits_exactly(spec: TreeSpec, target: Any) -> bool:
-    """Whether a target has just the leaves that were saved, each of a kind that can take them."""
+    """Whether a target is as what was saved: the same containers, and in them leaves of the same
+    kinds.
+    """
     saved = {leaf.path: leaf for leaf in spec.leaves}
     leaves = dict(flatten(target))
-    return saved.keys() == leaves.keys() and not any(
-        _difference(saved[path], leaf) for path, leaf in leaves.items()
+    return (
+        saved.keys() == leaves.keys()
+        and _unnamed(spec.structure) == _unnamed(_structure(target))
+        and all(_is_of_kind(saved[path], leaf) for path, leaf in leaves.items())
+        and not any(_difference(saved[path], leaf) for path, leaf in leaves.items())
     )
+
+
+def _unnamed(structure: Any) -> Any:
+    """Returns a structure without the names of classes, which may have been moved; and without the
+    numbers of leaves, and the order of dicts.
+    """
+    if isinstance(structure, int):
+        return 0
+    if "node" in structure:
+        return {"node": {name: _unnamed(child) for name, child in structure["children"]}}
+    if "dict" in structure:
+        return {"dict": {repr(key): _unnamed(child) for key, child in structure["dict"]}}
+    return {
+        tag: [_unnamed(child) for child in inside] if isinstance(inside, list) else inside
+        for tag, inside in structure.items()
+    }
+
+
+def _is_of_kind(saved: LeafSpec, leaf: Any) -> bool:
+    if saved.kind == "jax":
+        return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    if saved.kind == "numpy":
+        return isinstance(leaf, np.ndarray)
+    if saved.kind == "scalar":
+        return isinstance(leaf, np.generic)
+    return not saved.inline or saved.kind == "empty" or saved.kind == type(leaf).__name__
 
 
 def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:
@@ -557,6 +591,11 @@ def _difference(saved: LeafSpec, leaf: Any) -> str | None:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
     shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and _is_cut(dtype):
+        return (
+            f"saved as {_text(saved)}, the target is an array of {dtype}, which JAX would cut to 32"
+            " bits; set jax_enable_x64, or give a numpy array as the target"
+        )
     if saved.kind in ("int", "float", "bool", "complex") and shape == ():
         if _exact(saved, np.dtype(leaf.dtype).type):
             return None
@@ -579,15 +618,18 @@ def _exact(saved: LeafSpec, kind: Callable[[Any], Any]) -> bool:
     """Whether `kind` can hold the value of an inline number: as it is, or as the nearest float."""
     value = codec.decode(saved.value)
     try:
-        converted = kind(value)
+        with np.errstate(over="ignore", invalid="ignore"):
+            held = np.asarray(kind(value))
     except (OverflowError, TypeError, ValueError):
         return False
-    dtype = np.asarray(converted).dtype
-    if isinstance(value, bool) != (dtype.kind == "b"):
+    is_float = held.dtype.kind == "f" or held.dtype.name.startswith(("bfloat", "float"))
+    if isinstance(value, bool) != (held.dtype.kind == "b"):
         return False
-    if isinstance(value, float):
-        return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
-    return bool(converted == value)
+    if isinstance(value, float | complex):
+        is_alike = held.dtype.kind == "c" if isinstance(value, complex) else is_float
+        return is_alike and cmath.isfinite(complex(held)) == cmath.isfinite(value)
+    # By Python, which compares as they are: numpy would have the value cut, too.
+    return bool((float(held) if is_float else held.item()) == value)
 
 
 def _text(saved: LeafSpec) -> str:
@@ -651,11 +693,14 @@ def placed(array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
 def _as_wanted(spec: LeafSpec, value: Any, target: Any) -> Any:
     if spec.kind == "empty" and is_key(value):
         return value
+    sharding = getattr(target, "sharding", None)
+    if spec.kind == "empty" and sharding is not None and not sharding.is_fully_addressable:
+        return placed(np.asarray(value), sharding)
     if target is None or isinstance(target, jax.Array | jax.ShapeDtypeStruct):
         if isinstance(target, jax.ShapeDtypeStruct | jax.Array) and not isinstance(
             value, jax.Array
         ):
-            return placed(np.asarray(value, target.dtype), getattr(target, "sharding", None))
+            return placed(np.asarray(value, target.dtype), sharding)
         if spec.local and spec.kind == "jax" and not would_be_cut(spec):  # read as numpy
             return jax.numpy.asarray(value)
         return value
@@ -691,14 +736,30 @@ def _empty(spec: LeafSpec) -> Any:
     return jax.numpy.asarray(array) if spec.value == "jax" else array
 
 
+def _is_cut(dtype: str) -> bool:
+    return dtype in _OF_64_BITS and not jax.config.read("jax_enable_x64")
+
+
 def needs_x64(spec: LeafSpec) -> bool:
     """A `jax.Array` of 64 bits, which JAX would cut to 32 bits without `jax_enable_x64`."""
-    return spec.kind == "jax" and spec.dtype in ("int64", "uint64", "float64", "complex128")
+    return spec.kind == "jax" and spec.dtype in _OF_64_BITS
 
 
 def would_be_cut(spec: LeafSpec) -> bool:
     """Whether it cannot be a `jax.Array` here."""
-    return needs_x64(spec) and not jax.config.read("jax_enable_x64")
+    return spec.kind == "jax" and _is_cut(spec.dtype)
+
+
+def refuse_to_cut(spec: LeafSpec) -> None:
+    """Raises `StructureMismatchError` for what cannot be the `jax.Array` that it was."""
+    if would_be_cut(spec):
+        raise StructureMismatchError(
+            f"{spec.name} is a jax.Array of {spec.dtype}, which JAX would cut to 32 bits. Set"
+            " jax_enable_x64, or give a numpy array as its target.",
+            missing=[],
+            unexpected=[],
+            changed={spec.name: f"saved as {spec.dtype}, jax_enable_x64 is off"},
+        )
 
 
 def tree_digest(tree: Any) -> str:

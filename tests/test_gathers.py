@@ -337,7 +337,7 @@ def test_a_host_that_ends_its_wait_with_an_error_of_its_own_says_so(
 
     monkeypatch.setattr(Operation, "result", interrupted)
     monkeypatch.setattr(Operation, "stop", stopped)
-    first, second, third = gather_on(hosts, store, gather, seconds=20)
+    first, second, third = gather_on(hosts, store, gather, seconds=8)
     assert isinstance(second, TimeoutError)
     for error in (first, third):
         assert "host 1 failed in phase 'gather': TimeoutError: the alarm" in str(error)
@@ -369,7 +369,7 @@ def test_a_host_that_cannot_say_that_all_is_done_says_so(saved: Any) -> None:
         with together():
             pass
 
-    results = gather_on(hosts, store, gather, seconds=20)
+    results = gather_on(hosts, store, gather, seconds=8)
     assert len(lost) == 2
     for error in results:
         assert "reach JAX's coordination service" in str(error)

@@ -81,7 +81,11 @@ def on_one_host(root: str) -> list[Any]:
         with dd.Checkpointer(
             f"{root}{number}", options=dd.Options(compression=compression)
         ) as ckpt:
-            values = {"w": np.arange(24.0, dtype=np.float32), "b": np.arange(6), "n": np.int32(7)}
+            values = {
+                "w": np.arange(24.0, dtype=np.float32),
+                "b": np.arange(6, dtype=np.int32),
+                "n": np.int32(7),
+            }
             ckpt.save(1, state={**values, "own": jax.numpy.arange(3)}).result(60)
             mine = [device for device in jax.devices() if device.process_index == 0]
             mesh = jax.sharding.Mesh(np.array(mine), ("x",))

@@ -16,7 +16,7 @@ from datarax_dist import codec, direct
 from datarax_dist.arrays.failures import wrapped
 from datarax_dist.errors import CorruptStepError, StorageError, StructureMismatchError
 from datarax_dist.ocdbt import Extent
-from datarax_dist.trees import LeafSpec, TreeSpec, would_be_cut
+from datarax_dist.trees import LeafSpec, TreeSpec, refuse_to_cut
 
 __all__ = [
     "bytes_of",
@@ -48,14 +48,7 @@ def restore_args(leaf: LeafSpec, target: Any) -> Any:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     if isinstance(target, np.ndarray | np.generic | bool | int | float | complex):
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    if would_be_cut(leaf):
-        raise StructureMismatchError(
-            f"{leaf.name} is a jax.Array of {leaf.dtype}, which JAX would cut to 32 bits. Set"
-            " jax_enable_x64, or give a numpy array as its target.",
-            missing=[],
-            unexpected=[],
-            changed={leaf.name: f"saved as {leaf.dtype}, jax_enable_x64 is off"},
-        )
+    refuse_to_cut(leaf)
     if sharding is None:
         sharding = default_sharding(leaf.shape)
     else:

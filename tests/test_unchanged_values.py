@@ -1,0 +1,162 @@
+"""A restored value is the one that was saved: what a target cannot hold as it is, is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import datarax_dist as dd
+from datarax_dist.checkpoint import OrbaxCheckpointHandler
+from datarax_dist.errors import StructureMismatchError
+from datarax_dist.testing import run_hosts
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("saved", "target"),
+    [
+        (np.int64(5_000_000_000), abstract((), np.int64)),
+        (np.arange(3) + 2**33, abstract((3,), np.int64)),
+        (np.array([0.1, 0.2]), abstract((2,), np.float64)),
+        (2**40 + 3, abstract((), np.int64)),
+        (0.1, abstract((), np.float64)),
+    ],
+    ids=str,
+)
+def test_64_bits_are_not_cut_for_an_abstract_target(
+    tmp_path: Path, saved: Any, target: Any
+) -> None:
+    """As `jax.tree.map` makes one of a state that has numpy's numbers in it."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": saved}).result()
+        with pytest.raises(StructureMismatchError, match="JAX would cut to 32 bits; set"):
+            ckpt.restore(state={"a": target})
+        with jax.enable_x64(True):
+            restored = ckpt.restore(state={"a": target}).state["a"]
+        assert restored.dtype == target.dtype
+        np.testing.assert_array_equal(np.asarray(restored), saved)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (2**24 + 1, "float32"),
+        (2**53 + 1, "float64"),
+        (257, "bfloat16"),
+        (17, "float8_e4m3fn"),
+        (2**24 + 1, "complex64"),
+        (1e300, "float32"),
+        (1000.0, "float8_e4m3fn"),
+        (-0.5, "float8_e8m0fnu"),
+        (1e300j, "complex64"),
+    ],
+)
+def test_a_number_is_not_put_where_it_does_not_fit(tmp_path: Path, value: Any, dtype: str) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": value}).result()
+        with pytest.raises(StructureMismatchError, match=f"a {dtype} cannot hold exactly"):
+            ckpt.restore(state={"a": np.zeros((), dtype)})
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(2**24, "float32"), (256, "bfloat16"), (0.1, "float32"), (1j, "complex64")]
+)
+def test_a_number_may_be_an_array_that_holds_it(tmp_path: Path, value: Any, dtype: str) -> None:
+    """A float as the nearest one."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": value}).result()
+        restored = ckpt.restore(state={"a": np.zeros((), dtype)}).state["a"]
+    assert restored == np.asarray(value, dtype)
+
+
+class Thing:
+    """A state of one's own, of any form."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def get_state(self) -> Any:
+        return self.state
+
+    def set_state(self, state: Any) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    ("saved", "fresh"),
+    [
+        ({"buffer": [], "pos": 7}, {"buffer": None, "pos": 0}),
+        ({"buffer": None, "pos": 7}, {"buffer": [], "pos": 0}),
+        ({"pending": {}, "pos": 7}, {"pos": 0}),
+        ({"a": [3, 4]}, {"a": (0, 0)}),
+        ({"a": {0: 3, 1: 4}}, {"a": [0, 0]}),
+        ({"a": {0: 3}}, {"a": {"0": 0}}),
+        ({"a": 3}, {"a": 0.0}),
+        ({"a": np.int32(3)}, {"a": 0}),
+        ({"a": {np.int64(3): 1, np.int64(4): 2}}, {}),
+        ({"a": {None: 1}}, {}),
+    ],
+    ids=str,
+)
+def test_a_state_of_ones_own_is_given_what_it_gave(tmp_path: Path, saved: Any, fresh: Any) -> None:
+    """Whatever a fresh one has: an empty buffer is another thing than none."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=Thing(saved)).result()
+        got = ckpt.restore(state=Thing(fresh)).state.state
+    assert repr(got) == repr(saved)
+
+
+def own(root: str) -> list[Any]:
+    """What each host has for itself, saved and restored by the handler: as on one host."""
+    host, found = jax.process_index(), []
+    numbers = {"int": 5 + host, "jax": jnp.int32(5 + host), "numpy": np.int32(5 + host)}
+    targets = {
+        "int": 0,
+        "jax": jnp.int32(0),
+        "numpy": np.int32(0),
+        "abstract": abstract((), np.int32),
+    }
+    extended = [
+        *("int2", "int4", "float4_e2m1fn", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+        *("float8_e8m0fnu", "float8_e3m4", "float8_e4m3b11fnuz", "bfloat16"),
+    ]
+    arrays = {name: np.ones(3, name) for name in extended} | {"matrix": np.matrix([[1, host]])}
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(f"{root}/numbers", numbers, step=1)
+        for name, target in targets.items():
+            restored = handler.restore(f"{root}/numbers", dict.fromkeys(numbers, target))
+            kinds = [type(value).__name__ for value in restored.values()]
+            found.append((name, kinds, [int(value) - host for value in restored.values()]))
+        handler.save(f"{root}/arrays", arrays, step=1)
+        restored = handler.restore(f"{root}/arrays", arrays)
+        for name, value in arrays.items():
+            is_alike = restored[name].dtype == value.dtype and (restored[name] == value).all()
+            found.append((name, type(restored[name]).__name__, bool(is_alike)))
+        with jax.enable_x64(True):
+            wide = {"a": jnp.int64(2**40 + host), "b": jnp.arange(2.0, dtype="float64") + 2.0**-40}
+            handler.save(f"{root}/wide", wide, step=1)
+        for target in (None, {"a": abstract((), np.int64)}, {"a": np.int64(0)}):
+            try:
+                found.append(int(handler.restore(f"{root}/wide", target)["a"]) - host)
+            except StructureMismatchError as error:
+                found.append("would cut to 32 bits" in str(error))
+    return found
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_the_handler_gives_each_of_several_hosts_what_it_gives_one(tmp_path: Path) -> None:
+    [one] = run_hosts(own, 1, args=(str(tmp_path / "one"),), timeout_seconds=60)
+    two = run_hosts(own, 2, args=(str(tmp_path / "two"),), timeout_seconds=60)
+    assert [host.error for host in (one, *two)] == [None] * 3
+    assert [host.value for host in two] == [one.value] * 2
+    assert all(is_alike for _, _, is_alike in one.value[4:-3])
+    assert one.value[-3:] == [True, True, 2**40]
