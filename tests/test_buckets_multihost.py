@@ -123,7 +123,7 @@ def test_a_permission_that_is_missing_is_named_on_all_hosts(
 def test_requests_that_go_wrong_leave_a_step_committed_or_not_and_all_hosts_agree() -> None:
     """A part of the sweep that `python -m benchmarks.bucket_faults` makes over all requests."""
     command = [sys.executable, "-m", "benchmarks.bucket_faults", "--json"]
-    command += ["--hosts", "2", "--every", "29", "--modes", "applied_then_dropped,stalled"]
+    command += ["--hosts", "2", "--every", "53", "--modes", "applied_then_dropped,stalled"]
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
     )
