@@ -27,6 +27,7 @@ from datarax_dist.data import (
     DataAdapter,
     adapt,
     adapters,
+    memory,
     positions,
     register_adapter,
     replay,
@@ -344,7 +345,7 @@ def test_a_loader_whose_iter_takes_back_what_was_restored_is_set_once_more(wrap:
     first = wrapped()
     taken(first, 2)  # nothing is wrong with a fresh one
     second = wrapped()
-    second.apply(first.capture(), None, None)
+    second.apply(first.snapshot().positions, None, None)
     assert str(next(second)) == str(next(first))
 
 
@@ -516,7 +517,7 @@ def test_a_position_taken_by_another_thread_is_whole(whole: bool) -> None:
     loader = taken(shards(Slow, 4), 1) if whole else tracked(taken(Slow(0, 1), 1), 1)
     taker = threading.Thread(target=lambda: (reading.wait(10), taken(loader, 3), moved.set()))
     taker.start()
-    found = loader.capture()
+    found = loader.snapshot().positions
     taker.join()
     assert {codec.unpack(position.state)[0] for position in found.values()} == {1}
 
@@ -655,12 +656,12 @@ def test_protocols_are_what_datarax_has() -> None:
 def test_what_is_remembered_of_a_loader_goes_with_it() -> None:
     loader = Opaque()
     restore(save(loader), loader)
-    memory = weakref.ref(positions._memories[id(loader)])
+    known = weakref.ref(memory._memories[id(loader)])
     gone = weakref.ref(loader)
     del loader
     gc.collect()
     assert gone() is None
-    assert memory() is None
+    assert known() is None
 
 
 def test_a_loader_that_forgets_until_its_first_batch_is_not_saved_at_its_beginning() -> None:

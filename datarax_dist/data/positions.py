@@ -16,8 +16,9 @@ from typing import Any
 from datarax_dist import codec
 from datarax_dist import format as fmt
 from datarax_dist.data.adapters import adapt
+from datarax_dist.data.memory import Position, remembered
 from datarax_dist.data.ownership import Ownership
-from datarax_dist.data.streams import Loader, Memory, Position, Source
+from datarax_dist.data.streams import Loader, Source
 from datarax_dist.errors import (
     CheckpointError,
     InvalidArgumentError,
@@ -36,8 +37,6 @@ __all__ = [
     "named_loaders",
     "plan_restore",
 ]
-
-_memories: dict[int, Memory] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,13 @@ def named_loaders(data: Any) -> dict[str, Any]:
 
 def _source(loader: Any) -> Source:
     """Returns what the positions of a loader are read from, as the user gave it."""
+    outer = loader.outer if isinstance(loader, Source) else remembered(loader).outer
+    if outer is not None:
+        raise PositionError(
+            f"{outer} was put around this {type(loader).__qualname__}, and reads it, ahead of the"
+            f" steps perhaps. The position of the batches you take is that of {outer}: give what"
+            " that returned to save and restore."
+        )
     if isinstance(loader, Source):
         return loader
     if isinstance(loader, list | tuple):
@@ -96,19 +102,7 @@ def _source(loader: Any) -> Source:
             f"A {type(loader).__qualname__} does not know how far it was used. Take the batches"
             " from `it = datarax_dist.data.tracked(loader, 0)`, and give that as `data`."
         )
-    memory = _memory(loader)
-    return Loader(adapter, memory)
-
-
-def _memory(loader: Any) -> Memory:
-    """Returns what is known of a loader that the user iterates, for as long as it lives."""
-    if id(loader) not in _memories:
-        try:
-            weakref.finalize(loader, _memories.pop, id(loader), None).atexit = False
-        except TypeError:  # it cannot be told when it goes
-            return Memory()
-        _memories[id(loader)] = Memory()
-    return _memories[id(loader)]
+    return Loader(adapter, remembered(loader))
 
 
 def _placed(source: Source, host: int, hosts: int) -> tuple[int, Ownership]:
@@ -135,16 +129,18 @@ def capture(data: Any, host: int, hosts: int, step: int = 0, pace: Pace | None =
     for name, loader in items.items():
         source = _source(loader)
         try:
-            _capture_item(captured, name, source, host, hosts)
+            batches = _capture_item(captured, name, source, host, hosts)
         except UnsupportedLeafError as error:
             raise UnsupportedLeafError(f"Data item {name!r}: {error}", path=error.path) from None
         if pace is not None:
-            pace.check(name, source, step)
+            pace.check(name, source, batches, step)
     return captured
 
 
-def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> None:
-    positions, described = source.capture(), source.loader_fingerprints()
+def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> int | None:
+    """Returns how many batches were handed out."""
+    snapshot, described = source.snapshot(), source.loader_fingerprints()
+    positions = snapshot.positions
     count, owned = _placed(source, host, hosts)
     if source.kind == "host":  # one position, whatever it is called on this host
         positions = dict(zip(owned.reads, positions.values(), strict=True))
@@ -153,8 +149,8 @@ def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> 
         "kind": source.kind,
         "count": count,
         "fingerprint": _encode(source.fingerprint(), f"{name}'s fingerprint"),
-        "batches": source.batches(),
-        "rows": source.rows(),
+        "batches": snapshot.batches,
+        "rows": snapshot.rows,
     }
     to.indexes[fmt.position_index_name(name)] = fmt.seal(index)
     to.agreement[f"the number of batches that {name!r} has handed out"] = index.pop("batches")
@@ -188,6 +184,7 @@ def _capture_item(to: Any, name: str, source: Source, host: int, hosts: int) -> 
                 to.files[fmt.position_blobs_name(name, shard, count)] = _joined(blobs)
     to.written[name] = sorted(owned.writes)
     to.counts[name] = count
+    return snapshot.batches
 
 
 def _encode(value: Mapping[str, Any], what: str) -> Any:
@@ -238,9 +235,8 @@ class Pace:
                 f" {sorted(names)!r}."
             )
 
-    def check(self, name: str, source: Source, step: int) -> None:
+    def check(self, name: str, source: Source, batches: int | None, step: int) -> None:
         """Raises `PositionError` when more batches were handed out than the steps say."""
-        batches = source.batches()
         offset = self._offset(name, batches, step)
         if offset is None:
             return

@@ -26,6 +26,7 @@ from datarax_dist.data.adapters import (
     open_loader,
     register_adapter,
 )
+from datarax_dist.data.memory import Memory, Position, remembered_for_ever, remembered_with
 from datarax_dist.data.ownership import Ownership, own_by_modulo, own_by_sharding, this_host
 from datarax_dist.errors import (
     InvalidArgumentError,
@@ -36,10 +37,9 @@ from datarax_dist.errors import (
 
 __all__ = [
     "Loader",
-    "Memory",
-    "Position",
     "Replay",
     "Shards",
+    "Snapshot",
     "Source",
     "Tracked",
     "replay",
@@ -56,23 +56,26 @@ _SECOND_EPOCH = (
 )
 
 
+_MOVING = (
+    "The next batch is being made, and some data shards have moved on, others have not: this call"
+    " came from a signal handler. Let the handler set a flag, and save after the step; or take the"
+    " batches from datarax_dist.data.tracked(loader, 0), which has the position before that batch."
+)
+
+
 @dataclass(frozen=True, slots=True)
-class Position:
-    """Where one data shard is: its loader's state, and whether it has given its last batch. (There
-    are loaders that begin another epoch when they are set to the end of one.)
+class Snapshot:
+    """The positions of a source, and what belongs to them, of one moment.
+
+    Attributes:
+        positions: those that this host reads.
+        batches: how many were handed out over all runs; None when nobody counts.
+        rows: how many records each data shard gives to a batch; None when nobody knows.
     """
 
-    state: codec.Encoded
-    ended: bool = False
-
-
-@dataclass
-class Memory:
-    """What is known of a loader that the user iterates: its fingerprint, and what was restored."""
-
-    described: dict[str, Any] | None = None
-    restored: Position | None = None
-    failure: str | None = None
+    positions: dict[int, Position]
+    batches: int | None
+    rows: int | None
 
 
 class Source(abc.ABC):
@@ -82,19 +85,23 @@ class Source(abc.ABC):
         kind: "global", "shards" or "host".
         count: the number of positions: V of shards, otherwise 1.
         failure: why it has no position any more; None while it has one.
+        outer: what was put around it, and has the position; None where nothing was.
     """
 
     kind: str
     count: int
     failure: str | None = None
+    outer: str | None = None
 
     @abc.abstractmethod
     def ownership(self) -> Ownership:
         """Returns which positions this host reads, and which it writes."""
 
     @abc.abstractmethod
-    def capture(self) -> dict[int, Position]:
-        """Returns the positions that this host reads. Later batches do not change them."""
+    def snapshot(self) -> Snapshot:
+        """Returns the positions that this host reads, and what belongs to them. Later batches do
+        not change them.
+        """
 
     @abc.abstractmethod
     def apply(
@@ -116,10 +123,6 @@ class Source(abc.ABC):
         """Nothing can be taken or saved from now on."""
         self.failure = failure
 
-    def rows(self) -> int | None:
-        """Returns how many records each data shard gives to a batch; None when nobody knows."""
-        return None
-
     def fingerprint(self) -> dict[str, Any]:
         """Returns what must be the same on restore, for the item as a whole."""
         return {}
@@ -133,6 +136,14 @@ def _broken(what: str, error: BaseException) -> str:
     return (
         f"{what} failed with {describe(error)}, and where it stands now is not known. Go on from a"
         " committed step: make the loader anew, and restore."
+    )
+
+
+def _used(handed: int, ahead: int = 0, *, ended: bool = False) -> str:
+    return (
+        f"it has handed out {handed} batches"
+        + (f" and read {ahead} ahead" if ahead else "")
+        + (" and ended" if ended else "")
     )
 
 
@@ -190,8 +201,8 @@ class Loader(Source):
     def ownership(self) -> Ownership:
         return Ownership((0,), frozenset((0,)))
 
-    def capture(self) -> dict[int, Position]:
-        return {0: self.position()}
+    def snapshot(self) -> Snapshot:
+        return Snapshot({0: self.position()}, None, None)
 
     def position(self) -> Position:
         """Returns where it is. As long as nothing was taken since a restore, that is exactly what
@@ -234,12 +245,14 @@ class Loader(Source):
 
     def poison(self, failure: str) -> None:
         self.failure = self._memory.failure = failure
+        if not self._mine:
+            remembered_for_ever(self._adapter.loader, self._memory)
 
     def refusal(self) -> str | None:
         if self.failure is not None:
             return self.failure
         if self._handed:
-            return f"it has handed out {self._handed} batches"
+            return _used(self._handed)
         if self._memory.restored is not None and self._untouched():
             return None  # set, and not used since
         return self._adapter.started()
@@ -253,15 +266,24 @@ class Loader(Source):
         return {0: dict(self._memory.described)}
 
 
-def _open(loader: Any) -> Loader:
-    """Returns a loader that a factory or the user made, ready to be iterated here."""
+def _open(loader: Any, outer: str) -> Loader:
+    """Returns a loader that a factory or the user made, ready to be iterated here; from now on the
+    position of its batches is that of `outer`.
+    """
     if isinstance(loader, Source):
         kind = type(loader).__name__.lower()
         raise InvalidArgumentError(
             f"The loader of a data shard cannot be {kind}(...) itself. Put it around the whole,"
             " tracked(shards(factory, V), depth), and let the factory return the plain loader."
         )
-    return Loader(open_loader(loader))
+    adapter = open_loader(loader)
+    source = Loader(adapter)
+    if not adapter.counts:  # one that counts has no position of its own to be taken for this one
+        for one in (loader, adapter.loader):
+            memory = remembered_with(source, one)
+            memory.outer = outer
+            source.failure = source.failure or memory.failure
+    return source
 
 
 class Shards(Source):
@@ -298,6 +320,7 @@ class Shards(Source):
         self._ended = False
         self._told_end = False
         self._lock = threading.RLock()  # a batch and its position belong together
+        self._moving = False  # of what this thread does, a signal handler sees the midst
 
     def ownership(self) -> Ownership:
         if self._owned is None:
@@ -320,7 +343,8 @@ class Shards(Source):
     def _opened(self) -> dict[int, Loader]:
         if self._loaders is None:
             self._loaders = {
-                shard: _open(self._factory(shard, self.count)) for shard in self.ownership().reads
+                shard: _open(self._factory(shard, self.count), "shards(...)")
+                for shard in self.ownership().reads
             }
         return self._loaders
 
@@ -331,7 +355,16 @@ class Shards(Source):
 
     def __next__(self) -> Any:
         with self._lock:
-            return self._next()
+            self._check_still()
+            self._moving = True
+            try:
+                return self._next()
+            finally:
+                self._moving = False
+
+    def _check_still(self) -> None:
+        if self._moving:
+            raise PositionError(_MOVING)
 
     def _next(self) -> Any:
         if self.failure is not None:
@@ -353,6 +386,7 @@ class Shards(Source):
                 )
                 self._rows = batches_io.check_rows(parts, self._rows, hint)
                 batch = batches_io.join(parts)
+                self._handed += 1
         except BaseException as error:
             # Some shards have moved on, others have not; and an iterator that has failed may well
             # say that it has ended when it is asked again.
@@ -362,7 +396,6 @@ class Shards(Source):
             self._end(ended)
             self._told_end = True
             raise StopIteration
-        self._handed += 1
         return batch
 
     def _end(self, ended: list[int]) -> None:
@@ -385,34 +418,41 @@ class Shards(Source):
             raise PositionError(self.failure)
         self._ended = True
 
-    def capture(self) -> dict[int, Position]:
+    def snapshot(self) -> Snapshot:
         with self._lock:
             if self.failure is not None:
                 raise PositionError(self.failure)
-            return {shard: loader.position() for shard, loader in self._opened().items()}
+            self._check_still()
+            found = {shard: loader.position() for shard, loader in self._opened().items()}
+            return Snapshot(found, self.batches(), self._rows)
 
     def apply(
         self, positions: Mapping[int, Position], batches: int | None, rows: int | None
     ) -> None:
         with self._lock:
-            for shard, position in positions.items():
-                self._opened()[shard].set_position(position)
-            self._before, self._handed, self._rows = batches or 0, 0, rows
-
-    def rows(self) -> int | None:
-        return self._rows
+            self._check_still()
+            self._moving = True
+            try:
+                for shard, position in positions.items():
+                    self._opened()[shard].set_position(position)
+                self._before, self._handed, self._rows = batches or 0, 0, rows
+            finally:
+                self._moving = False
 
     def refusal(self) -> str | None:
-        if self.failure is not None:
-            return self.failure
-        if self._handed:
-            return f"it has handed out {self._handed} batches"
-        for shard, loader in self._opened().items():
-            if reason := loader.refusal():
-                return f"data shard {shard}: {reason}"
-        return None
+        with self._lock:
+            if self.failure is not None:
+                return self.failure
+            if self._moving:
+                return "its next batch is being made"
+            if self._handed or self._told_end:
+                return _used(self._handed, ended=self._told_end)
+            for shard, loader in self._opened().items():
+                if reason := loader.refusal():
+                    return f"data shard {shard}: {reason}"
+            return None
 
-    def batches(self) -> int | None:
+    def batches(self) -> int:
         return self._before + self._handed
 
     def fingerprint(self) -> dict[str, Any]:
@@ -484,18 +524,20 @@ class Tracked(Source):
             raise InvalidArgumentError(
                 f"tracked(place=...) is a function of a batch, not a {type(place).__name__}."
             )
-        self._source: Any = loader if isinstance(loader, Source) else _open(loader)
+        whole = isinstance(loader, Source)
+        self._source: Any = loader if whole else _open(loader, "tracked(...)")
+        if whole:
+            self._source.outer = "tracked(...)"
         self.kind = self._source.kind
         self.count = self._source.count
         self._place = place
         self._fresh = _FreshBuffers(max(self._depth, 1))
         self._lock = threading.RLock()
         self._told_end = False
-        self._waiting: collections.deque[tuple[Any, dict[int, Position]]] = collections.deque()
+        self._waiting: collections.deque[tuple[Any, Snapshot]] = collections.deque()
         self._stopped: BaseException | None = None
-        self._at: dict[int, Position] | None = None
+        self._at: Snapshot | None = None  # replaced as a whole: a signal handler may come any time
         self._handed = 0
-        self._before = 0
 
     def __iter__(self) -> Tracked:
         if self._told_end:
@@ -507,14 +549,22 @@ class Tracked(Source):
             if self.failure is not None:
                 raise PositionError(self.failure)
             if self._at is None:
-                self._at = self._source.capture()
+                self._at = self.snapshot()
             while self._stopped is None and len(self._waiting) < max(self._depth, 1):
                 self._pull()
             if not self._waiting:
                 assert self._stopped is not None
                 self._told_end = isinstance(self._stopped, StopIteration)
                 raise self._stopped
-            batch, self._at = self._waiting.popleft()
+            batch, at = self._waiting[0]
+            now = Snapshot(at.positions, self.batches() + 1, at.rows)
+            try:
+                self._waiting.popleft()
+                self._at = now
+            except BaseException as error:  # of a signal handler: the batch is in nobody's hands
+                self._waiting.clear()
+                self._stopped = PositionError(_broken("Taking a batch", error))
+                raise
             self._handed += 1
             return batch
 
@@ -522,7 +572,7 @@ class Tracked(Source):
         """Reads one batch ahead. What stops it is raised when its turn comes."""
         try:
             batch = self._fresh(next(self._source))
-            at = self._source.capture()
+            at = self._source.snapshot()
             self._waiting.append((self._placed(batch), at))
         except Exception as error:
             self._stopped = error
@@ -542,37 +592,33 @@ class Tracked(Source):
         owned: Ownership = self._source.ownership()
         return owned
 
-    def capture(self) -> dict[int, Position]:
+    def snapshot(self) -> Snapshot:
         with self._lock:
             if self.failure is not None:
                 raise PositionError(self.failure)
-            return dict(self._source.capture() if self._at is None else self._at)
+            if self._at is not None:
+                return self._at
+            found: Snapshot = self._source.snapshot()
+            return Snapshot(found.positions, found.batches or 0, found.rows)
 
     def apply(
         self, positions: Mapping[int, Position], batches: int | None, rows: int | None
     ) -> None:
         with self._lock:
             self._source.apply(positions, batches, rows)
-            self._at = dict(positions)
-            self._before, self._handed = batches or 0, 0
-
-    def rows(self) -> int | None:
-        found: int | None = self._source.rows()
-        return found
+            self._at, self._handed = Snapshot(dict(positions), batches or 0, rows), 0
 
     def refusal(self) -> str | None:
         if self.failure is not None:
             return self.failure
         if self._handed or self._waiting or self._stopped is not None:
-            ahead = f" and read {len(self._waiting)} ahead" if self._waiting else ""
-            return f"it has handed out {self._handed} batches{ahead}" + (
-                " and ended" if self._stopped is not None else ""
-            )
+            return _used(self._handed, len(self._waiting), ended=self._stopped is not None)
         reason: str | None = self._source.refusal()
         return reason
 
-    def batches(self) -> int | None:
-        return self._before + self._handed
+    def batches(self) -> int:
+        at = self._at
+        return (self._source.batches() if at is None else at.batches) or 0
 
     def fingerprint(self) -> dict[str, Any]:
         found: dict[str, Any] = self._source.fingerprint()
@@ -620,23 +666,35 @@ class Replay:
             )
         self._factory = factory
         self._iterator: Iterator[Any] | None = None
-        self._batches = 0
-        self._last = ""
+        self._at = 0, ""  # replaced as a whole: a signal handler may come any time
+        self._failure: str | None = None
+        self._told_end = False
 
     def __iter__(self) -> Replay:
+        if self._told_end:
+            raise PositionError(_SECOND_EPOCH)
         return self
 
     def __next__(self) -> Any:
-        if self._iterator is None:
-            self._iterator = iter(self._factory())
-        batch = next(self._iterator)
-        self._last = _digest(batch)
-        self._batches += 1
+        if self._failure is not None:
+            raise PositionError(self._failure)
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._factory())
+            batch = next(self._iterator)
+            self._at = self._at[0] + 1, _digest(batch)
+        except StopIteration:
+            self._told_end = True
+            raise
+        except BaseException as error:  # a generator that has failed would say that it has ended
+            self._failure = _broken("The iterator of replay()", error)
+            raise
         return batch
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position: how many batches, and a digest of the last one."""
-        return {"batches": self._batches, "last": self._last}
+        batches, last = self._at
+        return {"batches": batches, "last": last}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Makes a new iterator and skips to the position; that takes as long as reading it.
@@ -667,7 +725,8 @@ class Replay:
                 " before: the factory's iterator does not give the same batches again. Give it a"
                 " fixed seed, and nothing that depends on time or on the host."
             )
-        self._iterator, self._batches, self._last = iterator, wanted, state["last"]
+        self._iterator, self._at = iterator, (wanted, state["last"])
+        self._failure, self._told_end = None, False
 
 
 class _ReplayAdapter(DataAdapter):
