@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import loaders
@@ -15,7 +18,7 @@ from datarax_dist.data import (
     shards,
     tracked,
 )
-from datarax_dist.data.ownership import own_by_rows
+from datarax_dist.data.ownership import acting_as_host, own_by_rows
 from datarax_dist.errors import (
     InvalidArgumentError,
     PositionError,
@@ -113,3 +116,124 @@ def test_a_sharding_gives_this_process_its_rows() -> None:
         assert loader.owned() == list(range(8))
     with pytest.raises(InvalidArgumentError, match="NamedSharding"):
         shards(loaders.Stream, 8, sharding=PartitionSpec("data")).owned()
+
+
+def test_values_without_rows_are_compared_to_the_last_bit() -> None:
+    def batches(other: Any) -> Any:
+        return shards(lambda s, n: replay(lambda: iter([(np.ones(1), (1.0, other)[s])])), 2)
+
+    for same in (1.0, np.float64(1.0), np.array(1.0)):
+        pair = shards(lambda s, n, same=same: replay(lambda: iter([(np.ones(1), same)])), 2)
+        assert next(pair)[1] == 1.0
+    nan = shards(lambda s, n: replay(lambda: iter([(np.ones(1), np.array(np.nan))])), 2)
+    assert np.isnan(next(nan)[1])
+    for a, b in (
+        (np.array(0.123456789), np.array(0.123456789 + 1e-12)),
+        (np.array(1.0), np.array(1.0, np.float32)),
+        (jax.numpy.float32(0.1), jax.numpy.float32(0.1 + 1e-8)),
+    ):
+        pair = shards(lambda s, n, ab=(a, b): replay(lambda: iter([(np.ones(1), ab[s])])), 2)
+        with pytest.raises(InvalidArgumentError, match="other values in other data shards"):
+            next(pair)
+
+
+def test_a_host_without_rows_is_told_so() -> None:
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("d",)), PartitionSpec("d"))
+    with acting_as_host(1, 2):
+        loader = shards(loaders.Stream, 8, sharding=sharding)
+        with pytest.raises(PositionError, match="devices of this host hold no rows"):
+            next(loader)
+
+
+# Batches that wait while their loader writes into the same memory again.
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: Any
+
+
+class Named(NamedTuple):
+    x: Any
+
+
+class Tensor:
+    """What is asked of a torch tensor."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+
+    def clone(self) -> Tensor:
+        return Tensor(self.array.copy())
+
+    def untyped_storage(self) -> Any:
+        begin, size = self.array.__array_interface__["data"][0], self.array.nbytes
+        return collections.namedtuple("Storage", ["data_ptr", "nbytes"])(
+            lambda: begin, lambda: size
+        )
+
+    def __getitem__(self, at: int) -> Any:
+        return self.array[at]
+
+
+class Sparse(Tensor):
+    def untyped_storage(self) -> Any:
+        raise NotImplementedError("a sparse tensor has none")
+
+    def clone(self) -> Sparse:
+        return Sparse(self.array.copy())
+
+
+def objects(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    found = np.empty(1, object)
+    found[0] = array
+    return found
+
+
+HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "array": (lambda x: x, lambda b: b),
+    "view": (lambda x: x[::-1], lambda b: b),
+    "dict": (lambda x: {"x": x}, lambda b: b["x"]),
+    "user dict": (lambda x: collections.UserDict(x=x), lambda b: b["x"]),
+    "list": (lambda x: {"x": [x, "text"]}, lambda b: b["x"][0]),
+    "tuples": (lambda x: ({"x": (x,)},), lambda b: b[0]["x"][0]),
+    "named": (Named, lambda b: b.x),
+    "data class": (lambda x: [Frozen([x])], lambda b: b[0].x[0]),
+    "objects": (objects, lambda b: b[0]),
+    "node": (lambda x: jax.tree_util.Partial(print, x), lambda b: b.args[0]),
+    "tensor": (lambda x: {"x": Tensor(x)}, lambda b: b["x"]),
+    "sparse": (lambda x: [Sparse(x)], lambda b: b[0]),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_what_waits_is_not_written_again_whatever_holds_it(holder: str, depth: int) -> None:
+    hold, held = HOLDERS[holder]
+
+    def batches() -> Iterator[Any]:
+        ring = np.zeros((2, 2), int)
+        for k in range(12):
+            ring[k % 2] = k
+            yield hold(ring[k % 2])
+
+    found = [(type(batch), int(held(batch)[0])) for batch in tracked(replay(batches), depth)]
+    assert found == [(type(hold(np.zeros(2))), k) for k in range(12)]
+
+
+def test_containers_that_are_filled_again_are_copied_while_they_wait() -> None:
+    def batches() -> Iterator[Any]:
+        batch: dict[str, Any] = {}
+        for k in range(12):
+            batch["x"] = np.full(2, k)
+            yield batch
+
+    found = tracked(replay(batches), 3)
+    assert [int(batch["x"][0]) for batch in found] == list(range(12))
+
+
+def test_what_is_written_once_is_handed_out_as_it_is() -> None:
+    made = [{"x": np.full(2, k), "texts": ["a", None]} for k in range(12)]
+    found = list(tracked(replay(lambda: iter(made)), 2))
+    assert all(mine is theirs for mine, theirs in zip(found[4:], made[4:], strict=True))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, made))

@@ -6,13 +6,18 @@ is a column with one item for each record. (A whole batch that is a list of arra
 
 from __future__ import annotations
 
+import collections
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from datarax_dist import codec
 from datarax_dist.errors import InvalidArgumentError, PositionError
 
-__all__ = ["arrays_of", "copied", "join", "leaves_with_names", "rows_of"]
+__all__ = ["copied", "join", "leaves_with_names", "memory_of", "overlap", "rows_of"]
 
 
 def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -89,7 +94,7 @@ def _join_leaf(name: str, leaves: list[Any]) -> Any:
     if isinstance(leaves[0], list):
         return [item for leaf in leaves for item in leaf]
     if _length(leaves[0]) is None:  # no rows: something that is the same for all records
-        if any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
+        if any(_exactly(leaf) != _exactly(leaves[0]) for leaf in leaves):
             raise InvalidArgumentError(
                 f"{name or 'The batch'} has no axis of records, and other values in other data"
                 f" shards: {leaves[0]!r:.80} and others."
@@ -105,6 +110,14 @@ def _join_leaf(name: str, leaves: list[Any]) -> Any:
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
         return jax.numpy.concatenate(leaves)  # it stays on its device
     return np.concatenate([np.asarray(leaf) for leaf in leaves])
+
+
+def _exactly(value: Any) -> Any:
+    """Returns what is the same for values that are, to the last bit."""
+    try:
+        return codec.pack(value)
+    except codec.EncodeError:
+        return repr(value)
 
 
 def check_rows(parts: dict[int, Any], expected: int | None, limit_hint: str) -> int:
@@ -126,19 +139,109 @@ def check_rows(parts: dict[int, Any], expected: int | None, limit_hint: str) -> 
     return expected
 
 
-def arrays_of(batch: Any) -> list[np.ndarray[Any, Any]]:
-    """Returns the numpy arrays of a batch."""
-    return [leaf for _, leaf in leaves_with_names(batch) if isinstance(leaf, np.ndarray)]
+# What a batch holds that its loader may write again: a batch that waits is copied then.
+
+
+def memory_of(batch: Any) -> list[tuple[int, int]]:
+    """Returns where in memory that is, begin and end: arrays of numpy, torch tensors, and the
+    containers they are in; as long as the batch lives.
+    """
+    opened = _opened(batch)
+    found = [_place(batch)] if opened is not None or _is_buffer(batch) else []
+    for part in opened[0] if opened is not None else ():
+        found.extend(memory_of(part))
+    return [(begin, end) for begin, end in found if begin < end]
+
+
+def overlap(mine: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    """Returns whether a place in memory is in both."""
+    furthest = [0, 0]
+    ranges = [(*place, 0) for place in mine] + [(*place, 1) for place in others]
+    for begin, end, side in sorted(ranges):
+        if begin < furthest[1 - side]:
+            return True
+        furthest[side] = max(furthest[side], end)
+    return False
 
 
 def copied(batch: Any) -> Any:
-    """Returns a batch with copies of its numpy arrays."""
+    """Returns a batch with copies of what `memory_of` names."""
+    if (opened := _opened(batch)) is not None:
+        parts, made_of = opened
+        return made_of([copied(part) for part in parts])
+    if not _is_buffer(batch):
+        return batch
+    return batch.copy() if isinstance(batch, np.ndarray) else batch.clone()
+
+
+def _is_buffer(part: Any) -> bool:
+    return isinstance(part, np.ndarray) or _is_tensor(part)
+
+
+def _is_tensor(part: Any) -> bool:
+    return hasattr(part, "untyped_storage") and hasattr(part, "clone")
+
+
+def _place(part: Any) -> tuple[int, int]:
+    if isinstance(part, np.ndarray):
+        if not part.size:
+            return 0, 0
+        spans = [step * (length - 1) for step, length in zip(part.strides, part.shape, strict=True)]
+        begin = part.__array_interface__["data"][0]
+        last = begin + sum(span for span in spans if span > 0)
+        return begin + sum(span for span in spans if span < 0), last + part.itemsize
+    if _is_tensor(part):
+        try:
+            storage = part.untyped_storage()
+        except Exception:  # a sparse one: as if it were everywhere
+            return 0, 1 << 64
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    return (0, 0) if isinstance(part, tuple) else (id(part), id(part) + 1)
+
+
+def _opened(part: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """Returns what a container has in it, and what makes another one of other parts; None for what
+    is no container.
+    """
+    if part is None or isinstance(part, str | bytes | int | float | np.generic):
+        return None
+    if isinstance(part, dict | collections.UserDict):
+        return list(part.values()), lambda parts: _refilled(part, list(part), parts)
+    if isinstance(part, list):
+        return list(part), lambda parts: _refilled(part, range(len(part)), parts)
+    if isinstance(part, tuple):  # named ones too
+        return list(part), lambda parts: tuple.__new__(type(part), parts)
+    if isinstance(part, np.ndarray):
+        if part.dtype != object:
+            return None
+        return [part[at] for at in np.ndindex(part.shape)], lambda parts: _refilled(
+            part, np.ndindex(part.shape), parts
+        )
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        names = [field.name for field in dataclasses.fields(part) if hasattr(part, field.name)]
+        return [getattr(part, name) for name in names], lambda parts: _reset(part, names, parts)
+    return _opened_node(part)
+
+
+def _refilled(part: Any, keys: Iterable[Any], parts: list[Any]) -> Any:
+    twin = copy.copy(part)
+    for key, item in zip(keys, parts, strict=True):
+        twin[key] = item
+    return twin
+
+
+def _reset(part: Any, names: list[str], parts: list[Any]) -> Any:
+    twin = copy.copy(part)
+    for name, item in zip(names, parts, strict=True):
+        object.__setattr__(twin, name, item)  # a frozen one too
+    return twin
+
+
+def _opened_node(part: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """The same, for what was made known to JAX as a node."""
     import jax
 
-    return jax.tree.map(
-        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf,
-        batch,
-        is_leaf=lambda part: (
-            isinstance(part, list) and not any(isinstance(item, np.ndarray) for item in part)
-        ),
-    )
+    leaves, structure = jax.tree.flatten(part, is_leaf=lambda inner: inner is not part)
+    if len(leaves) == 1 and leaves[0] is part:
+        return None
+    return leaves, lambda parts: jax.tree.unflatten(structure, parts)

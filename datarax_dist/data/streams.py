@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from datarax_dist import codec
 from datarax_dist import format as fmt
 from datarax_dist.data import batches as batches_io
@@ -373,6 +371,11 @@ class Shards(Source):
             self._told_end = True
             raise StopIteration
         loaders = self._opened()
+        if not loaders:
+            raise PositionError(
+                "The devices of this host hold no rows of shards(sharding=...): its mesh has none"
+                " of them. Take batches on the hosts of the mesh only."
+            )
         parts, ended = {}, []
         try:
             for shard, loader in loaders.items():
@@ -502,6 +505,7 @@ def shards(
         batches: the number of batches of an epoch. Needed when the shards are not equally long:
             all hosts end there.
 
+    >>> import numpy as np
     >>> class Count:
     ...     def __init__(self, shard, count): self.next = shard; self.step = count
     ...     def __iter__(self): return self
@@ -784,21 +788,23 @@ def _checked_fingerprint(given: Any) -> Any:
 
 
 class _FreshBuffers:
-    """Sees whether a loader writes its batches into buffers that it uses again. What waits to be
+    """Sees whether a loader writes its batches into memory that it uses again. What waits to be
     handed out is copied then; and at the beginning, until that is known.
     """
 
     def __init__(self, depth: int) -> None:
         self._left = depth + 1 if depth > 1 else 0
-        self._seen: list[np.ndarray[Any, Any]] = []
+        self._seen: list[Any] = []  # as long as it lives, its memory is not given to others
+        self._places: list[tuple[int, int]] = []
         self._shared = False
 
     def __call__(self, batch: Any) -> Any:
         if self._left and not self._shared:
-            arrays = batches_io.arrays_of(batch)
-            self._shared = any(np.may_share_memory(a, b) for a in arrays for b in self._seen)
+            places = batches_io.memory_of(batch)
+            self._shared = batches_io.overlap(places, self._places)
             self._left -= 1
-            self._seen = [*self._seen, *arrays] if self._left else []
+            self._seen = [*self._seen, batch] if self._left else []
+            self._places = [*self._places, *places] if self._left else []
             return batches_io.copied(batch)
         return batches_io.copied(batch) if self._shared else batch
 
