@@ -8,6 +8,8 @@ like (the fingerprint).
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import importlib.metadata
 import re
@@ -60,7 +62,7 @@ class DataAdapter:
         counts: the position is how much was taken from `iterate()`, so only a loader that is
             iterated by `shards` or `tracked` has one.
         starts_when_read: `get_state` is not for a loader that was set and has not begun: it would
-            start its workers, say.
+            start its workers, say. `started` must tell then.
 
     >>> class Tape:
     ...     at = 0
@@ -439,7 +441,7 @@ def adapt(loader: Any) -> DataAdapter:
     """
     for cls in type(loader).__mro__:
         if registered := _registered.get(f"{cls.__module__}.{cls.__qualname__}"):
-            return registered(loader)
+            return _checked(registered(loader))
         known = _KNOWN.get(cls.__module__.partition(".")[0], {}).get(cls.__qualname__)
         if known is not None:
             return known(loader)
@@ -465,6 +467,20 @@ def adapt(loader: Any) -> DataAdapter:
         " iterator, datarax_dist.data.replay(factory), which counts, or tell how its position is"
         " read with datarax_dist.data.register_adapter."
     )
+
+
+def _checked(adapter: DataAdapter) -> DataAdapter:
+    """Returns an adapter of the user's, when it can tell what it must."""
+    cls = type(adapter)
+    if getattr(adapter, "starts_when_read", False) and (
+        getattr(cls, "started", None) is DataAdapter.started
+    ):
+        raise InvalidArgumentError(
+            f"{cls.__qualname__} says `starts_when_read`, and nothing about when it has started:"
+            " each save would have the restored position, for ever. Give it a `started` that says"
+            " so."
+        )
+    return adapter
 
 
 def open_loader(loader: Any) -> DataAdapter:
@@ -535,7 +551,8 @@ def _grain_pipeline(top: Any) -> dict[str, Any]:
         nodes.append(node)
         waiting.extend(_parents(node))
     sources = [n for n in nodes if not _parents(n) and _length(n) is not None]
-    seeds = [getattr(n, key, None) for n in nodes for key in ("_seed", "_seed_rng_seed")]
+    names = ("_seed", "_seed_rng_seed", "_global_seed")
+    seeds = [getattr(n, name, None) for n in nodes for name in names]
     sizes = [getattr(node, "_batch_size", None) for node in nodes]
     drops = [getattr(node, "_drop_remainder", None) for node in nodes]
     return {
@@ -560,6 +577,11 @@ _SETTINGS = (
     *("batch_size", "drop_remainder", "num_epochs", "reseed_each_epoch", "window_size"),
     *("start", "stop", "step", "proportions"),
 )
+# The same, of Grain's own classes only: users' have such names for what changes while they run.
+_GRAINS_SETTINGS = (
+    *("count", "cycle_length", "strict", "packer_cls", "length_struct", "num_packing_bins"),
+    *("shuffle_bins", "max_sequences_per_bin", "pack_alignment_struct", "config"),
+)
 
 
 def _grain_node(node: Any) -> str:
@@ -567,13 +589,36 @@ def _grain_node(node: Any) -> str:
     found = {}
     for name in _SETTINGS:
         value = getattr(node, f"_{name}", getattr(node, name, None))
+        if isinstance(value, bool) and name in ("start", "stop", "step"):
+            continue  # no bound of a slice: a mixed iterator's `_stop` says that it has ended
         if isinstance(value, bool | int | float | tuple | list):
             found[name] = list(value) if isinstance(value, tuple | list) else value
+    if type(node).__module__.partition(".")[0] == "grain":
+        for name in _GRAINS_SETTINGS:
+            if (setting := _setting(getattr(node, f"_{name}", None))) is not None:
+                found[name] = setting
     weights = getattr(getattr(node, "_selection_map", None), "_proportions", None)
     if weights is not None:
         found["proportions"] = list(weights)
     inner = ", ".join(f"{name}={value}" for name, value in found.items())
     return f"{type(node).__name__}({inner})"
+
+
+def _setting(value: Any) -> Any:
+    """Returns a setting so that equal ones are equal texts; None for what is none, or not set."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, type):
+        return value.__name__
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _setting(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_setting(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _deep_values(state: Any, key: str) -> list[int]:
