@@ -9,7 +9,7 @@ import loaders
 import numpy as np
 import pytest
 
-from datarax_dist.data import replay, shards, tracked
+from datarax_dist.data import DataAdapter, register_adapter, replay, shards, tracked
 from datarax_dist.errors import InvalidArgumentError
 from datarax_dist.testing import ExactlyOnceError, check_exactly_once
 
@@ -225,6 +225,42 @@ def test_the_story_of_a_breach_can_be_read() -> None:
         "  unexpected: 12 (belongs to batch 3), 13 (belongs to batch 3), 14 (belongs to batch 3),"
         " 15 (belongs to batch 3)",
     ]
+
+
+@pytest.mark.parametrize("schedules", [0, 10])
+def test_a_breach_at_the_end_is_found_with_few_schedules(schedules: int) -> None:
+    class Rewinds:
+        """One whose position at its end is its beginning, which it says."""
+
+        def __init__(self, host: int, hosts: int) -> None:
+            self.k, self.rows = 0, slice(host, None, hosts)
+
+        def __iter__(self) -> Iterator[Any]:
+            return self
+
+        def __next__(self) -> Any:
+            if self.k == 6:
+                raise StopIteration
+            self.k += 1
+            return np.arange(8 * self.k - 8, 8 * self.k)[self.rows]
+
+        def get_state(self) -> int:
+            return self.k % 6
+
+        def set_state(self, state: int) -> None:
+            self.k = state
+
+    class RewindsAdapter(DataAdapter):
+        kind = "global"
+
+    register_adapter(f"{Rewinds.__module__}.{Rewinds.__qualname__}", RewindsAdapter)
+    with pytest.raises(ExactlyOnceError, match="There is a global batch 6; the uninterrupted"):
+        check_exactly_once(Rewinds, schedules=schedules, records=48)
+
+
+def test_the_cuts_that_break_most_often_are_tried_always() -> None:
+    report = check_exactly_once(lambda host, hosts: shards(numbers, 4), schedules=1)
+    assert (report.schedules, report.resumes) == (14, 24)
 
 
 def test_records_that_are_read_twice_in_the_first_place() -> None:
