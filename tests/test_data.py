@@ -737,6 +737,11 @@ def test_a_loader_that_starts_when_read_is_not_asked_between_its_restore_and_its
 
     class Lazy(loaders.Stream):
         set_to: Any = None
+        begun = False
+
+        def __next__(self) -> Any:
+            self.begun, self.set_to = True, None
+            return super().__next__()
 
         def set_state(self, state: Any) -> None:
             super().set_state(state)
@@ -750,13 +755,41 @@ def test_a_loader_that_starts_when_read_is_not_asked_between_its_restore_and_its
         starts_when_read = True
 
         def started(self) -> str | None:
-            return None
+            return "it has begun" if self.loader.begun else None
 
     register_adapter(f"{Lazy.__module__}.{Lazy.__qualname__}", LazyAdapter)
     step = save(taken(Lazy(0, 1), 2))
     loader = Lazy(0, 1)
     restore(step, loader)
     assert save(loader) == step
+    assert save(taken(loader, 1)) == save(taken(Lazy(0, 1), 3))
+
+
+def test_an_adapter_that_cannot_tell_when_its_loader_has_started_is_refused() -> None:
+    class Silent(loaders.Stream):
+        pass
+
+    class SilentAdapter(DataAdapter):
+        starts_when_read = True
+
+    register_adapter(f"{Silent.__module__}.{Silent.__qualname__}", SilentAdapter)
+    with pytest.raises(InvalidArgumentError, match=r"SilentAdapter says.*Give it a `started`"):
+        save(Silent(0, 1))
+    with pytest.raises(InvalidArgumentError, match="Give it a `started`"):
+        next(tracked(Silent(0, 1), 0))
+
+
+def test_another_batch_that_was_allowed_is_taken() -> None:
+    def epoch(batch: int) -> Any:
+        dataset = grain.MapDataset.range(64)
+        return shards(lambda s, n: dataset[s::n].batch(batch).to_iter_dataset(loaders.QUIET), 2)
+
+    step = save(taken(epoch(2), 2))
+    again = epoch(4)
+    restore(step, again, allow=["data.global_batch", "data.pipeline"])
+    assert next(again).shape == (8,)
+    with pytest.raises(PositionError, match="global_batch: saved 4, now 8"):
+        restore(step, epoch(4), allow=["data.pipeline"])
 
 
 def test_the_position_of_another_shard_is_not_taken() -> None:

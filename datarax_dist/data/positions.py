@@ -414,7 +414,7 @@ def _check_changes(
     refused = {key: pair for key, pair in unlike.items() if key not in plan.allowed}
     if refused:
         lines = "".join(
-            f"\n  {key}: saved {_short(then)}, now {_short(now)}"
+            f"\n  {key}: saved {_short(then, now)}, now {_short(now, then)}"
             for key, (then, now) in refused.items()
         )
         raise PositionError(
@@ -432,8 +432,13 @@ def _decoded(value: Any) -> Any:
         return value
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, other: Any) -> str:
+    """Returns a value as text; of a long list that which differs from another one."""
     text = repr(value)
+    if len(text) > 200 and isinstance(value, list) and isinstance(other, list):
+        if len(value) == len(other):
+            value = [mine for mine, theirs in zip(value, other, strict=True) if mine != theirs]
+        text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -502,6 +507,8 @@ def apply_positions(
     try:
         for name, source in plan.sources.items():
             batches, rows = plan.batches[name]
+            if f"{name}.global_batch" in plan.changes:
+                rows = None  # there are others now, as allowed
             _apply(name, source, positions[name], batches, rows)
             if pace is not None:
                 pace.restored(name, source, step, batches)
