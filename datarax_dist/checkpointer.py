@@ -274,7 +274,8 @@ class Checkpointer:
                 previous_error=unseen,
             )
             self._saver.check_turn(started.turn, started.step)
-            running = _Running(started, SaveHandle(started.step, phases))
+            names = list(data_io.named_loaders(data))
+            running = _Running(started, SaveHandle(started.step, phases), names)
             if unseen is not None and (self._missed is None or self._missed._seen):
                 self._missed = previous  # on another host it was seen
             self._worker.submit(self._finish, running)
@@ -315,7 +316,7 @@ class Checkpointer:
         shared = dict(captured.indexes)
         agreement = dict(captured.agreement)
         names = list(data_io.named_loaders(data))
-        for name, restored in self._unasked.saved(names).items():
+        for name, restored in self._unasked.among(names).items():
             if self._group.is_primary:
                 logger.warning(data_io.TWICE, self._root, restored, name, step)
         items = [f"data/{name}" for name in names]
@@ -374,7 +375,9 @@ class Checkpointer:
                     " on threads or processes (ulimit -u, the pids of a container)?"
                 )
                 started.fail(CheckpointError(f"Step {started.step} is not saved: {why}"))
-            handle._settle(report=started.finish())
+            report = started.finish()
+            self._unasked.saved(running.names)
+            handle._settle(report=report)
         except BaseException as error:
             told = describe(error)
             logger.error("%s: the save of step %d failed: %s", self._root, started.step, told)
@@ -796,8 +799,8 @@ class Checkpointer:
 class _Running:
     """A save in the background, which the worker finishes, unless it is given up before."""
 
-    def __init__(self, started: StartedSave, handle: SaveHandle) -> None:
-        self.started, self.handle = started, handle
+    def __init__(self, started: StartedSave, handle: SaveHandle, names: Sequence[str]) -> None:
+        self.started, self.handle, self.names = started, handle, names
         self.over = threading.Event()  # the worker has nothing more to do for it
         self._taken = threading.Lock()
 

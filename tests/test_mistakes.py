@@ -144,6 +144,10 @@ def test_data_that_was_restored_without_is_told_when_it_is_saved(
         assert "not asked for: the position of 'a'" in str(report)
         ckpt.save(2, state=STATE).result()  # nothing is wrong with it
         assert caplog.records == []
+        with pytest.raises(errors.CheckpointError):  # it is told, and as if nothing had been
+            ckpt.save(2, data={"a": Counter(0, 1)}).result()
+        assert "'a', which restore() was not asked for" in caplog.messages[0]
+        caplog.clear()
         for step in (3, 4):
             ckpt.save(step, state=STATE, data={"a": Counter(0, 1), "b": Counter(0, 1)}).result()
         [record] = caplog.records

@@ -278,12 +278,14 @@ class Unasked:
         self._placed.update(names)
         self._left = dict.fromkeys(set(left) - self._placed, step)
 
-    def saved(self, names: Iterable[str]) -> dict[str, int]:
-        """Takes note of a save. Returns those of its items that were not asked for, with the step
-        that was restored: once.
-        """
+    def among(self, names: Iterable[str]) -> dict[str, int]:
+        """Returns those of the items that were not asked for, with the step that was restored."""
+        return {name: self._left[name] for name in names if name in self._left}
+
+    def saved(self, names: Iterable[str]) -> None:
+        """Takes note of a save that is committed: from now on it is what counts."""
         self._placed.update(names)
-        return {name: self._left.pop(name) for name in names if name in self._left}
+        self._left = {name: step for name, step in self._left.items() if name not in self._placed}
 
 
 @dataclass(frozen=True, slots=True)
