@@ -70,6 +70,20 @@ def test_a_handler_cannot_take_or_restore_amid_a_batch_of_shards(batch: int, sha
     assert len(refused) == 2
 
 
+def test_a_handler_cannot_restore_amid_the_first_batch_of_tracked() -> None:
+    step = save(tracked(Opaque(), 2))
+
+    class Signalled(Opaque):
+        def __next__(self) -> Any:
+            if not self.at:
+                with pytest.raises(PositionError, match="any more: it has handed out 0 batches"):
+                    restore(step, loader, allow=["data.class"])
+            return super().__next__()
+
+    loader = tracked(Signalled(), 2)
+    assert [next(loader)["id"].tolist() for _ in range(2)] == [[0], [1]]
+
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_a_handler_that_saves_amid_a_batch_of_tracked_saves_the_position_before_it(
     depth: int,

@@ -94,7 +94,8 @@ def _join_leaf(name: str, leaves: list[Any]) -> Any:
     if isinstance(leaves[0], list):
         return [item for leaf in leaves for item in leaf]
     if _length(leaves[0]) is None:  # no rows: something that is the same for all records
-        if any(_exactly(leaf) != _exactly(leaves[0]) for leaf in leaves):
+        first = _exactly(leaves[0])
+        if any(_exactly(leaf) != first for leaf in leaves[1:]):
             raise InvalidArgumentError(
                 f"{name or 'The batch'} has no axis of records, and other values in other data"
                 f" shards: {leaves[0]!r:.80} and others."

@@ -541,6 +541,7 @@ class Tracked(Source):
         self._waiting: collections.deque[tuple[Any, Snapshot]] = collections.deque()
         self._stopped: BaseException | None = None
         self._at: Snapshot | None = None  # replaced as a whole: a signal handler may come any time
+        self._begun = False
         self._handed = 0
 
     def __iter__(self) -> Tracked:
@@ -554,6 +555,7 @@ class Tracked(Source):
                 raise PositionError(self.failure)
             if self._at is None:
                 self._at = self.snapshot()
+            self._begun = True
             while self._stopped is None and len(self._waiting) < max(self._depth, 1):
                 self._pull()
             if not self._waiting:
@@ -610,12 +612,12 @@ class Tracked(Source):
     ) -> None:
         with self._lock:
             self._source.apply(positions, batches, rows)
-            self._at, self._handed = Snapshot(dict(positions), batches or 0, rows), 0
+            self._at = Snapshot(dict(positions), batches or 0, rows)
 
     def refusal(self) -> str | None:
         if self.failure is not None:
             return self.failure
-        if self._handed or self._waiting or self._stopped is not None:
+        if self._begun:
             return _used(self._handed, len(self._waiting), ended=self._stopped is not None)
         reason: str | None = self._source.refusal()
         return reason
