@@ -96,10 +96,14 @@ class LeafSpec:
 class TreeSpec:
     """The structure of a state, with a `LeafSpec` for each leaf. `structure` is JSON: leaves are
     their numbers.
+
+    Attributes:
+        is_foreign: plain Orbax wrote it, with settings that may be others than ours.
     """
 
     structure: Any
     leaves: Sequence[LeafSpec]
+    is_foreign: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -579,7 +583,9 @@ def _difference(saved: LeafSpec, leaf: Any) -> str | None:
         leaf, np.generic
     ):
         kind = type(leaf).__name__
-        if saved.kind == kind or (saved.kind == "int" and kind == "float" and _exact(saved, float)):
+        if saved.kind in (kind, f"foreign_{kind}") or (
+            saved.kind == "int" and kind == "float" and _exact(saved, float)
+        ):
             return None
         if (
             saved.kind in ("jax", "numpy", "scalar")
@@ -635,7 +641,11 @@ def _exact(saved: LeafSpec, kind: Callable[[Any], Any]) -> bool:
 def _text(saved: LeafSpec) -> str:
     if saved.kind in ("key", "key_data"):
         return f"a PRNG key of {saved.dtype}{list(saved.shape)}"
-    return f"{saved.dtype}{list(saved.shape)}" if saved.dtype else f"a {saved.kind}"
+    return (
+        f"{saved.dtype}{list(saved.shape)}"
+        if saved.dtype
+        else f"a {saved.kind.removeprefix('foreign_')}"
+    )
 
 
 def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import targets
 from jax.sharding import NamedSharding, PartitionSpec
 
 import datarax_dist as dd
+from datarax_dist.arrays import OrbaxArrays, describe_foreign
+from datarax_dist.errors import StorageError, StructureMismatchError
 
 
 @pytest.fixture
@@ -85,6 +89,98 @@ def test_a_directory_of_plain_orbax_restores(tmp_path: Path, arrays: Any) -> Non
         "RUN.json",
         "lease",
     }
+
+
+def save_plainly(root: Path, step: int, state: Any, **how: Any) -> Path:
+    """Saves a step as plain Orbax does, and returns the directory of its state."""
+    handlers = {"state": ocp.PyTreeCheckpointHandler(**how)}
+    with ocp.CheckpointManager(root, item_names=("state",), item_handlers=handlers) as manager:
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
+        manager.wait_until_finished()
+    return root / str(step) / "state"
+
+
+@pytest.fixture
+def with_keys(arrays: Any) -> Any:
+    split = jax.random.split(jax.random.key(3, impl="rbg"), 3)
+    return {"w": arrays["w"], "rng": [jax.random.key(1), {"each": split}], "raw": np.arange(4)}
+
+
+@pytest.mark.parametrize("how", [{}, {"use_zarr3": True}, {"use_ocdbt": False}])
+def test_typed_keys_of_plain_orbax_restore(tmp_path: Path, with_keys: Any, how: Any) -> None:
+    save_plainly(tmp_path, 3, with_keys, **how)
+    with dd.Checkpointer(tmp_path) as ckpt:
+        assert same(ckpt.restore().state, with_keys)
+        assert same(ckpt.restore(state=with_keys).state, with_keys)
+        other = with_keys | {"rng": [jax.random.key(1, impl="rbg"), with_keys["rng"][1]]}
+        with pytest.raises(
+            StructureMismatchError, match=r"PRNG key of threefry2x32.*the target is one"
+        ):
+            ckpt.restore(state=other)
+
+
+def test_a_step_of_plain_orbax_with_a_key_is_not_passed_over(
+    tmp_path: Path, with_keys: Any
+) -> None:
+    save_plainly(tmp_path, 2, {"w": with_keys["w"]})
+    save_plainly(tmp_path, 3, with_keys)
+    with dd.Checkpointer(tmp_path) as ckpt:
+        restored = ckpt.restore()
+    assert (restored.step, restored.report.refused) == (3, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda text: text.replace('"threefry2x32"', '"of another program"'),
+            "rng/0 is a PRNG key of",
+        ),
+        (lambda text: text[:-5], "tells typed PRNG keys from plain numbers, cannot be read"),
+        (lambda text: json.dumps({"array_metadatas": [3]}), "cannot be read"),
+    ],
+)
+def test_a_kind_of_key_that_cannot_be_told_is_no_damage(
+    tmp_path: Path, with_keys: Any, change: Any, told: str
+) -> None:
+    save_plainly(tmp_path, 2, {"w": with_keys["w"]})
+    described = save_plainly(tmp_path, 3, with_keys) / "array_metadatas" / "process_0"
+    described.write_text(change(described.read_text()))
+    with dd.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(StructureMismatchError, match=told):
+            ckpt.restore()
+        assert ckpt.restore(step=2).step == 2
+
+
+def test_directories_of_plain_orbax_without_ocdbt_restore(tmp_path: Path, arrays: Any) -> None:
+    state = arrays | {"text": "abc", "number": 2.5, "count": 7}
+    save_plainly(tmp_path, 3, state, use_ocdbt=False)
+    with dd.Checkpointer(tmp_path) as ckpt:
+        assert same(ckpt.restore(state=state).state, state)
+        found = ckpt.restore().state
+        assert found["text"] == "abc"
+        assert found["count"] == 7 and isinstance(found["count"], np.int64)  # as README.md says
+
+
+def test_a_step_of_ours_is_in_a_database_or_damaged(tmp_path: Path, arrays: Any) -> None:
+    """Where the sizes in its descriptions are compared with what was saved."""
+    where = str(save_plainly(tmp_path, 3, arrays, use_ocdbt=False))
+    spec = describe_foreign(where)
+    wanted = [(leaf, None) for leaf in spec.leaves]
+    engine = OrbaxArrays(str(tmp_path), 0, dd.Options())
+    assert len(engine.restore("3/state", spec, wanted).values) == len(wanted)
+    with pytest.raises(StorageError, match="Manifest not found"):
+        engine.restore("3/state", dataclasses.replace(spec, is_foreign=False), wanted)
+    engine.close()
+
+
+@pytest.mark.parametrize("text", ["abc", ""])
+def test_strings_of_plain_orbax_restore_with_a_target(tmp_path: Path, text: str) -> None:
+    save_plainly(tmp_path, 3, {"w": np.arange(3), "text": text})
+    with dd.Checkpointer(tmp_path) as ckpt:
+        assert ckpt.restore(state={"w": np.zeros(3, int), "text": "x"}).state["text"] == text
+        with pytest.raises(StructureMismatchError, match="saved as a str, the target is a int"):
+            ckpt.restore(state={"text": 3})
 
 
 def test_the_crc32c_codec_is_in_our_arrays_and_not_in_plain_orbaxs(

@@ -84,7 +84,8 @@ logger = logging.getLogger("datarax_dist")
 
 ORBAX_VERSION = ocp.__version__
 # What it makes on the primary when the arrays of all hosts are written.
-NEEDED = ("state/_METADATA", "state/manifest.ocdbt")
+_MANIFEST = "manifest.ocdbt"
+NEEDED = ("state/_METADATA", f"state/{_MANIFEST}")
 _BUCKET_FILE_BYTES = 128 << 20  # several are uploaded at the same time
 _TENSORSTORE_SETTINGS = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
@@ -469,7 +470,9 @@ class OrbaxArrays:
                 chosen[key] = leaf, dataclasses.replace(arguments, sharding=part)
         made = {key: elsewhere(leaf, arguments) for key, (leaf, arguments) in chosen.items()}
         makers = {key: make for key, make in made.items() if make is not None}
-        if not is_bucket(path):
+        # Plain Orbax may have stored each array in files of its own, which only Orbax reads.
+        is_database = not spec.is_foreign or os.path.exists(os.path.join(path, _MANIFEST))
+        if not is_bucket(path) and is_database:
             here = {key: value for key, value in chosen.items() if key not in makers}
             makers |= self._read_direct(path, here, verified)
         rest = {key: value for key, value in chosen.items() if key not in makers}

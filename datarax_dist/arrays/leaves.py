@@ -11,10 +11,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src import asyncio_utils
+from orbax.checkpoint._src.metadata import array_metadata, array_metadata_store
 
 from datarax_dist import codec, direct
 from datarax_dist.arrays.failures import wrapped
-from datarax_dist.errors import CorruptStepError, StorageError, StructureMismatchError
+from datarax_dist.errors import (
+    CorruptStepError,
+    StorageError,
+    StructureMismatchError,
+    describe,
+)
 from datarax_dist.ocdbt import Extent
 from datarax_dist.trees import LeafSpec, TreeSpec, refuse_to_cut
 
@@ -222,11 +229,14 @@ def describe_foreign(path: str) -> TreeSpec:
     item's directory.
 
     Raises:
+        StructureMismatchError: it cannot be told which of its arrays are typed PRNG keys, or of
+            which kind.
         StorageError: there is no state of Orbax here that can be read.
     """
     with wrapped("read", path):
         metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path))
         tree = getattr(metadata, "tree", metadata)
+        impls = _foreign_keys(path)
         leaves: list[LeafSpec] = []
 
         def walk(node: Any, at: tuple[str, ...]) -> Any:
@@ -240,21 +250,54 @@ def describe_foreign(path: str) -> TreeSpec:
                 }
             if node is None:
                 return {"none": 0}
-            leaves.append(_foreign_leaf(node, at))
+            leaves.append(_foreign_leaf(node, at, impls))
             return len(leaves) - 1
 
         structure = walk(tree, ())
-        return TreeSpec(structure, leaves)
+        return TreeSpec(structure, leaves, is_foreign=True)
 
 
-def _foreign_leaf(node: Any, path: tuple[str, ...]) -> LeafSpec:
+def _foreign_keys(path: str) -> dict[str, str]:
+    """Returns the kind of each typed PRNG key in a state of plain Orbax, by the name of its array.
+    Orbax stores keys as plain numbers, and notes the kind beside them.
+    """
+    try:
+        store = array_metadata_store.Store()
+        hosts = asyncio_utils.run_sync(store.read(epath.Path(path))) or {}
+        # Of the host that Orbax asks; all hosts note the same.
+        rows: list[Any] = next(iter(hosts.values()), [])
+        noted = {row.param_name: row.ext_metadata or {} for row in rows}
+        kinds = {name: more.get(array_metadata.RANDOM_KEY_IMPL) for name, more in noted.items()}
+        return {name: str(impl) for name, impl in kinds.items() if impl}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Not damage, for which an older step would be taken: the arrays themselves may be whole.
+        told = "the array metadata, which tells typed PRNG keys from plain numbers, cannot be read"
+        raise StructureMismatchError(
+            f"{path}: {told}: {describe(error, 300)}", missing=[], unexpected=[], changed={}
+        ) from error
+
+
+def _foreign_key(path: tuple[str, ...], shape: tuple[int, ...], impl: str) -> LeafSpec:
+    """Returns the leaf of a typed PRNG key. `shape` is that of its numbers."""
+    try:
+        numbers = jax.random.key_data(jax.random.key(0, impl=impl)).ndim
+    except ValueError as error:
+        name = "/".join(path)
+        raise StructureMismatchError(
+            f"{name} is a PRNG key of {impl}, which this program does not know: {error}",
+            missing=[],
+            unexpected=[],
+            changed={name: f"saved as a PRNG key of {impl}"},
+        ) from error
+    return LeafSpec(path, "key", shape[: len(shape) - numbers], impl)
+
+
+def _foreign_leaf(node: Any, path: tuple[str, ...], impls: Mapping[str, str]) -> LeafSpec:
     name = type(node).__name__
     shape = tuple(int(n) for n in getattr(node, "shape", None) or ())
-    dtype = (
-        str(np.dtype(node.dtype))
-        if getattr(node, "dtype", None) is not None and "Key" not in name
-        else ""
-    )
+    if impl := impls.get(getattr(node, "name", "")):
+        return _foreign_key(path, shape, impl)
+    dtype = str(np.dtype(node.dtype)) if getattr(node, "dtype", None) is not None else ""
     if "String" in name:
         return LeafSpec(path, "foreign_str")
     if "Scalar" in name:
