@@ -145,10 +145,29 @@ def test_parts_are_gathered_in_batches_that_keep_their_order() -> None:
         np.testing.assert_array_equal(array, value)
 
 
+def test_arrays_of_other_devices_or_of_another_order_are_gathered_apart() -> None:
+    """The meshes of two stages of a pipeline, say; JAX computes with one order of devices."""
+    devices = np.array(jax.devices()[:4])
+    meshes = [Mesh(devices[order], ("data",)) for order in ([0, 1], [2, 3], [3, 2], [3, 2])]
+    wholes = [NamedSharding(mesh, PartitionSpec()) for mesh in meshes]
+    values = [np.arange(8.0, dtype=np.float32) + number for number in range(4)]
+
+    def part(value: Any, whole: NamedSharding) -> replicas.Part:
+        split = NamedSharding(whole.mesh, PartitionSpec("data"))
+        return replicas.Part(lambda: jax.device_put(value, split), whole, value.nbytes)
+
+    parts = [part(value, whole) for value, whole in zip(values, wholes, strict=True)]
+    assert replicas._batches(parts) == [parts[:1], parts[1:2], parts[2:]]
+    found = replicas.gather(parts, contextlib.nullcontext)
+    assert [array.sharding for array in found] == wholes
+    for array, value in zip(found, values, strict=True):
+        np.testing.assert_array_equal(array, value)
+
+
 def test_64_bits_stay_on_the_threads_that_read_and_gather() -> None:
     """Where the caller's thread alone has them."""
     value = np.arange(4.0)
-    whole = SingleDeviceSharding(jax.devices()[0])
+    whole = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
     with jax.enable_x64(True):
         part = replicas.Part(lambda: jax.device_put(value, whole), whole, value.nbytes)
         loaded = engine.Loaded({}, {("a",): part})

@@ -158,10 +158,13 @@ def gather(parts: Sequence[Part], together: Together) -> list[jax.Array]:
 def _batches(parts: Sequence[Part]) -> list[list[Part]]:
     batches: list[list[Part]] = []
     size = 0
+    devices: list[Any] = []
     for part in parts:
-        if not batches or size + part.size > _BATCH_BYTES or len(batches[-1]) == _BATCH_ARRAYS:
+        its_devices = list(part.sharding.mesh.devices.flat)
+        fits = batches and size + part.size <= _BATCH_BYTES and len(batches[-1]) < _BATCH_ARRAYS
+        if not fits or its_devices != devices:  # JAX computes with one order of devices
             batches.append([])
-            size = 0
+            size, devices = 0, its_devices
         batches[-1].append(part)
         size += part.size
     return batches
