@@ -788,13 +788,10 @@ def tree_digest(tree: Any) -> str:
     for path, leaf in sorted(flatten(tree), key=lambda pair: pair[0]):
         if is_key(leaf):
             impl = str(jax.random.key_impl(leaf))
-            parts.append(
-                ["/".join(path), "key", impl, list(leaf.shape), _mix(jax.random.key_data(leaf))]
-            )
-        elif isinstance(leaf, jax.Array) and leaf.size:
-            parts.append(["/".join(path), "array", str(leaf.dtype), list(leaf.shape), _mix(leaf)])
+            bits = _mix(jax.random.key_data(leaf)) if leaf.size else [0, 0]
+            parts.append(["/".join(path), "key", impl, list(leaf.shape), bits])
         elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
-            array = np.asarray(leaf)
+            array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
             bits = _mix(array) if array.size else [0, 0]
             parts.append(["/".join(path), "array", str(array.dtype), list(array.shape), bits])
         else:
@@ -805,7 +802,9 @@ def tree_digest(tree: Any) -> str:
 
 def _mix(array: Any) -> list[int]:
     if isinstance(array, np.ndarray):
-        words = _mix_words(array.astype(np.uint8) if str(array.dtype) in _SMALL else array, np)
+        array = array.astype(np.uint8) if str(array.dtype) in _SMALL else array
+        raw = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, -1)
+        words = _mix_words(raw, np)
     else:
         words = _mix_jax()(array)
     return [
@@ -814,24 +813,33 @@ def _mix(array: Any) -> list[int]:
     ]
 
 
-def _mix_words(array: Any, xp: Any) -> tuple[Any, Any]:
-    size = math.prod(array.shape)
-    if xp is np:
-        raw: Any = np.ascontiguousarray(array).view(np.uint8).reshape(size, -1)
-    else:
-        if array.dtype == jax.numpy.bool_ or str(array.dtype) in _SMALL:
-            array = array.astype(jax.numpy.uint8)  # bool, and integers of less than a byte
-        if jax.numpy.issubdtype(array.dtype, jax.numpy.complexfloating):
-            array = xp.stack([array.real, array.imag], -1)
-        bits = jax.lax.bitcast_convert_type(array, jax.numpy.uint8)
-        raw = bits.reshape(size, -1)
-    width = raw.shape[1]
-    column = xp.arange(width, dtype=xp.uint32)
-    row = xp.arange(size, dtype=xp.uint32)
+def _bytes_of(array: Any) -> Any:
+    """Returns the bytes of a `jax.Array`, those of each number along a last dimension. No dimension
+    is joined with another: where a mesh has explicit axes, JAX refuses to do so with split ones.
+    """
+    if str(array.dtype) == "float4_e2m1fn":
+        array = jax.lax.bitcast_convert_type(array, jax.numpy.uint4)
+    if array.dtype == jax.numpy.bool_ or str(array.dtype) in _SMALL:
+        return array.astype(jax.numpy.uint8)  # bool, and integers of less than a byte
+    if jax.numpy.issubdtype(array.dtype, jax.numpy.complexfloating):
+        array = jax.numpy.stack([array.real, array.imag], -1)
+    return jax.lax.bitcast_convert_type(array, jax.numpy.uint8)
+
+
+def _mix_words(raw: Any, xp: Any) -> tuple[Any, Any]:
+    """Mixes each byte with its place in the order of C."""
+    place, stride = xp.uint32(0), 1
+    for axis in reversed(range(raw.ndim)):
+        shape = [1] * raw.ndim
+        shape[axis] = raw.shape[axis]
+        numbers = xp.arange(raw.shape[axis], dtype=xp.uint32).reshape(shape)
+        place = place + numbers * xp.uint32(stride % (1 << 32))
+        stride *= raw.shape[axis]
     totals = []
     for seed in (0x9E3779B1, 0x85EBCA77):
-        place = row[:, None] * xp.uint32(width) + column[None, :] + xp.uint32(seed & 0xFFFF)
-        word = (place * xp.uint32(seed)) ^ (raw.astype(xp.uint32) * xp.uint32(0xC2B2AE3D))
+        word = ((place + xp.uint32(seed & 0xFFFF)) * xp.uint32(seed)) ^ (
+            raw.astype(xp.uint32) * xp.uint32(0xC2B2AE3D)
+        )
         word = (word ^ (word >> 15)) * xp.uint32(0x27D4EB2F)
         word = word ^ (word >> 13)
         totals.append(xp.sum(word, dtype=xp.uint32))
@@ -843,5 +851,5 @@ _mix_cache: list[Callable[..., Any]] = []
 
 def _mix_jax() -> Callable[..., Any]:
     if not _mix_cache:
-        _mix_cache.append(jax.jit(lambda array: _mix_words(array, jax.numpy)))
+        _mix_cache.append(jax.jit(lambda array: _mix_words(_bytes_of(array), jax.numpy)))
     return _mix_cache[0]
