@@ -45,10 +45,12 @@ Path = tuple[str, ...]
 _NAMELESS = (jax.tree_util.FlattenedIndexKey, jax.tree_util.SequenceKey)
 _SMALL = ("int2", "uint2", "int4", "uint4")
 _UNSTORABLE = (
-    *("uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn"),
+    *("int1", "uint1", "uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn"),
     *("float96", "float128", "complex192", "complex256"),
 )
 _OF_64_BITS = ("int64", "uint64", "float64", "complex128")
+_MOST_DEPTH = 200  # Python's and JAX's stacks end at a few hundred
+_MOST_NAME_BYTES = (1 << 16) - 1  # TensorStore's limit, of an array's name and what is added to it
 _KINDS = (
     *("jax", "key", "key_data", "numpy", "scalar"),
     *("int", "float", "bool", "complex", "str", "bytes", "empty"),
@@ -269,7 +271,7 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
     """Returns the leaves of a tree with their paths.
 
     Raises:
-        UnsupportedLeafError: JAX cannot put the keys of a dict in order.
+        UnsupportedLeafError: JAX cannot put the keys of a dict in order, or it is nested too deep.
     """
     try:
         pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -279,7 +281,22 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
             " Use one type, str or int.",
             path="",
         ) from error
+    except (RecursionError, SystemError) as error:
+        raise _too_deep(error) from error
     return [(tuple(_part(key) for key in path), leaf) for path, leaf in pairs]
+
+
+def _too_deep(error: BaseException | None = None, *, name: str = "") -> UnsupportedLeafError:
+    """Returns the error for a tree that is nested too deep; raises one that is no sign of it."""
+    # JAX makes a `SystemError` of Python's own.
+    if isinstance(error, SystemError) and not isinstance(error.__cause__, RecursionError):
+        raise error
+    where = f"{name[:200]}...: " if name else ""
+    return UnsupportedLeafError(
+        f"{where}a state is nested at most {_MOST_DEPTH} deep. Is there a list in it that holds"
+        " the next one, and so on? Make one list of them.",
+        path=name,
+    )
 
 
 _dtype_name = functools.lru_cache(256)(str)  # numpy makes it anew each time
@@ -329,13 +346,13 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             impl = str(jax.random.key_impl(leaf))
             if not local and leaf.size:
                 return LeafSpec(path, "key", leaf.shape, impl), leaf, None
-            data = np.asarray(jax.random.key_data(leaf))
-            if not leaf.size:
+            if not leaf.size:  # it may be one of all hosts, whose numbers no host has
                 return (
                     LeafSpec(path, "empty", leaf.shape, f"key:{impl}"),
                     _placeholder("key", leaf.shape),
                     b"",
                 )
+            data = np.asarray(jax.random.key_data(leaf))
             return LeafSpec(path, "key_data", leaf.shape, impl, local=True), data, data.tobytes()
         if not leaf.size:
             spec = LeafSpec(path, "empty", leaf.shape, dtype, "jax", local)
@@ -397,13 +414,17 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
     """Plans how to save `state` in a job with `hosts` hosts.
 
     Raises:
-        UnsupportedLeafError: a leaf cannot be saved, or two leaves have one name. `.path` names it.
+        UnsupportedLeafError: a leaf cannot be saved, is nested too deep, has too long a name, or
+            two leaves have one name. `.path` names it.
     """
     specs, given, digests = [], [], {}
     seen: dict[str, Path] = {}
     for number, (path, leaf) in enumerate(flatten(state)):
+        if len(path) > _MOST_DEPTH:
+            raise _too_deep(name="/".join(path))
         spec, value, common = _describe_leaf(path, leaf, hosts)
         name = ".".join(path)
+        _check_length(spec, name)
         for stored in (name, name.removesuffix("/")):  # TensorStore puts no second slash there
             if (clash := seen.setdefault(stored.replace("/", "."), path)) is not path:
                 raise UnsupportedLeafError(
@@ -417,7 +438,24 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
             digests[number] = fmt.crc_text(fmt.crc32c(spec.kind.encode() + common))
     treedef = jax.tree.structure(state)
     arrays = jax.tree.unflatten(treedef, given)
-    return StatePlan(TreeSpec(_structure(state), specs), arrays, digests)
+    try:
+        structure = _structure(state)
+    except (RecursionError, SystemError) as error:  # containers without a leaf
+        raise _too_deep(error) from error
+    return StatePlan(TreeSpec(structure, specs), arrays, digests)
+
+
+def _check_length(spec: LeafSpec, name: str) -> None:
+    """Raises where a key of the array is too long: its name with `/zarr.json`, or with `/c` and the
+    numbers of a chunk.
+    """
+    added = 20 + sum(len(str(size)) + 1 for size in spec.shape)
+    if len(name.encode(errors="surrogatepass")) + added > _MOST_NAME_BYTES:
+        raise UnsupportedLeafError(
+            f"{spec.name[:200]}...: the name of this leaf, its keys joined, is too long: storage"
+            f" takes {_MOST_NAME_BYTES - added} bytes. Use shorter keys.",
+            path=spec.name,
+        )
 
 
 def _structure(tree: Any) -> Any:

@@ -20,7 +20,7 @@ import pytest
 from targets import Counter
 
 import datarax_dist as dd
-from datarax_dist import errors, hosts
+from datarax_dist import errors, hosts, trees
 from datarax_dist.agreement import check_agreement
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.cli import main
@@ -220,6 +220,56 @@ def test_a_donated_array_is_named_before_anything_is_written(tmp_path: Path) -> 
         with pytest.raises(errors.UnsupportedLeafError, match="Was it donated") as raised:
             ckpt.save(1, state={"a": {"w": donated}})
         assert raised.value.path == "a/w"
+
+
+@pytest.mark.parametrize(
+    ("depth", "has_leaf"), [(201, True), (700, True), (5000, True), (700, False), (5000, False)]
+)
+def test_a_state_that_is_nested_too_deep_is_told_before_anything_is_written(
+    tmp_path: Path, depth: int, has_leaf: bool
+) -> None:
+    state: Any = [jnp.ones(3)] if has_leaf else []
+    for _ in range(depth - 1):
+        state = [state]
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match="at most 200 deep"):
+            ckpt.save(1, state=state)
+        assert not (tmp_path / "run" / "1").exists() and ckpt.all_steps() == []
+        while depth > 200:
+            state, depth = state[0], depth - 1
+        ckpt.save(2, state=state).result()
+        assert jax.tree.structure(ckpt.restore().state) == jax.tree.structure(state)
+
+
+def test_a_name_that_is_too_long_for_the_storage_is_told_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    array = np.ones((2, 3), np.float32)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        for name, leaf in (("x" * 65_536, array), ("ä" * 32_768, jnp.ones(()))):
+            with pytest.raises(errors.UnsupportedLeafError, match="is too long") as raised:
+                ckpt.save(1, state={"a": {name: leaf}})
+            assert raised.value.path == f"a/{name}" and len(str(raised.value)) < 400
+        state = {"a": {"x" * 65_509: array, "y" * 65_400: jnp.asarray(array)}}
+        ckpt.save(1, state=state).result()
+        assert dd.tree_digest(ckpt.restore().state) == dd.tree_digest(state)
+
+
+@pytest.mark.parametrize("dtype", ["int1", "uint1", "uint2", "uint4"])
+def test_an_array_of_a_type_that_cannot_be_stored_is_told(tmp_path: Path, dtype: str) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match=f"array of {dtype} cannot be saved"):
+            ckpt.save(1, state={"w": np.zeros(3, dtype)})
+
+
+def test_nothing_is_read_of_keys_of_all_hosts_of_which_there_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No host could: it has no part of their numbers."""
+    none = jax.random.split(jax.random.key(1), 3)[:0]
+    monkeypatch.setattr(jax.random, "key_data", lambda _: pytest.fail("their numbers are read"))
+    [leaf] = trees.plan_state({"keys": none}, 2).spec.leaves
+    assert (leaf.kind, leaf.shape) == ("empty", (0,))
 
 
 def test_a_save_inside_of_what_is_jitted_is_told(tmp_path: Path) -> None:
