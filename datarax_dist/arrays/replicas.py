@@ -155,16 +155,20 @@ def gather(parts: Sequence[Part], together: Together) -> list[jax.Array]:
     return found
 
 
+def _of_one_order(mesh: Any, other: Any) -> bool:
+    """Whether two meshes have the same devices in the same order: JAX computes with one."""
+    return mesh is other or list(mesh.devices.flat) == list(other.devices.flat)
+
+
 def _batches(parts: Sequence[Part]) -> list[list[Part]]:
     batches: list[list[Part]] = []
     size = 0
-    devices: list[Any] = []
+    mesh: Any = None
     for part in parts:
-        its_devices = list(part.sharding.mesh.devices.flat)
         fits = batches and size + part.size <= _BATCH_BYTES and len(batches[-1]) < _BATCH_ARRAYS
-        if not fits or its_devices != devices:  # JAX computes with one order of devices
+        if not fits or not _of_one_order(part.sharding.mesh, mesh):
             batches.append([])
-            size, devices = 0, its_devices
+            size, mesh = 0, part.sharding.mesh
         batches[-1].append(part)
         size += part.size
     return batches
