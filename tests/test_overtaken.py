@@ -92,6 +92,27 @@ def test_a_save_that_was_overtaken_while_it_captured_has_nothing_written(
         assert begun == ["50"], "or the writer would be taken from it"
 
 
+def test_what_a_save_has_staged_is_no_leftover_for_the_one_that_overtakes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written to yet."""
+    start, kept = save.StartedSave.start, []
+
+    def interrupted(started: Any, *arguments: Any) -> Any:
+        monkeypatch.setattr(save.StartedSave, "start", start)
+        ckpt.save(50, state=STATE).result(SECONDS)
+        kept.extend(name.split(".")[0] for name in staged(tmp_path / "run"))
+        return start(started, *arguments)
+
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        monkeypatch.setattr(save.StartedSave, "start", interrupted)
+        with pytest.raises(errors.InvalidArgumentError, match="in a signal handler"):
+            ckpt.save(2, state=STATE)
+        assert kept == ["2"]
+        assert ckpt.save(60, state=STATE).result(SECONDS).step == 60
+    assert staged(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize("what", [SystemExit(7), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize(
     ("kind", "name"),
