@@ -36,6 +36,7 @@ from datarax_dist.errors import (
     StepNotFoundError,
     describe,
 )
+from datarax_dist.forms import Form
 from datarax_dist.inspection import Candidate
 from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading
@@ -83,6 +84,21 @@ class _Local:
 
     def set_state(self, state: Any) -> None:
         self._state = state
+
+
+class _Arrays:
+    """The part of a target that all hosts share, by the names of its leaves: each as its goal is,
+    or as it was saved.
+    """
+
+    def __init__(self, goals: Mapping[str, Any]) -> None:
+        self.state: Any = {name: goal for name, goal in goals.items() if goal is not None}
+
+    def get_state(self) -> Any:
+        return self.state
+
+    def set_state(self, state: Any) -> None:
+        self.state = state
 
 
 class Run(Checkpointer):
@@ -152,31 +168,22 @@ class Run(Checkpointer):
             return super()._load(candidate, target.value, None, loading=loading)
         spec = trees.TreeSpec.from_json(stored["spec"])
         tree = None if target.value is None else state_tree(target.value)
-        if is_checkpointable(target.value) and not trees.fits_exactly(spec, tree):
-            tree = None  # a fresh object may have less in its state than the saved one had
-        wanted = [(leaf, None) for leaf in spec.leaves] if tree is None else trees.match(spec, tree)
-        leaves = stored["leaves"]
+        form = Form(spec, tree, is_own=is_checkpointable(target.value))
+        wanted, leaves = form.wanted, stored["leaves"]
         if loading is not None:
             loading.alike = _digest_of_shared(leaves, wanted)
         arrays: Any = {}
         if "state" in items:
-            shared = (
-                None
-                if tree is None
-                else {leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves}
-            )
+            shared = _Arrays({leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves})
             # What is decoded with them here must be whole before the hosts vote.
-            arrays = super()._load(candidate, shared, None, loading=loading, parted=False)()[0]
+            super()._load(candidate, shared, None, loading=loading, parted=False)()
+            arrays = shared.state
         values = [
             _unpack(leaves[leaf.name], leaf, goal) if leaf.name in leaves else arrays[leaf.name]
             for leaf, goal in wanted
         ]
         metadata = super()._load(candidate, None, None, metadata_only=True)()[1]
-        whole = (
-            spec.build(values)
-            if tree is None
-            else jax.tree.unflatten(jax.tree.structure(tree), values)
-        )
+        whole = form.build(values)
         return lambda: (apply_state(target.value, whole), metadata, None)
 
 
@@ -192,10 +199,15 @@ def _digest_of_shared(leaves: Mapping[str, Any], wanted: Sequence[tuple[Any, Any
         leaf.name: leaves[leaf.name]
         for leaf, goal in wanted
         if leaf.name in leaves
+        and leaf.kind not in ("key", "key_data")  # which stay where they are
         and (sharding := getattr(goal, "sharding", None)) is not None
         and not sharding.is_fully_addressable
     }
-    return trees.tree_digest(shared) if shared else ""
+    if not shared:
+        return ""
+    packed = codec.pack(shared)
+    parts = [fmt.dumps(packed.value), *packed.blobs]
+    return " ".join(fmt.crc_text(fmt.crc32c(part)) for part in parts)
 
 
 def _pack(leaf: Any) -> Any:

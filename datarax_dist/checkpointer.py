@@ -34,6 +34,7 @@ from datarax_dist.errors import (
     StorageError,
     describe,
 )
+from datarax_dist.forms import Form
 from datarax_dist.gathers import Together, raise_if_stuck
 from datarax_dist.handles import Progress, SaveHandle
 from datarax_dist.hosts import HostGroup, current_group
@@ -548,13 +549,8 @@ class Checkpointer:
         positions = data_io.decode_positions(plan, read)
         if spec is not None:
             goal = None if target is None else state_tree(target)
-            if (
-                target is not None
-                and is_checkpointable(target)
-                and not trees.fits_exactly(spec, goal)
-            ):
-                goal = None  # a fresh object may have less in its state than the saved one had
-            tree = self._load_state(where, spec, goal, loading or Loading(), parted)
+            form = Form(spec, goal, is_own=is_checkpointable(target))
+            tree = self._load_state(where, spec, form, loading or Loading(), parted)
 
         self._plan = plan
 
@@ -568,15 +564,12 @@ class Checkpointer:
         self,
         where: str,
         spec: trees.TreeSpec,
-        target: Any,
+        form: Form,
         loading: Loading,
         parted: bool | None,
     ) -> Callable[[], Any]:
         """Reads the state, and returns what returns it, when all hosts have gathered it."""
-        if target is None:
-            wanted: list[tuple[trees.LeafSpec, Any]] = [(leaf, None) for leaf in spec.leaves]
-        else:
-            wanted = trees.match(spec, target)
+        wanted = form.wanted
         if parted is None:
             parted = self._options.single_replica_restore
         loaded = self._arrays.restore(where, spec, wanted, loading.take(), parted=parted)
@@ -592,9 +585,7 @@ class Checkpointer:
             for number in later:
                 leaf, goal = wanted[number]
                 leaves[number] = trees.finish_leaf(leaf, loaded.values[leaf.path], goal)
-            if target is None:
-                return spec.build(leaves)
-            return jax.tree.unflatten(jax.tree.structure(target), leaves)
+            return form.build(leaves)
 
         if not later:
             state = build()

@@ -120,7 +120,7 @@ class Gathering:
             if not last.has_ended:
                 error.add_note(_STUCK)
                 return
-        _left.remove(self)
+        _forget(self)
 
     def is_stuck(self) -> bool:
         """Whether a computation was agreed on when this was given up, and has not ended here; also
@@ -135,9 +135,14 @@ class Gathering:
 _left: list[Gathering] = []
 
 
+def _forget(gathering: Gathering) -> None:
+    with contextlib.suppress(ValueError):  # a call on another thread has
+        _left.remove(gathering)
+
+
 def raise_if_stuck() -> None:
     """Raises when a restore that has failed has left a computation of all hosts' devices."""
-    for gathering in list(_left):
+    for gathering in tuple(_left):
         if gathering.is_stuck():
             raise CheckpointError(_STUCK)
-        _left.remove(gathering)
+        _forget(gathering)

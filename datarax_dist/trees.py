@@ -32,7 +32,9 @@ __all__ = [
     "StatePlan",
     "TreeSpec",
     "bound_like",
-    "fits_exactly",
+    "can_be",
+    "children_of",
+    "fits",
     "match",
     "placed",
     "plan_state",
@@ -515,44 +517,29 @@ def _build(structure: Any, values: Sequence[Any]) -> Any:
     return {name: _build(child, values) for name, child in structure["children"]}
 
 
-def fits_exactly(spec: TreeSpec, target: Any) -> bool:
-    """Whether a target is as what was saved: the same containers, and in them leaves of the same
-    kinds.
-    """
-    saved = {leaf.path: leaf for leaf in spec.leaves}
+def fits(spec: TreeSpec, target: Any) -> bool:
+    """Whether a target has just the leaves that were saved, each of a kind that can take them."""
     leaves = dict(flatten(target))
-    return (
-        saved.keys() == leaves.keys()
-        and _unnamed(spec.structure) == _unnamed(_structure(target))
-        and all(_is_of_kind(saved[path], leaf) for path, leaf in leaves.items())
-        and not any(_difference(saved[path], leaf) for path, leaf in leaves.items())
+    return {leaf.path for leaf in spec.leaves} == leaves.keys() and all(
+        can_be(leaf, leaves[leaf.path]) for leaf in spec.leaves
     )
 
 
-def _unnamed(structure: Any) -> Any:
-    """Returns a structure without the names of classes, which may have been moved; and without the
-    numbers of leaves, and the order of dicts.
-    """
-    if isinstance(structure, int):
-        return 0
-    if "node" in structure:
-        return {"node": {name: _unnamed(child) for name, child in structure["children"]}}
-    if "dict" in structure:
-        return {"dict": {repr(key): _unnamed(child) for key, child in structure["dict"]}}
-    return {
-        tag: [_unnamed(child) for child in inside] if isinstance(inside, list) else inside
-        for tag, inside in structure.items()
-    }
+def can_be(saved: LeafSpec, target: Any) -> bool:
+    """Whether what was saved can come back as a target wants it."""
+    return _difference(saved, target) is None
 
 
-def _is_of_kind(saved: LeafSpec, leaf: Any) -> bool:
-    if saved.kind == "jax":
-        return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-    if saved.kind == "numpy":
-        return isinstance(leaf, np.ndarray)
-    if saved.kind == "scalar":
-        return isinstance(leaf, np.generic)
-    return not saved.inline or saved.kind == "empty" or saved.kind == type(leaf).__name__
+def children_of(node: Any) -> list[tuple[str, Any]] | None:
+    """Returns what a container has in it, by the names that paths have; None for a leaf or None."""
+    treedef: Any = jax.tree.structure(node)
+    data = treedef.node_data()
+    if data is None or data[0] is type(None):
+        return None
+    pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
+    names = getattr(node, "_fields", None) if isinstance(node, tuple) else None
+    names = names or [_part(key) for key, _ in pairs]
+    return [(name, child) for name, (_, child) in zip(names, pairs, strict=True)]
 
 
 def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:

@@ -656,7 +656,7 @@ def test_protocols_are_what_datarax_has() -> None:
 def test_what_is_remembered_of_a_loader_goes_with_it() -> None:
     loader = Opaque()
     restore(save(loader), loader)
-    known = weakref.ref(memory._memories[id(loader)])
+    known = weakref.ref(memory._entries[id(loader)].memory)
     gone = weakref.ref(loader)
     del loader
     gc.collect()

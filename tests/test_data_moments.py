@@ -4,6 +4,7 @@ end; inside of what was put around it.
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from typing import Any
 import loaders
 import numpy as np
 import pytest
+from targets import Counter
 from test_data import Opaque, restore, save, taken
 
 import datarax_dist as dd
 from datarax_dist.data import DataAdapter, positions, register_adapter, replay, shards, tracked
+from datarax_dist.data.memory import remembered
 from datarax_dist.data.ownership import acting_as_host
 from datarax_dist.errors import PositionError
 
@@ -314,3 +317,49 @@ def test_replay_goes_through_one_epoch() -> None:
         list(loader)
     loader.set_state({"batches": 1, "last": ""})
     assert list(loader) == [2]
+
+
+class OfSlots:
+    """It cannot be told when it goes."""
+
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.at < 100:
+            self.at += 1
+            yield self.at
+
+    def get_state(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def test_what_is_known_of_a_loader_is_not_taken_for_that_of_another_in_its_place() -> None:
+    class Maker:
+        """Its iterators have positions, and it is not needed after them."""
+
+        __slots__ = ()
+
+        def __iter__(self) -> Counter:
+            return Counter(0, 1)
+
+    around = [tracked(Maker(), 2) for _ in range(50)]
+    makers = [Maker() for _ in range(50)]
+    assert [remembered(maker).outer for maker in makers] == [None] * 50
+    del around
+
+
+def test_a_loader_that_two_were_put_around_is_known_as_long_as_one_is_there() -> None:
+    loader = OfSlots()
+    first, second = tracked(loader, 2), tracked(loader, 2)
+    del first
+    gc.collect()
+    assert remembered(loader).outer is not None
+    del second
+    gc.collect()
+    assert remembered(loader).outer is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -237,3 +238,41 @@ def test_what_is_written_once_is_handed_out_as_it_is() -> None:
     found = list(tracked(replay(lambda: iter(made)), 2))
     assert all(mine is theirs for mine, theirs in zip(found[4:], made[4:], strict=True))
     assert jax.tree.all(jax.tree.map(np.array_equal, found, made))
+
+
+@dataclasses.dataclass
+class Linked:
+    x: Any
+    back: Any = None
+
+
+class Sealed(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("sealed")
+
+
+def deep(levels: int) -> Any:
+    return [deep(levels - 1), np.ones(1)] if levels else []
+
+
+def odd_batches(kind: str) -> list[Any]:
+    if kind == "back":
+        made = [Linked(np.full(2, k)) for k in range(8)]
+        for one in made:
+            one.back = one
+        return made
+    makes: dict[str, Any] = {
+        "struct": lambda k: time.gmtime(k),
+        "sealed": lambda k: Sealed(x=np.full(2, k)),
+        "deep": lambda k: deep(300),
+        "many": lambda k: [Linked(k) for _ in range(20_000)],
+    }
+    return [makes[kind](k) for k in range(8)]
+
+
+@pytest.mark.parametrize("kind", ["back", "struct", "sealed", "deep", "many"])
+def test_what_cannot_be_made_of_its_parts_is_handed_out_as_it_is(kind: str) -> None:
+    made = odd_batches(kind)
+    found = list(tracked(replay(lambda: iter(made)), 2))
+    assert [type(batch) for batch in found] == [type(batch) for batch in made]
+    assert found[-1] is made[-1]

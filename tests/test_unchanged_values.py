@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import datarax_dist as dd
@@ -112,6 +114,47 @@ def test_a_state_of_ones_own_is_given_what_it_gave(tmp_path: Path, saved: Any, f
         ckpt.save(1, state=Thing(saved)).result()
         got = ckpt.restore(state=Thing(fresh)).state.state
     assert repr(got) == repr(saved)
+
+
+def test_what_a_fresh_object_has_tells_where_arrays_belong_and_of_which_classes_containers_are(
+    tmp_path: Path,
+) -> None:
+    """Though other parts of its state are of other kinds, or not there."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = {"w": jax.device_put(jnp.arange(4.0), split)}
+    saved = {"params": params, "opt": optax.adam(0.1).init(params), "step": jnp.int32(3), "q": [1]}
+    fresh = {**saved, "params": {"w": jax.device_put(jnp.zeros(4), split)}, "step": 0, "q": None}
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=Thing(saved)).result()
+        got = ckpt.restore(state=Thing(fresh)).state.state
+    assert got["params"]["w"].sharding == split
+    assert got["opt"][0].mu["w"].sharding == split
+    assert jax.tree.structure(got) == jax.tree.structure(saved)
+    assert (got["step"], got["q"]) == (3, [1])
+
+
+def test_plain_orbax_knows_no_classes_and_the_fresh_object_does(tmp_path: Path) -> None:
+    saved = {"opt": optax.adam(0.1).init({"w": jnp.ones(4)}), "n": np.int32(3)}
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(1, args=ocp.args.StandardSave(saved))
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        got = ckpt.restore(state=Thing(jax.tree.map(lambda leaf: leaf * 0, saved))).state.state
+    assert jax.tree.structure(got) == jax.tree.structure(saved)
+    assert got["n"] == 3
+
+
+def test_keys_that_were_written_as_texts_are_those_of_the_fresh_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By versions before this one: whole numbers of numpy, and None."""
+    saved = {"a": {np.int64(3): 1, np.int64(4): 2}, "b": {None: 1}}
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr("datarax_dist.trees._plain", lambda key: isinstance(key, str))
+            ckpt.save(1, state=Thing(saved)).result()
+        assert repr(ckpt.restore(state=Thing(saved)).state.state) == repr(saved)
+        assert list(ckpt.restore().state["a"]) == ["3", "4"]
 
 
 def own(root: str) -> list[Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,16 +143,27 @@ def check_rows(parts: dict[int, Any], expected: int | None, limit_hint: str) -> 
 
 # What a batch holds that its loader may write again: a batch that waits is copied then.
 
+_MOST_PARTS = 10_000  # of a batch that are looked at; more are taken as they are
+_MOST_DEPTH = 50
+_SCALARS = (str, bytes, int, float, complex, np.generic, type(None))
+
 
 def memory_of(batch: Any) -> list[tuple[int, int]]:
     """Returns where in memory that is, begin and end: arrays of numpy, torch tensors, and the
-    containers they are in; as long as the batch lives.
+    container that they are in; as long as the batch lives.
     """
-    opened = _opened(batch)
-    found = [_place(batch)] if opened is not None or _is_buffer(batch) else []
-    for part in opened[0] if opened is not None else ():
-        found.extend(memory_of(part))
-    return [(begin, end) for begin, end in found if begin < end]
+    places = [] if isinstance(batch, tuple | np.ndarray) else [(id(batch), id(batch) + 1)]
+    waiting, looked_at = [batch], dict[int, Any]()  # they live as long as their identities count
+    while waiting and len(looked_at) < _MOST_PARTS:
+        part = waiting.pop()
+        if isinstance(part, _SCALARS) or id(part) in looked_at:
+            continue
+        looked_at[id(part)] = part
+        if (opened := _opened(part)) is not None:
+            waiting.extend(opened[0])
+        elif _is_buffer(part):
+            places.append(_place(part))
+    return [(begin, end) for begin, end in places if begin < end]
 
 
 def overlap(mine: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
@@ -167,12 +179,25 @@ def overlap(mine: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) 
 
 def copied(batch: Any) -> Any:
     """Returns a batch with copies of what `memory_of` names."""
-    if (opened := _opened(batch)) is not None:
-        parts, made_of = opened
-        return made_of([copied(part) for part in parts])
-    if not _is_buffer(batch):
-        return batch
-    return batch.copy() if isinstance(batch, np.ndarray) else batch.clone()
+    return _copied(batch, itertools.count(), ())
+
+
+def _copied(part: Any, looked_at: Iterator[int], within: tuple[int, ...]) -> Any:
+    if isinstance(part, _SCALARS) or next(looked_at) >= _MOST_PARTS:
+        return part
+    if id(part) in within or len(within) == _MOST_DEPTH:
+        return part
+    opened = _opened(part)
+    if opened is None:
+        if not _is_buffer(part):
+            return part
+        return part.copy() if isinstance(part, np.ndarray) else part.clone()
+    parts, made_of = opened
+    others = [_copied(one, looked_at, (*within, id(part))) for one in parts]
+    try:
+        return made_of(others)
+    except (TypeError, ValueError, AttributeError):  # a class that is not made of its parts
+        return part
 
 
 def _is_buffer(part: Any) -> bool:
@@ -197,20 +222,20 @@ def _place(part: Any) -> tuple[int, int]:
         except Exception:  # a sparse one: as if it were everywhere
             return 0, 1 << 64
         return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    return (0, 0) if isinstance(part, tuple) else (id(part), id(part) + 1)
+    return 0, 0
 
 
 def _opened(part: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """Returns what a container has in it, and what makes another one of other parts; None for what
     is no container.
     """
-    if part is None or isinstance(part, str | bytes | int | float | np.generic):
-        return None
     if isinstance(part, dict | collections.UserDict):
         return list(part.values()), lambda parts: _refilled(part, list(part), parts)
     if isinstance(part, list):
+        if all(isinstance(item, _SCALARS) for item in part):
+            return [], lambda parts: copy.copy(part)
         return list(part), lambda parts: _refilled(part, range(len(part)), parts)
-    if isinstance(part, tuple):  # named ones too
+    if type(part) is tuple or (isinstance(part, tuple) and hasattr(part, "_fields")):
         return list(part), lambda parts: tuple.__new__(type(part), parts)
     if isinstance(part, np.ndarray):
         if part.dtype != object:

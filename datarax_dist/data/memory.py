@@ -38,39 +38,49 @@ class Memory:
     outer: str | None = None
 
 
-_memories: dict[int, Memory] = {}
-# Those that have failed, and cannot be told when they go (`__slots__`).
-_kept: list[Any] = []
+@dataclass
+class _Entry:
+    """The memory of a loader that lives: by its identity, which another one may have after it."""
+
+    memory: Memory
+    loader: Any = None  # kept alive where it cannot be told when it goes (`__slots__`)
+    owners: int = 0  # who keep it; one more is never taken away, where it has failed
+
+
+_entries: dict[int, _Entry] = {}
 
 
 def remembered(loader: Any) -> Memory:
     """Returns what is known of a loader; a new one each time for one of which nothing can be."""
-    if id(loader) in _memories:
-        return _memories[id(loader)]
+    if id(loader) in _entries:
+        return _entries[id(loader)].memory
     memory = Memory()
-    if _until_it_goes(loader, loader):
-        _memories[id(loader)] = memory
+    try:
+        weakref.finalize(loader, _entries.pop, id(loader), None).atexit = False
+    except TypeError:
+        return memory
+    _entries[id(loader)] = _Entry(memory)
     return memory
 
 
 def remembered_with(owner: Any, loader: Any) -> Memory:
-    """The same; one that cannot be told when it goes is known as long as `owner`, who has it."""
+    """The same; one that cannot be told when it goes is known as long as an `owner` lives."""
     memory = remembered(loader)
-    if id(loader) not in _memories and _until_it_goes(owner, loader):
-        _memories[id(loader)] = memory
-    return memory
+    entry = _entries.setdefault(id(loader), _Entry(memory, loader))
+    if entry.loader is not None:
+        entry.owners += 1
+        weakref.finalize(owner, _left_by_one, id(loader)).atexit = False
+    return entry.memory
+
+
+def _left_by_one(number: int) -> None:
+    _entries[number].owners -= 1
+    if not _entries[number].owners:
+        del _entries[number]
 
 
 def remembered_for_ever(loader: Any, memory: Memory) -> None:
     """Sees that `memory` is known as long as the loader could be used."""
-    if id(loader) not in _memories:
-        _memories[id(loader)] = memory
-        _kept.append(loader)
-
-
-def _until_it_goes(owner: Any, loader: Any) -> bool:
-    try:
-        weakref.finalize(owner, _memories.pop, id(loader), None).atexit = False
-    except TypeError:
-        return False
-    return True
+    entry = _entries.setdefault(id(loader), _Entry(memory, loader))
+    if entry.loader is not None:
+        entry.owners += 1

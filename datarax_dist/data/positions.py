@@ -87,7 +87,7 @@ def _source(loader: Any) -> Source:
         raise PositionError(
             f"{outer} was put around this {type(loader).__qualname__}, and reads it, ahead of the"
             f" steps perhaps. The position of the batches you take is that of {outer}: give what"
-            " that returned to save and restore."
+            " that returned to save and restore; or make the loader anew, if that was to try it."
         )
     if isinstance(loader, Source):
         return loader
