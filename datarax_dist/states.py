@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from datarax_dist.data import Checkpointable
+from datarax_dist.trees import check_depth
 
 __all__ = ["apply_state", "is_checkpointable", "is_set_in_place", "state_tree"]
 
@@ -31,9 +32,16 @@ def _is_nnx(value: Any) -> bool:
 
 
 def state_tree(state: Any) -> Any:
-    """Returns the tree of a state; NNX modules, anywhere in it, become dicts of arrays."""
+    """Returns the tree of a state; NNX modules, anywhere in it, become dicts of arrays.
+
+    Raises:
+        UnsupportedLeafError: it is nested deeper than JAX can walk.
+    """
     if not _is_nnx(state) and is_checkpointable(state):
-        return state.get_state()
+        state = state.get_state()
+        check_depth(state)
+        return state
+    check_depth(state)
     if _nnx() is None:
         return state
     try:

@@ -33,6 +33,7 @@ __all__ = [
     "TreeSpec",
     "bound_like",
     "can_be",
+    "check_depth",
     "children_of",
     "fits",
     "match",
@@ -52,6 +53,7 @@ _UNSTORABLE = (
 )
 _OF_64_BITS = ("int64", "uint64", "float64", "complex128")
 _MOST_DEPTH = 200  # Python's and JAX's stacks end at a few hundred
+_CRASHES_DEPTH = 600
 _MOST_NAME_BYTES = (1 << 16) - 1  # TensorStore's limit, of an array's name and what is added to it
 _KINDS = (
     *("jax", "key", "key_data", "numpy", "scalar"),
@@ -286,6 +288,23 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
     except (RecursionError, SystemError) as error:
         raise _too_deep(error) from error
     return [(tuple(_part(key) for key in path), leaf) for path, leaf in pairs]
+
+
+def check_depth(tree: Any) -> None:
+    """Raises for containers of Python's that are nested so deep that JAX, which looks at no limit
+    of its stack, could crash the process.
+
+    Raises:
+        UnsupportedLeafError: it is nested deeper than JAX can walk.
+    """
+    level = {0: tree}  # by identity, or one that holds itself twice would have no end
+    for _ in range(_CRASHES_DEPTH):
+        nodes = [node for node in level.values() if isinstance(node, dict | list | tuple)]
+        parts = (node.values() if isinstance(node, dict) else node for node in nodes)
+        level = {id(child): child for inside in parts for child in inside}
+        if not level:
+            return
+    raise _too_deep()
 
 
 def _too_deep(error: BaseException | None = None, *, name: str = "") -> UnsupportedLeafError:

@@ -223,7 +223,8 @@ def test_a_donated_array_is_named_before_anything_is_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("depth", "has_leaf"), [(201, True), (700, True), (5000, True), (700, False), (5000, False)]
+    ("depth", "has_leaf"),
+    [(201, True), (500, True), (700, True), (50_000, True), (700, False), (50_000, False)],
 )
 def test_a_state_that_is_nested_too_deep_is_told_before_anything_is_written(
     tmp_path: Path, depth: int, has_leaf: bool
@@ -239,6 +240,14 @@ def test_a_state_that_is_nested_too_deep_is_told_before_anything_is_written(
             state, depth = state[0], depth - 1
         ckpt.save(2, state=state).result()
         assert jax.tree.structure(ckpt.restore().state) == jax.tree.structure(state)
+
+
+def test_a_state_that_holds_itself_is_told(tmp_path: Path) -> None:
+    state: list[Any] = [jnp.ones(3)]
+    state += [state, state]
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match="at most 200 deep"):
+            ckpt.save(1, state=state)
 
 
 def test_a_name_that_is_too_long_for_the_storage_is_told_before_anything_is_written(
