@@ -531,3 +531,16 @@ def test_what_has_ended_keeps_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> 
     del slow
     gc.collect()
     assert kept() is None
+
+
+def test_who_comes_after_the_restore_has_failed_begins_nothing() -> None:
+    group, begun = HostGroup(LocalBoard()), []
+    gathering = Gathering(group, group.begin("restore"), time.monotonic() + 20, 10)
+    gathering.give_up(CheckpointError("another host has failed"))
+
+    def gather(together: Any) -> None:
+        with together():
+            begun.append(group.index)
+
+    gathering.run(gather)
+    assert begun == []

@@ -242,6 +242,33 @@ def test_a_state_that_is_nested_too_deep_is_told_before_anything_is_written(
         assert jax.tree.structure(ckpt.restore().state) == jax.tree.structure(state)
 
 
+@jax.tree_util.register_pytree_node_class
+class Link:
+    """A container that is none of Python's."""
+
+    def __init__(self, *inside: Any) -> None:
+        self.inside = inside
+
+    def tree_flatten(self) -> Any:
+        return self.inside, None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, inside: Any) -> Link:
+        return cls(*inside)
+
+
+@pytest.mark.parametrize("has_leaf", [True, False])
+def test_containers_of_ones_own_are_not_nested_too_deep_either(
+    tmp_path: Path, has_leaf: bool
+) -> None:
+    state = Link(jnp.ones(3)) if has_leaf else Link()
+    for _ in range(700):
+        state = Link(state)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match="at most 200 deep"):
+            ckpt.save(1, state=state)
+
+
 def test_a_state_that_holds_itself_is_told(tmp_path: Path) -> None:
     state: list[Any] = [jnp.ones(3)]
     state += [state, state]
