@@ -380,13 +380,16 @@ def test_a_host_that_cannot_say_that_all_is_done_says_so(saved: Any) -> None:
 def test_one_answer_that_is_lost_ends_nothing(saved: Any, asks: str) -> None:
     store, hosts = saved
     lost: list[str] = []
+    is_waited_for = threading.Event()
 
     def losing(group: HostGroup) -> Any:
         wait = group._board.wait
 
         def wait_(key: str, seconds: float) -> str | None:
-            value = wait(key, seconds)
             is_gather = threading.current_thread().name == "datarax_dist-gather"
+            if is_gather and key.endswith(asks):
+                is_waited_for.set()
+            value = wait(key, seconds)
             if is_gather and value is not None and key.endswith(asks) and not lost:
                 lost.append(key)
                 raise UnreachableError("UNAVAILABLE: Socket closed")
@@ -395,10 +398,8 @@ def test_one_answer_that_is_lost_ends_nothing(saved: Any, asks: str) -> None:
         return wait_
 
     def gather(group: HostGroup, together: Any) -> None:
-        if group.index == 2 and asks == "gather/2":  # so that it is waited for
-            while not any(key.endswith("/gather/1") for key in group._board.read("")):
-                time.sleep(0.01)
-            time.sleep(0.1)
+        if group.index == 2 and asks == "gather/2":
+            assert is_waited_for.wait(20)
         with together():
             pass
 
@@ -496,8 +497,7 @@ def test_what_was_not_agreed_on_as_it_turns_out_holds_nobody_up() -> None:
     for name in answers:
         setattr(second, name, through(name))
     slow = Slow(second)
-    while not first.read("0/0/gather/"):
-        time.sleep(0.01)
+    assert first.wait("0/0/gather/1", 20)
     is_down.set()
     error = CheckpointError("another host has failed")
     slow.gathering.give_up(error)
