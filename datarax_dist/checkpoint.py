@@ -174,10 +174,11 @@ class Run(Checkpointer):
             loading.alike = _digest_of_shared(leaves, wanted)
         arrays: Any = {}
         if "state" in items:
-            shared = _Arrays({leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves})
+            goals = {leaf.name: goal for leaf, goal in wanted if leaf.name not in leaves}
+            shared = _Arrays(goals) if form.is_own else None if tree is None else goals
             # What is decoded with them here must be whole before the hosts vote.
-            super()._load(candidate, shared, None, loading=loading, parted=False)()
-            arrays = shared.state
+            arrays = super()._load(candidate, shared, None, loading=loading, parted=False)()[0]
+            arrays = arrays.state if form.is_own else arrays
         values = [
             _unpack(leaves[leaf.name], leaf, goal) if leaf.name in leaves else arrays[leaf.name]
             for leaf, goal in wanted

@@ -28,6 +28,7 @@ class Form:
 
     Attributes:
         wanted: the leaves that are read, each with what it is to become; None for what it was.
+        is_own: what was saved is wanted as a whole, and the target tells but places.
 
     Raises:
         StructureMismatchError: the target does not fit.
@@ -38,10 +39,10 @@ class Form:
     def __init__(self, spec: trees.TreeSpec, target: Any, *, is_own: bool = False) -> None:
         self._spec, self._target = spec, target
         # Of plain Orbax's containers nobody knows the classes.
-        self._is_own = is_own and not (spec.is_foreign and trees.fits(spec, target))
+        self.is_own = is_own and not (spec.is_foreign and trees.fits(spec, target))
         if target is None:
             self.wanted = [(leaf, None) for leaf in spec.leaves]
-        elif self._is_own:
+        elif self.is_own:
             goals = dict(trees.flatten(target))
             self.wanted = [(leaf, _goal(leaf, goals.get(leaf.path))) for leaf in spec.leaves]
         else:
@@ -51,7 +52,7 @@ class Form:
         """Returns the state of which these are the leaves, in the order of `wanted`."""
         if self._target is None:
             return self._spec.build(leaves)
-        if self._is_own:
+        if self.is_own:
             return _built(self._spec.structure, self._target, leaves)
         return jax.tree.unflatten(jax.tree.structure(self._target), leaves)
 

@@ -38,13 +38,11 @@ def state_tree(state: Any) -> Any:
         UnsupportedLeafError: it is nested deeper than JAX can walk.
     """
     if not _is_nnx(state) and is_checkpointable(state):
-        state = state.get_state()
-        check_depth(state)
-        return state
-    check_depth(state)
+        return state.get_state()
     if _nnx() is None:
         return state
     try:
+        check_depth(state, _is_nnx)
         nodes, treedef = jax.tree.flatten(state, is_leaf=_is_nnx)
     except ValueError:  # keys that cannot be sorted; the plan of the save says so better
         return state

@@ -53,7 +53,6 @@ _UNSTORABLE = (
 )
 _OF_64_BITS = ("int64", "uint64", "float64", "complex128")
 _MOST_DEPTH = 200  # Python's and JAX's stacks end at a few hundred
-_CRASHES_DEPTH = 600
 _MOST_NAME_BYTES = (1 << 16) - 1  # TensorStore's limit, of an array's name and what is added to it
 _KINDS = (
     *("jax", "key", "key_data", "numpy", "scalar"),
@@ -278,6 +277,7 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
         UnsupportedLeafError: JAX cannot put the keys of a dict in order, or it is nested too deep.
     """
     try:
+        check_depth(tree)
         pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     except ValueError as error:
         raise UnsupportedLeafError(
@@ -285,39 +285,44 @@ def flatten(tree: Any) -> list[tuple[Path, Any]]:
             " Use one type, str or int.",
             path="",
         ) from error
-    except (RecursionError, SystemError) as error:
-        raise _too_deep(error) from error
     return [(tuple(_part(key) for key in path), leaf) for path, leaf in pairs]
 
 
-def check_depth(tree: Any) -> None:
-    """Raises for containers of Python's that are nested so deep that JAX, which looks at no limit
-    of its stack, could crash the process.
+def check_depth(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> None:
+    """Raises for containers that are nested so deep that Python's stack could end within them: JAX
+    may then crash the process, or leave it a stack that stays full.
 
     Raises:
-        UnsupportedLeafError: it is nested deeper than JAX can walk.
+        UnsupportedLeafError: it is nested too deep.
+        ValueError: JAX cannot put the keys of a dict in order.
     """
-    level = {0: tree}  # by identity, or one that holds itself twice would have no end
-    for _ in range(_CRASHES_DEPTH):
-        nodes = [node for node in level.values() if isinstance(node, dict | list | tuple)]
-        parts = (node.values() if isinstance(node, dict) else node for node in nodes)
-        level = {id(child): child for inside in parts for child in inside}
-        if not level:
-            return
-    raise _too_deep()
+    insides = jax.tree_util.default_registry.flatten_one_level
+    # By identity, or one that holds itself twice would have no end. Each has where it was found.
+    levels: list[dict[int, tuple[Any, int, int]]] = [{0: (tree, 0, 0)}]
+    while levels[-1]:
+        if len(levels) > _MOST_DEPTH + 1:
+            name = "/".join(_path_to(next(iter(levels[-1])), levels))
+            raise UnsupportedLeafError(
+                f"{name[:200]}...: a state is nested at most {_MOST_DEPTH} deep. Is there a list"
+                " in it that holds the next one, and so on? Make one list of them.",
+                path=name,
+            )
+        level = {}
+        for here, (node, _, _) in levels[-1].items():
+            inside = None if is_leaf(node) else insides(node)
+            for number, child in enumerate(inside[0] if inside else ()):
+                level[id(child)] = (child, here, number)
+        levels.append(level)
 
 
-def _too_deep(error: BaseException | None = None, *, name: str = "") -> UnsupportedLeafError:
-    """Returns the error for a tree that is nested too deep; raises one that is no sign of it."""
-    # JAX makes a `SystemError` of Python's own.
-    if isinstance(error, SystemError) and not isinstance(error.__cause__, RecursionError):
-        raise error
-    where = f"{name[:200]}...: " if name else ""
-    return UnsupportedLeafError(
-        f"{where}a state is nested at most {_MOST_DEPTH} deep. Is there a list in it that holds"
-        " the next one, and so on? Make one list of them.",
-        path=name,
-    )
+def _path_to(here: int, levels: list[dict[int, tuple[Any, int, int]]]) -> Path:
+    path = []
+    for level, above in zip(levels[:0:-1], levels[-2::-1], strict=True):
+        _, there, number = level[here]
+        pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(above[there][0])
+        path.append(_part(list(pairs)[number][0]))
+        here = there
+    return tuple(reversed(path))
 
 
 _dtype_name = functools.lru_cache(256)(str)  # numpy makes it anew each time
@@ -441,8 +446,6 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
     specs, given, digests = [], [], {}
     seen: dict[str, Path] = {}
     for number, (path, leaf) in enumerate(flatten(state)):
-        if len(path) > _MOST_DEPTH:
-            raise _too_deep(name="/".join(path))
         spec, value, common = _describe_leaf(path, leaf, hosts)
         name = ".".join(path)
         _check_length(spec, name)
@@ -459,11 +462,7 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
             digests[number] = fmt.crc_text(fmt.crc32c(spec.kind.encode() + common))
     treedef = jax.tree.structure(state)
     arrays = jax.tree.unflatten(treedef, given)
-    try:
-        structure = _structure(state)
-    except (RecursionError, SystemError) as error:  # containers without a leaf
-        raise _too_deep(error) from error
-    return StatePlan(TreeSpec(structure, specs), arrays, digests)
+    return StatePlan(TreeSpec(_structure(state), specs), arrays, digests)
 
 
 def _check_length(spec: LeafSpec, name: str) -> None:

@@ -200,6 +200,34 @@ def handler_save(root: str) -> Any:
     return fresh.at, plain["at"], same
 
 
+def handler_parts(root: str) -> Any:
+    """Returns for parts of a mixed tree whether they came back, and of which arrays each was read
+    from.
+    """
+    import datarax_dist as dd
+    from datarax_dist.arrays.engine import OrbaxArrays
+    from datarax_dist.checkpoint import OrbaxCheckpointHandler
+
+    asked: list[str] = []
+    restore = OrbaxArrays.restore
+
+    def seen(self: Any, step: Any, spec: Any, wanted: Any, *args: Any, **options: Any) -> Any:
+        asked.extend(leaf.name for leaf, _ in wanted)
+        return restore(self, step, spec, wanted, *args, **options)
+
+    mixed = mesh_state((-1,), ("x",), 1) | {"mine": np.full(3, 7)}
+    parts = [{"params": mixed["params"], "mine": mixed["mine"]}, {"mine": mixed["mine"]}]
+    outcomes = []
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(root, mixed, step=1)
+        OrbaxArrays.restore = seen  # type: ignore[method-assign]
+        for part in parts:
+            asked.clear()
+            back = handler.restore(root, part)
+            outcomes.append((dd.tree_digest(back) == dd.tree_digest(part), sorted(asked)))
+    return outcomes
+
+
 def handler_restore(root: str) -> Any:
     """Restores on whatever hosts there are; returns the error."""
     from datarax_dist.checkpoint import OrbaxCheckpointHandler

@@ -145,6 +145,15 @@ def test_each_host_gets_its_own_part_back_and_another_count_is_refused(tmp_path:
     assert "data=None" not in alone.value[1], "the handler has no data="
 
 
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_a_target_with_a_part_of_a_mixed_tree_reads_no_other_arrays(tmp_path: Path) -> None:
+    hosts = run_hosts(targets.handler_parts, 2, args=(str(tmp_path),), timeout_seconds=90)
+    assert [host.error for host in hosts] == [None, None]
+    for host in hosts:
+        assert host.value == [(True, ["params/b", "params/w"]), (True, [])]
+
+
 def test_close_ends_every_directory_and_raises_the_first_failure(tmp_path: Path) -> None:
     handler = OrbaxCheckpointHandler(async_checkpointing=True)
     handler.save(tmp_path / "a", {"x": np.ones(3)}, step=1)

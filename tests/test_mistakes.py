@@ -257,16 +257,54 @@ class Link:
         return cls(*inside)
 
 
-@pytest.mark.parametrize("has_leaf", [True, False])
-def test_containers_of_ones_own_are_not_nested_too_deep_either(
-    tmp_path: Path, has_leaf: bool
-) -> None:
-    state = Link(jnp.ones(3)) if has_leaf else Link()
-    for _ in range(700):
+def _linked(depth: int, *inside: Any) -> Link:
+    state = Link(*inside)
+    for _ in range(depth - 1):
         state = Link(state)
+    return state
+
+
+@pytest.mark.parametrize("inside", [(jnp.ones(3),), ()])
+@pytest.mark.parametrize("depth", [202, 700])
+def test_containers_of_ones_own_are_not_nested_too_deep_either(
+    tmp_path: Path, depth: int, inside: Any
+) -> None:
     with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match="at most 200 deep") as raised:
+            ckpt.save(1, state={"some": [1], "w": _linked(depth, *inside)})
+        assert raised.value.path == "/".join(["w", *["0"] * 200])
         with pytest.raises(errors.UnsupportedLeafError, match="at most 200 deep"):
-            ckpt.save(1, state=state)
+            dd.tree_digest(_linked(depth, *inside))
+        ckpt.save(2, state=_linked(200, *inside)).result()
+        assert isinstance(ckpt.restore(state=_linked(200, *inside)).state, Link)
+
+
+_DEEPER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from flax import nnx
+import datarax_dist as dd
+from datarax_dist import errors
+from test_mistakes import _linked
+state = _linked(50_000, 1)
+with dd.Checkpointer(sys.argv[2]) as ckpt:
+    ckpt.save(1, state={"w": 1}).result()
+    for call in (lambda: ckpt.save(2, state=state), lambda: ckpt.restore(state=state)):
+        try:
+            call()
+        except errors.UnsupportedLeafError:
+            print("told")
+    print(ckpt.restore().state)
+"""
+
+
+def test_jax_does_not_walk_through_what_would_fill_its_stack_for_good(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _DEEPER, str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.stdout.split("\n")[:-1], done.returncode) == (
+        ["told", "told", "{'w': 1}"],
+        0,
+    ), done.stderr
 
 
 def test_a_state_that_holds_itself_is_told(tmp_path: Path) -> None:
