@@ -40,6 +40,7 @@ from datarax_dist.forms import Form
 from datarax_dist.inspection import Candidate
 from datarax_dist.request import SaveRequest
 from datarax_dist.restore import Loading
+from datarax_dist.specs import LeafSpec, TreeSpec, parse_tree
 from datarax_dist.states import apply_state, is_checkpointable, state_tree
 
 __all__ = [
@@ -76,8 +77,13 @@ class Target:
 class _Local:
     """The part of a target that belongs to one host, as a data item of kind *host*."""
 
-    def __init__(self, flat: bool, spec: trees.TreeSpec, leaves: Mapping[str, Any]) -> None:
-        self._state = {"flat": flat, "spec": spec.to_json(), "leaves": dict(leaves)}
+    def __init__(self, flat: bool, spec: TreeSpec, leaves: Mapping[str, Any]) -> None:
+        # As one text: each container would be three levels of a position's, of which there are few.
+        self._state = {
+            "flat": flat,
+            "spec": fmt.seal(spec.to_json()),
+            "leaves": dict(leaves),
+        }
 
     def get_state(self) -> dict[str, Any]:
         return self._state
@@ -107,17 +113,21 @@ class Run(Checkpointer):
     _own_items = frozenset((_LOCAL,))
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
+        hosts, is_own = self._group.count, is_checkpointable(state)
         tree = state_tree(state)
-        hosts = self._group.count
         flat_leaves = trees.flatten(tree)
         local = {path: leaf for path, leaf in flat_leaves if hosts > 1 and not _is_global(leaf)}
-        if not local and not is_checkpointable(state):
-            return super()._capture(step, tree, data, metadata)
+        if not local and not is_own:
+            return super()._capture(step, state, data, metadata)
+        # The state of an object may have something of its host's alone on another host only.
+        is_flat = hosts > 1
         spec = trees.plan_state(tree, 1).spec
         leaves = {"/".join(path): _pack(leaf) for path, leaf in local.items()}
         rest = {"/".join(path): leaf for path, leaf in flat_leaves if path not in local}
-        part = _Local(bool(local), spec, leaves)
-        return super()._capture(step, (rest or None) if local else tree, {_LOCAL: part}, metadata)
+        items = {_LOCAL: _Local(is_flat, spec, leaves)}
+        if is_flat:
+            return self._capture_tree(step, rest, items, metadata, has_state=bool(rest))
+        return self._capture_tree(step, tree, items, metadata, has_state=True)
 
     def _wants(self, target: Any, data: Any) -> str:
         return "the metadata" if target.metadata_only else super()._wants(target.value, data)
@@ -145,7 +155,7 @@ class Run(Checkpointer):
         items = candidate.marker.items if candidate.marker else ()
         if f"data/{_LOCAL}" not in items:
             return super()._load(candidate, target.value, None, loading=loading)
-        part = _Local(False, trees.TreeSpec(None, ()), {})
+        part = _Local(False, TreeSpec(None, ()), {})
         read = lambda key: self._read(candidate, key)
         try:
             plan = data_io.plan_restore(
@@ -166,7 +176,8 @@ class Run(Checkpointer):
         stored = codec.unpack(position.state)
         if not stored["flat"]:
             return super()._load(candidate, target.value, None, loading=loading)
-        spec = trees.TreeSpec.from_json(stored["spec"])
+        told = stored["spec"]  # versions before this one had it as it is
+        spec = parse_tree(told) if isinstance(told, bytes) else TreeSpec.from_json(told)
         tree = None if target.value is None else state_tree(target.value)
         form = Form(spec, tree, is_own=is_checkpointable(target.value))
         wanted, leaves = form.wanted, stored["leaves"]
@@ -202,7 +213,7 @@ def _digest_of_shared(leaves: Mapping[str, Any], wanted: Sequence[tuple[Any, Any
         if leaf.name in leaves
         and leaf.kind not in ("key", "key_data")  # which stay where they are
         and (sharding := getattr(goal, "sharding", None)) is not None
-        and not sharding.is_fully_addressable
+        and len({device.process_index for device in sharding.device_set}) > 1
     }
     if not shared:
         return ""
@@ -219,7 +230,7 @@ def _pack(leaf: Any) -> Any:
     return {"__jax__": np.asarray(leaf)}
 
 
-def _unpack(value: Any, spec: trees.LeafSpec, goal: Any) -> Any:
+def _unpack(value: Any, spec: LeafSpec, goal: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__jax__"}:
         value = value["__jax__"]
         if goal is None or isinstance(goal, jax.Array | jax.ShapeDtypeStruct):

@@ -43,6 +43,7 @@ from datarax_dist.request import SaveRequest, plain_metadata
 from datarax_dist.restore import Loading, Restorer, RestoreReport
 from datarax_dist.retention import delete_step, with_room
 from datarax_dist.save import Saver, StartedSave
+from datarax_dist.specs import TreeSpec, parse_tree
 from datarax_dist.states import apply_state, is_checkpointable, is_set_in_place, state_tree
 from datarax_dist.storage import open_store
 from datarax_dist.telemetry import Phases
@@ -300,12 +301,18 @@ class Checkpointer:
 
     def _capture(self, step: Any, state: Any, data: Any, metadata: Any) -> SaveRequest:
         """Step 1 of the protocol: what the caller changes later must not reach the step."""
-        if _whole_number(step) is None:
-            raise InvalidArgumentError(f"{_no_step(step)} Nothing was saved.")
         if state is None and data is None:
             raise InvalidArgumentError(
                 "save() needs a state, or data, or both; it was given neither."
             )
+        tree = None if state is None else state_tree(state)
+        return self._capture_tree(step, tree, data, metadata, has_state=state is not None)
+
+    def _capture_tree(
+        self, step: Any, tree: Any, data: Any, metadata: Any, *, has_state: bool
+    ) -> SaveRequest:
+        if _whole_number(step) is None:
+            raise InvalidArgumentError(f"{_no_step(step)} Nothing was saved.")
         metadata = plain_metadata(metadata)
         captured = data_io.capture(
             data,
@@ -322,10 +329,9 @@ class Checkpointer:
                 logger.warning(data_io.TWICE, self._root, restored, name, step)
         items = [f"data/{name}" for name in names]
         plan: trees.StatePlan | None = None
-        if state is not None:
-            plan = trees.plan_state(state_tree(state), self._group.count)
-            tree = plan.spec.to_json()
-            shared[fmt.TREE_NAME] = fmt.seal(tree)
+        if has_state:
+            plan = trees.plan_state(tree, self._group.count)
+            shared[fmt.TREE_NAME] = fmt.seal(plan.spec.to_json())
             told = f"{len(plan.spec.leaves)} leaves, {_tree_digest(plan.spec)}"
             agreement["the structure of the state"] = told
             items.append("state")
@@ -528,7 +534,7 @@ class Checkpointer:
         metadata: Any = {}
         tree: Callable[[], Any] = _no_state
         has_state = "state" in items
-        spec: trees.TreeSpec | None = None
+        spec: TreeSpec | None = None
         where = f"{name}/state"
         if candidate.state == "foreign":
             where = self._foreign_state(name)
@@ -539,7 +545,7 @@ class Checkpointer:
             if metadata_only:
                 return lambda: (None, metadata, None)
             if has_state:
-                spec = trees.parse_tree(read(fmt.TREE_NAME))
+                spec = parse_tree(read(fmt.TREE_NAME))
         if target is not None and not has_state:
             raise StepNotFoundError(
                 f"Step {candidate.step} of {self._root} has no state; restore with state=None.",
@@ -563,7 +569,7 @@ class Checkpointer:
     def _load_state(
         self,
         where: str,
-        spec: trees.TreeSpec,
+        spec: TreeSpec,
         form: Form,
         loading: Loading,
         parted: bool | None,
@@ -867,7 +873,7 @@ def _begin_anew() -> None:
 os.register_at_fork(after_in_child=_begin_anew)
 
 
-def _tree_digest(spec: trees.TreeSpec) -> str:
+def _tree_digest(spec: TreeSpec) -> str:
     """A digest of the structure, without the values of leaves (those have digests of their own)."""
     shape = [[list(leaf.path), leaf.kind, list(leaf.shape), leaf.dtype] for leaf in spec.leaves]
     return fmt.crc_text(fmt.crc32c(fmt.dumps([spec.structure, shape])))

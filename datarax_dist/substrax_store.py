@@ -29,6 +29,7 @@ from datarax_dist import config, trees
 from datarax_dist import format as fmt
 from datarax_dist.checkpoint import Run, Target
 from datarax_dist.errors import CorruptStepError, InvalidArgumentError, StepExistsError
+from datarax_dist.specs import LeafSpec, parse_tree
 from datarax_dist.states import apply_state, state_tree
 
 __all__ = ["SubstraxStore"]
@@ -185,12 +186,12 @@ class SubstraxStore:
         ordered = {name: items[name] for name in record.items}
         return Checkpoint(step=step, items=ordered, metadata=record)
 
-    def _leaves(self, step: int) -> list[trees.LeafSpec]:
+    def _leaves(self, step: int) -> list[LeafSpec]:
         store = self._run._store
         if fmt.TREE_NAME not in store.children(str(step)):
             return []
         try:
-            return list(trees.parse_tree(store.get(f"{step}/{fmt.TREE_NAME}")).leaves)
+            return list(parse_tree(store.get(f"{step}/{fmt.TREE_NAME}")).leaves)
         except fmt.InvalidRecordError as error:
             raise CorruptStepError(str(error), step=step, files=[fmt.TREE_NAME]) from error
 
@@ -251,7 +252,7 @@ class SubstraxStore:
         self.close()
 
 
-def _change(leaf: trees.LeafSpec, dtype: str) -> Any:
+def _change(leaf: LeafSpec, dtype: str) -> Any:
     from substrax.checkpoint import DtypeMismatch
 
     item, *path = leaf.path
@@ -261,7 +262,7 @@ def _change(leaf: trees.LeafSpec, dtype: str) -> Any:
 def _goal(
     name: str,
     template: Any,
-    saved: Mapping[tuple[str, ...], trees.LeafSpec],
+    saved: Mapping[tuple[str, ...], LeafSpec],
     changes: list[Any],
 ) -> Any:
     """Returns an item's template with the dtypes that were saved, so that nothing is cast by the

@@ -13,7 +13,7 @@ from __future__ import annotations
 import cmath
 import functools
 import itertools
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,20 +22,22 @@ import jax
 import numpy as np
 from jax._src.array import ArrayImpl
 from jax.sharding import SingleDeviceSharding
+from jax.tree_util import DictKey
 
 from datarax_dist import codec
 from datarax_dist import format as fmt
 from datarax_dist.errors import StructureMismatchError, UnsupportedLeafError
+from datarax_dist.specs import LeafSpec, Path, TreeSpec, is_storable
 
 __all__ = [
-    "LeafSpec",
     "StatePlan",
-    "TreeSpec",
     "bound_like",
     "can_be",
     "check_depth",
     "children_of",
     "fits",
+    "is_kept_key",
+    "is_nameless",
     "match",
     "placed",
     "plan_state",
@@ -44,7 +46,6 @@ __all__ = [
     "would_be_cut",
 ]
 
-Path = tuple[str, ...]
 _NAMELESS = (jax.tree_util.FlattenedIndexKey, jax.tree_util.SequenceKey)
 _SMALL = ("int2", "uint2", "int4", "uint4")
 _UNSTORABLE = (
@@ -54,198 +55,6 @@ _UNSTORABLE = (
 _OF_64_BITS = ("int64", "uint64", "float64", "complex128")
 _MOST_DEPTH = 200  # Python's and JAX's stacks end at a few hundred
 _MOST_NAME_BYTES = (1 << 16) - 1  # TensorStore's limit, of an array's name and what is added to it
-_KINDS = (
-    *("jax", "key", "key_data", "numpy", "scalar"),
-    *("int", "float", "bool", "complex", "str", "bytes", "empty"),
-)
-_INLINE = ("int", "float", "bool", "complex", "str", "bytes", "empty")
-
-
-@dataclass(frozen=True, slots=True)
-class LeafSpec:
-    """One leaf.
-
-    Attributes:
-        path: its place, as texts.
-        kind: "jax", "key" (typed PRNG key that Orbax stores), "key_data" (host-local key, stored as
-            its data), "numpy",
-            "scalar" (numpy scalar), "int", "float", "bool", "complex", "str", "bytes", "empty"
-            (zero-size array).
-        shape, dtype: of the array as the user sees it; a key's dtype is its impl.
-        value: the value of an inline leaf, encoded.
-        local: a `jax.Array` of one host, stored once because it is equal on all.
-    """
-
-    path: Path
-    kind: str
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    value: Any = None
-    local: bool = False
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.path)
-
-    @property
-    def nbytes(self) -> int:
-        """At most how many bytes its array takes."""
-        return math.prod(self.shape) * 16
-
-    @property
-    def inline(self) -> bool:
-        return self.kind in _INLINE
-
-
-@dataclass(frozen=True, slots=True)
-class TreeSpec:
-    """The structure of a state, with a `LeafSpec` for each leaf. `structure` is JSON: leaves are
-    their numbers.
-
-    Attributes:
-        is_foreign: plain Orbax wrote it, with settings that may be others than ours.
-    """
-
-    structure: Any
-    leaves: Sequence[LeafSpec]
-    is_foreign: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "structure": self.structure,
-            "leaves": [
-                {
-                    "path": list(leaf.path),
-                    "kind": leaf.kind,
-                    "shape": list(leaf.shape),
-                    "dtype": leaf.dtype,
-                    "value": leaf.value,
-                    "local": leaf.local,
-                }
-                for leaf in self.leaves
-            ],
-        }
-
-    @staticmethod
-    def from_json(body: Mapping[str, Any]) -> TreeSpec:
-        """Returns what `to_json` wrote.
-
-        Raises:
-            InvalidRecordError: it is anything else. Nothing large is made of it.
-        """
-        rows = body.get("leaves")
-        if not isinstance(rows, list):
-            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} lists no leaves")
-        leaves = tuple(_parse_leaf(row) for row in rows)
-        if len({leaf.path for leaf in leaves}) != len(leaves):
-            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} names a leaf twice")
-        numbers: list[int] = []
-        try:
-            _check_structure(body.get("structure"), numbers, len(leaves))
-        except RecursionError:
-            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME} is nested too deep") from None
-        if len(numbers) != len(leaves):
-            raise fmt.InvalidRecordError(
-                f"{fmt.TREE_NAME}: its structure has not all of its leaves"
-            )
-        return TreeSpec(body["structure"], leaves)
-
-    def build(self, values: Sequence[Any]) -> Any:
-        """Returns the tree with `values` as its leaves; containers that are not plain Python's
-        become dicts.
-        """
-        return _build(self.structure, values)
-
-
-def parse_tree(data: bytes) -> TreeSpec:
-    """Returns what `TREE.json` says.
-
-    Raises:
-        InvalidRecordError: it is damaged, or no tree of ours.
-        FormatVersionError: of a newer format version.
-    """
-    return TreeSpec.from_json(fmt.unseal(data, fmt.TREE_NAME))
-
-
-def _parse_leaf(row: Any) -> LeafSpec:
-    row = row if isinstance(row, dict) else {}
-    parts, shape, dtype = row.get("path"), row.get("shape"), row.get("dtype")
-    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a leaf without a path")
-    leaf = LeafSpec(tuple(parts), str(row.get("kind"))[:20], value=row.get("value"))
-    wrong = fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {leaf.name[:200]!r} is no leaf of ours")
-    if leaf.kind not in _KINDS or not isinstance(row.get("local"), bool):
-        raise wrong
-    if not isinstance(shape, list) or len(shape) > 64 or not isinstance(dtype, str):
-        raise wrong
-    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape) or len(dtype) > 100:
-        raise wrong
-    if leaf.kind in ("jax", "numpy", "scalar", "empty") and not dtype.startswith("key:"):
-        if not _is_dtype(dtype):
-            raise wrong
-    elif leaf.kind not in ("key", "key_data", "empty") and (shape or dtype):
-        raise wrong
-    if leaf.kind == "empty":
-        if 0 not in shape or math.prod(n or 1 for n in shape) >= 1 << 60:
-            raise wrong
-    elif leaf.inline:
-        try:
-            value = codec.decode(leaf.value)
-        except codec.DecodeError:
-            raise wrong from None
-        if type(value).__name__ != leaf.kind:
-            raise wrong
-    return LeafSpec(leaf.path, leaf.kind, tuple(shape), dtype, leaf.value, row["local"])
-
-
-def _is_dtype(name: str) -> bool:
-    try:
-        dtype = np.dtype(name)
-    except (TypeError, ValueError, SyntaxError):
-        return False
-    return str(dtype) == name and _storable(dtype)
-
-
-def _check_structure(node: Any, numbers: list[int], count: int) -> None:
-    """Raises `InvalidRecordError` for what is not as `_structure` writes it. Leaves are numbered in
-    their order.
-    """
-    if type(node) is int:
-        if node != len(numbers) or node >= count:
-            raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a leaf that is not the next one")
-        numbers.append(node)
-        return
-    wrong = fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a container that is none of ours")
-    if not isinstance(node, dict):
-        raise wrong
-    tags = set(node)
-    if tags == {"none"}:
-        return
-    named = tags == {"dict"} or tags == {"node", "children"}
-    children = node.get("children") if "node" in tags else next(iter(node.values()), None)
-    if not (named or tags in ({"list"}, {"tuple"})) or not isinstance(children, list):
-        raise wrong
-    keys: list[Any] = []
-    for child in children:
-        if named:
-            if not isinstance(child, list) or len(child) != 2:
-                raise wrong
-            try:
-                keys.append(codec.decode(child[0]) if "dict" in tags else child[0])
-            except codec.DecodeError:
-                raise wrong from None
-            if "node" in tags and not isinstance(keys[-1], str):
-                raise wrong
-            child = child[1]
-        _check_structure(child, numbers, count)
-    if not named:
-        return
-    try:
-        codec.check_keys(keys)
-        if len(set(keys)) != len(children):
-            raise wrong
-    except (codec.DecodeError, TypeError):
-        raise wrong from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,8 +108,9 @@ def check_depth(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> 
     insides = jax.tree_util.default_registry.flatten_one_level
     # By identity, or one that holds itself twice would have no end. Each has where it was found.
     levels: list[dict[int, tuple[Any, int, int]]] = [{0: (tree, 0, 0)}]
+    is_endless = False
     while levels[-1]:
-        if len(levels) > _MOST_DEPTH + 1:
+        if is_endless or len(levels) > _MOST_DEPTH + 1:
             name = "/".join(_path_to(next(iter(levels[-1])), levels))
             raise UnsupportedLeafError(
                 f"{name[:200]}...: a state is nested at most {_MOST_DEPTH} deep. Is there a list"
@@ -312,6 +122,7 @@ def check_depth(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> 
             inside = None if is_leaf(node) else insides(node)
             for number, child in enumerate(inside[0] if inside else ()):
                 level[id(child)] = (child, here, number)
+        is_endless = level.keys() == levels[-1].keys()  # each is in one of them
         levels.append(level)
 
 
@@ -334,7 +145,10 @@ def _dtype_text(dtype: Any) -> str:
 
 def is_key(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+    try:
+        return dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+    except TypeError:  # of another library
+        return False
 
 
 def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, bytes | None]:
@@ -392,7 +206,7 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             )
         return LeafSpec(path, "jax", leaf.shape, dtype), leaf, None
     if isinstance(leaf, np.ndarray | np.generic):
-        if not _storable(leaf.dtype):
+        if not is_storable(leaf.dtype):
             raise UnsupportedLeafError(
                 f"{name}: a numpy array of dtype {leaf.dtype} cannot be saved. Convert it to"
                 " numbers or to str.",
@@ -426,12 +240,6 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
     )
 
 
-def _storable(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind in "biufc" or (
-        dtype.kind == "V" and dtype.names is None and dtype.name[0] in "bfiu"
-    )
-
-
 def _placeholder(dtype: Any, shape: Sequence[int]) -> str:
     return f"datarax_dist: zero-size array {dtype}{list(shape)}"
 
@@ -460,9 +268,8 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
         given.append(value)
         if common is not None and hosts > 1:
             digests[number] = fmt.crc_text(fmt.crc32c(spec.kind.encode() + common))
-    treedef = jax.tree.structure(state)
-    arrays = jax.tree.unflatten(treedef, given)
-    return StatePlan(TreeSpec(_structure(state), specs), arrays, digests)
+    whole = TreeSpec(_structure(state), specs)
+    return StatePlan(whole, whole.for_orbax(given), digests)
 
 
 def _check_length(spec: LeafSpec, name: str) -> None:
@@ -487,52 +294,54 @@ def _structure(tree: Any) -> Any:
         data = treedef.node_data()
         if data is None:
             return next(numbers) if treedef.num_leaves else {"none": 0}
-        kind, aux = data
+        kind, _ = data
         if kind is type(None):
             return {"none": 0}
         pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
         keys, children = [key for key, _ in pairs], [walk(child) for _, child in pairs]
-        if kind is dict:
-            names = [_key_name(key) for key in aux]
-            return {"dict": [list(pair) for pair in zip(names, children, strict=True)]}
         if kind is list or kind is tuple:
             return {kind.__name__: children}
+        names = [_part(key) for key in keys]
+        if issubclass(kind, Mapping) and all(isinstance(key, DictKey) for key in keys):
+            _check_keys([key.key for key in keys], names)
+            written = [_key_name(key.key) for key in keys]
+            return {"dict": [list(pair) for pair in zip(written, children, strict=True)]}
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
             names = list(kind._fields)
         elif keys and all(isinstance(key, _NAMELESS) for key in keys):
             return {"list": children}  # a class that gives its children no names
-        else:
-            names = [_part(key) for key in keys]
+        _check_keys([], names)
         named = [list(pair) for pair in zip(names, children, strict=True)]
         return {"node": f"{kind.__module__}.{kind.__qualname__}", "children": named}
 
     return walk(tree)
 
 
+def _check_keys(keys: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises for keys with which a container could not be read again."""
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    try:
+        codec.check_keys(keys)
+    except codec.DecodeError as error:
+        raise UnsupportedLeafError(f"A dict cannot be saved: {error}.", path="") from None
+    if twice is not None:
+        raise UnsupportedLeafError(
+            f"Two keys of a container have the same name, {twice!r}. Rename one of them.", path=""
+        )
+
+
 def _key_name(key: Any) -> Any:
     try:
-        return codec.encode(key) if _plain(key) else str(key)
+        return codec.encode(key) if is_kept_key(key) else str(key)
     except codec.EncodeError as error:
         text = f"The key {key!r} of a dict cannot be saved: {error}. Rename it."
         raise UnsupportedLeafError(text, path="") from None
 
 
-def _plain(key: Any) -> bool:
-    return key is None or isinstance(key, str | int | float | bytes | tuple | np.integer)
-
-
-def _build(structure: Any, values: Sequence[Any]) -> Any:
-    if isinstance(structure, int):
-        return values[structure]
-    if "none" in structure:
-        return None
-    if "dict" in structure:
-        return {codec.decode(key): _build(child, values) for key, child in structure["dict"]}
-    if "list" in structure:
-        return [_build(child, values) for child in structure["list"]]
-    if "tuple" in structure:
-        return tuple(_build(child, values) for child in structure["tuple"])
-    return {name: _build(child, values) for name, child in structure["children"]}
+def is_kept_key(key: Any) -> bool:
+    """Whether the key of a dict is written as it is; any other one as a text."""
+    kinds = (str, int, float, bytes, tuple, np.integer, np.bool_)
+    return key is None or isinstance(key, kinds)
 
 
 def fits(spec: TreeSpec, target: Any) -> bool:
@@ -558,6 +367,14 @@ def children_of(node: Any) -> list[tuple[str, Any]] | None:
     names = getattr(node, "_fields", None) if isinstance(node, tuple) else None
     names = names or [_part(key) for key, _ in pairs]
     return [(name, child) for name, (_, child) in zip(names, pairs, strict=True)]
+
+
+def is_nameless(node: Any) -> bool:
+    """Whether a container is of a class that gives its children no names, as a list."""
+    if children_of(node) is None or isinstance(node, tuple):
+        return False
+    pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
+    return all(isinstance(key, _NAMELESS) for key, _ in pairs)
 
 
 def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:
@@ -639,7 +456,11 @@ def _difference(saved: LeafSpec, leaf: Any) -> str | None:
         return f"saved as {_text(saved)}, the target is a {kind}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
-    shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+    shape, dtype = tuple(leaf.shape), _dtype_text(leaf.dtype)
+    try:
+        np.dtype(leaf.dtype)
+    except TypeError:  # of another library
+        return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and _is_cut(dtype):
         return (
             f"saved as {_text(saved)}, the target is an array of {dtype}, which JAX would cut to 32"

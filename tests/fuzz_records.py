@@ -99,9 +99,10 @@ def parsers() -> dict[str, Parser]:
     import ml_dtypes  # noqa: F401 - its types have names then
     import numpy as np
 
-    from datarax_dist import codec, direct, trees
+    from datarax_dist import codec, direct
     from datarax_dist import format as fmt
     from datarax_dist.errors import FormatVersionError
+    from datarax_dist.specs import parse_tree
 
     known = (fmt.InvalidRecordError, FormatVersionError)
     record = fmt.host_record_name(0, 1)
@@ -190,7 +191,7 @@ def parsers() -> dict[str, Parser]:
                 },
             ),
         ),
-        "TREE.json": Parser(trees.parse_tree, known, (tree,)),
+        "TREE.json": Parser(parse_tree, known, (tree,)),
         "index": Parser(
             lambda data: fmt.parse_position_index(data, "index.json"),
             known,

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from datarax_dist import codec, trees
+from datarax_dist import codec
 from datarax_dist import format as fmt
 from datarax_dist.codec import DecodeError, Encoded, EncodeError, pack, unpack
+from datarax_dist.specs import TreeSpec
 
 keys = st.one_of(
     st.text(max_size=8),
@@ -363,9 +364,9 @@ def test_keys_of_a_tree_that_were_made_to_hash_alike_are_an_error_soon() -> None
     keys = [{"$int": str(number * sys.hash_info.modulus)} for number in range(5000)]
     structure = {"dict": [[key, {"none": None}] for key in keys]}
     with pytest.raises(fmt.InvalidRecordError, match="none of ours"):
-        trees.TreeSpec.from_json({"structure": structure, "leaves": []})
+        TreeSpec.from_json({"structure": structure, "leaves": []})
     good = {"dict": [[key, {"none": None}] for key in keys[:100]]}
-    assert trees.TreeSpec.from_json({"structure": good, "leaves": []}).leaves == ()
+    assert TreeSpec.from_json({"structure": good, "leaves": []}).leaves == ()
 
 
 def test_large_and_many_keys_come_back() -> None:

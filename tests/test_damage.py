@@ -465,12 +465,13 @@ def test_reading_while_another_job_saves_and_deletes_finds_a_good_step_every_tim
 
 def test_a_key_whose_kind_cannot_be_read_is_an_error_and_not_plain_numbers(tmp_path: Path) -> None:
     """Orbax keeps the kind in its array metadata, and goes on without when it finds none."""
-    from datarax_dist import arrays, trees
+    from datarax_dist import arrays
     from datarax_dist import format as fmt
+    from datarax_dist.specs import TreeSpec
 
     with dd.Checkpointer(tmp_path) as ckpt:
         ckpt.save(1, state={"key": jax.random.key(3), "w": np.ones(3)})
-    spec = trees.TreeSpec.from_json(
+    spec = TreeSpec.from_json(
         fmt.unseal((tmp_path / "1" / fmt.TREE_NAME).read_bytes(), fmt.TREE_NAME)
     )
     engine = arrays.OrbaxArrays(str(tmp_path), 0, dd.Options())

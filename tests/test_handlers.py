@@ -22,7 +22,7 @@ from datarax_dist import direct
 from datarax_dist.arrays.leaves import check_kind
 from datarax_dist.direct import writing
 from datarax_dist.errors import StorageError
-from datarax_dist.trees import LeafSpec
+from datarax_dist.specs import LeafSpec
 
 SECONDS = 30.0
 compressions = pytest.mark.parametrize("compression", ["none", "zstd"])

@@ -22,8 +22,8 @@ from datarax_dist import direct, errors, ocdbt
 from datarax_dist import format as fmt
 from datarax_dist.arrays.leaves import fits
 from datarax_dist.inspection import verify_files
+from datarax_dist.specs import LeafSpec
 from datarax_dist.testing.simulated import MemoryBucket
-from datarax_dist.trees import LeafSpec
 
 Extent = ocdbt.Extent
 

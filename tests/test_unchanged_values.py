@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
+from collections import OrderedDict, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+from flax.core import FrozenDict
 
 import datarax_dist as dd
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
-from datarax_dist.errors import StructureMismatchError
+from datarax_dist.errors import StructureMismatchError, UnsupportedLeafError
 from datarax_dist.testing import run_hosts
 
 
@@ -79,6 +84,31 @@ def test_a_number_may_be_an_array_that_holds_it(tmp_path: Path, value: Any, dtyp
     assert restored == np.asarray(value, dtype)
 
 
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Letter(enum.StrEnum):
+    A = "a"
+    B = "b"
+
+    def __str__(self) -> str:
+        return f"Letter.{self.name}"
+
+
+class OfAnotherLibrary:
+    """An array of a type that numpy does not know."""
+
+    class Type:
+        pass
+
+    shape, dtype = (2,), Type()
+
+    def __repr__(self) -> str:
+        return "of another library"
+
+
 class Thing:
     """A state of one's own, of any form."""
 
@@ -105,6 +135,26 @@ class Thing:
         ({"a": np.int32(3)}, {"a": 0}),
         ({"a": {np.int64(3): 1, np.int64(4): 2}}, {}),
         ({"a": {None: 1}}, {}),
+        ({"a": None}, {"a": OrderedDict()}),
+        ({"a": None}, {"a": optax.EmptyState()}),
+        ({"a": []}, {"a": OrderedDict()}),
+        ({"a": ()}, {"a": optax.EmptyState()}),
+        ({"a": [10, 20]}, {"a": OrderedDict({0: 1, 1: 2})}),
+        ({"a": {"x": 1, "y": 2}}, {"a": Pair(0, 0)}),
+        ({"a": Pair(1, [Pair(2, 3)])}, {"a": Pair(0, [Pair(0, 0)])}),
+        ({"a": OrderedDict({5: 2, 3: 1})}, {"a": OrderedDict()}),
+        ({"a": OrderedDict({5: 2, 3: 1})}, {"a": OrderedDict({3: 0, 5: 0})}),
+        ({"a": OrderedDict({(1, 2): 2})}, {"a": OrderedDict()}),
+        ({"a": defaultdict(int, {5: 2, 7: 1})}, {"a": defaultdict(int)}),
+        ({"a": FrozenDict({5: {6: 2}})}, {"a": FrozenDict({})}),
+        ({"a": {np.False_: 1, np.True_: 2}}, {}),
+        ({"a": {datetime.date(2024, 1, 1): 1}}, {"a": {datetime.date(2024, 1, 1): 0}}),
+        ({"a": jnp.int32(5)}, {"a": 0}),
+        ({"a": jnp.bfloat16(5)}, {"a": 0.0}),
+        ({"a": jnp.ones(2)}, {"a": np.zeros(2, np.float32)}),
+        ({"a": np.zeros((0, 2), np.float32)}, {"a": jnp.zeros((0, 2))}),
+        ({"a": jnp.zeros((0, 2))}, {"a": np.zeros((0, 2), np.float32)}),
+        ({"a": np.ones(2)}, {"a": OfAnotherLibrary()}),
     ],
     ids=str,
 )
@@ -114,6 +164,89 @@ def test_a_state_of_ones_own_is_given_what_it_gave(tmp_path: Path, saved: Any, f
         ckpt.save(1, state=Thing(saved)).result()
         got = ckpt.restore(state=Thing(fresh)).state.state
     assert repr(got) == repr(saved)
+
+
+def test_a_key_that_is_a_member_of_an_enumeration_has_what_is_below_it(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=Thing({Letter.A: Pair(1, 2), Letter.B: Pair(3, 4)})).result()
+        fresh = {Letter.A: Pair(0, 0), Letter.B: Pair(0, 0)}
+        got = ckpt.restore(state=Thing(fresh)).state.state
+    assert got == {Letter.A: Pair(1, 2), Letter.B: Pair(3, 4)}
+    assert isinstance(got[Letter.B], Pair)
+
+
+def test_a_target_that_is_an_array_of_another_library_does_not_fit(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": np.ones(2)}).result()
+        with pytest.raises(StructureMismatchError, match="the target is a OfAnotherLibrary"):
+            ckpt.restore(state={"a": OfAnotherLibrary()})
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Mixed:
+    """A container of which some children have numbers and some have names, as NNX modules are."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        assert not isinstance(first, str), "Orbax is given what stands for a leaf"
+        self.inside = first, second
+
+    def tree_flatten_with_keys(self) -> Any:
+        keys = jax.tree_util.SequenceKey(0), jax.tree_util.GetAttrKey("b")
+        return tuple(zip(keys, self.inside, strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, inside: Any) -> Mixed:
+        return cls(*inside)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_children_with_numbers_and_children_with_names_may_be_in_one_container(
+    tmp_path: Path, compression: Any
+) -> None:
+    saved = {"m": Mixed(jax.random.key(3), jnp.arange(3.0)), "e": Mixed(2**40, {10: 1.0, 2: 2.0})}
+    with dd.Checkpointer(tmp_path / "run", options=dd.Options(compression=compression)) as ckpt:
+        ckpt.save(1, state=saved).result()
+        assert dd.tree_digest(ckpt.restore(state=saved).state) == dd.tree_digest(saved)
+        assert dd.tree_digest(ckpt.restore().state) == dd.tree_digest(saved)
+    plain = ocp.PyTreeCheckpointer().restore(tmp_path / "run" / "1" / "state")
+    np.testing.assert_array_equal(plain["m"]["b"], [0, 1, 2])
+    assert jax.random.key_data(plain["m"]["0"]).tolist() == [0, 3]
+    assert plain["e"]["b"] == {"2": 2.0, "10": 1.0}
+
+
+class Module(nnx.Module):
+    def __init__(self, seed: int) -> None:
+        rngs = nnx.Rngs(seed)
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)])
+
+
+@pytest.mark.parametrize("with_handler", [False, True])
+def test_an_nnx_module_may_be_in_a_state_of_ones_own(tmp_path: Path, with_handler: bool) -> None:
+    """Which is given one."""
+    fresh = Thing({"m": Module(1), "s": nnx.state(Module(2))})
+    thing = Thing({"m": Module(3), "s": nnx.state(Module(4))})
+    if with_handler:
+        with OrbaxCheckpointHandler() as handler:
+            handler.save(tmp_path / "run", thing, step=1)
+            handler.restore(tmp_path / "run", fresh)
+    else:
+        with dd.Checkpointer(tmp_path / "run") as ckpt:
+            ckpt.save(1, state=thing).result()
+            ckpt.restore(state=fresh)
+    assert isinstance(fresh.state["m"], Module)
+    assert dd.tree_digest(fresh.state) == dd.tree_digest(thing.state)
+    assert jax.tree.structure(fresh.state["s"]) == jax.tree.structure(thing.state["s"])
+
+
+def test_keys_of_one_text_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        for state in (OrderedDict({1: None, "1": 5}), OrderedDict({(1, 2): {}, "(1, 2)": {}})):
+            with pytest.raises(UnsupportedLeafError, match="have the same name"):
+                ckpt.save(1, state={"a": state, "w": 1})
+        alike = {number * (2**61 - 1): 0 for number in range(200)}  # of one hash
+        with pytest.raises(UnsupportedLeafError, match="same hash"):
+            ckpt.save(1, state={"a": alike})
+        ckpt.save(1, state={"w": 1}).result()
 
 
 def test_what_a_fresh_object_has_tells_where_arrays_belong_and_of_which_classes_containers_are(
@@ -151,7 +284,7 @@ def test_keys_that_were_written_as_texts_are_those_of_the_fresh_object(
     saved = {"a": {np.int64(3): 1, np.int64(4): 2}, "b": {None: 1}}
     with dd.Checkpointer(tmp_path / "run") as ckpt:
         with monkeypatch.context() as patch:
-            patch.setattr("datarax_dist.trees._plain", lambda key: isinstance(key, str))
+            patch.setattr("datarax_dist.trees.is_kept_key", lambda key: isinstance(key, str))
             ckpt.save(1, state=Thing(saved)).result()
         assert repr(ckpt.restore(state=Thing(saved)).state.state) == repr(saved)
         assert list(ckpt.restore().state["a"]) == ["3", "4"]

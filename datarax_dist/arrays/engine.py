@@ -75,8 +75,8 @@ from datarax_dist.errors import (
     describe,
 )
 from datarax_dist.ocdbt import Extent, read_index
+from datarax_dist.specs import LeafSpec, TreeSpec
 from datarax_dist.storage import LocalStore
-from datarax_dist.trees import LeafSpec, TreeSpec
 
 __all__ = ["NEEDED", "ORBAX_VERSION", "Engine", "OrbaxArrays"]
 
@@ -549,7 +549,7 @@ class OrbaxArrays:
 
         def read() -> dict[tuple[str, ...], Any]:
             wish = ocp.args.PyTreeRestore(
-                item=spec.build(values), restore_args=spec.build(arguments)
+                item=spec.for_orbax(values), restore_args=spec.for_orbax(arguments)
             )
             restored = spec_leaves(spec, handler.restore(epath.Path(path), args=wish))
             for leaf in leaves:

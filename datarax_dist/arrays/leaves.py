@@ -23,7 +23,8 @@ from datarax_dist.errors import (
     describe,
 )
 from datarax_dist.ocdbt import Extent
-from datarax_dist.trees import LeafSpec, TreeSpec, refuse_to_cut
+from datarax_dist.specs import LeafSpec, TreeSpec
+from datarax_dist.trees import refuse_to_cut
 
 __all__ = [
     "bytes_of",
@@ -203,8 +204,8 @@ def default_sharding(shape: Sequence[int]) -> jax.sharding.Sharding:
 
 
 def spec_leaves(spec: TreeSpec, tree: Any) -> list[Any]:
-    """Returns the leaves of a tree that has the structure of `spec`, placeholders included, in the
-    order of `spec`.
+    """Returns the leaves of a tree that is as `spec.for_orbax` makes one, placeholders included, in
+    the order of `spec`.
     """
     found: list[Any] = [None] * len(spec.leaves)
 
@@ -216,7 +217,7 @@ def spec_leaves(spec: TreeSpec, tree: Any) -> list[Any]:
             for child, item in zip(structure[tag], node, strict=True) if tag in structure else ():
                 walk(child, item)
         for key, child in structure.get("dict", ()):
-            walk(child, node[codec.decode(key)])
+            walk(child, node[str(codec.decode(key))])
         for name, child in structure.get("children", ()):
             walk(child, node[name])
 
