@@ -86,6 +86,19 @@ class Counter:
         self.at = state["at"]
 
 
+class Thing:
+    """A state of one's own, of any form."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def get_state(self) -> Any:
+        return self.state
+
+    def set_state(self, state: Any) -> None:
+        self.state = state
+
+
 def save_steps(
     root: str, shape: tuple[int, ...], names: tuple[str, ...], steps: list[int], **keywords: Any
 ) -> Any:
@@ -226,6 +239,33 @@ def handler_parts(root: str) -> Any:
             back = handler.restore(root, part)
             outcomes.append((dd.tree_digest(back) == dd.tree_digest(part), sorted(asked)))
     return outcomes
+
+
+def handler_buffers(root: str) -> Any:
+    """Returns what each host gets back of states of one's own, of which one host has nothing for
+    itself alone; and an array that is to be on one host's device.
+    """
+    import jax
+
+    from datarax_dist.checkpoint import OrbaxCheckpointHandler
+
+    me, found = jax.process_index(), []
+    w = mesh_state((-1,), ("x",), 1)["params"]["w"]
+    deep: Any = me
+    for _ in range(150):
+        deep = [deep]
+    states: list[Any] = [{"buffer": [5] * me}, {"w": w, "buffer": [5] * me}, None, deep]
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # of host 0
+    with OrbaxCheckpointHandler() as handler:
+        for number, state in enumerate(states):
+            handler.save(f"{root}/{number}", Thing(state), step=1)
+            got = handler.restore(f"{root}/{number}", Thing(None)).state
+            found.append({"buffer": got["buffer"]} if isinstance(got, dict) else got == state)
+        handler.save(f"{root}/there", {"a": np.ones(4, np.float32)}, step=1)
+        abstract = jax.ShapeDtypeStruct((4,), np.float32, sharding=there)
+        back = handler.restore(f"{root}/there", {"a": abstract})
+        found.append(len(back["a"].addressable_shards))
+    return found
 
 
 def handler_restore(root: str) -> Any:

@@ -154,6 +154,26 @@ def test_a_target_with_a_part_of_a_mixed_tree_reads_no_other_arrays(tmp_path: Pa
         assert host.value == [(True, ["params/b", "params/w"]), (True, [])]
 
 
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_a_host_may_have_nothing_for_itself_where_another_one_has(tmp_path: Path) -> None:
+    hosts = run_hosts(targets.handler_buffers, 2, args=(str(tmp_path),), timeout_seconds=90)
+    assert [host.error for host in hosts] == [None, None]
+    for number, host in enumerate(hosts):
+        buffer = {"buffer": [5] * number}
+        assert host.value == [buffer, buffer, True, True, 1 - number]
+
+
+@pytest.mark.parametrize("depth", [0, 20, 150])
+def test_a_state_of_ones_own_may_be_nothing_and_may_be_deep(tmp_path: Path, depth: int) -> None:
+    state: Any = None
+    for _ in range(depth):
+        state = {"a": state}
+    with OrbaxCheckpointHandler() as handler:
+        handler.save(tmp_path, targets.Thing(state), step=1)
+        assert handler.restore(tmp_path, targets.Thing([1])).state == state
+
+
 def test_close_ends_every_directory_and_raises_the_first_failure(tmp_path: Path) -> None:
     handler = OrbaxCheckpointHandler(async_checkpointing=True)
     handler.save(tmp_path / "a", {"x": np.ones(3)}, step=1)

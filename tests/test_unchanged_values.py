@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from targets import Thing
 
 import datarax_dist as dd
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
@@ -107,19 +108,6 @@ class OfAnotherLibrary:
 
     def __repr__(self) -> str:
         return "of another library"
-
-
-class Thing:
-    """A state of one's own, of any form."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def get_state(self) -> Any:
-        return self.state
-
-    def set_state(self, state: Any) -> None:
-        self.state = state
 
 
 @pytest.mark.parametrize(
