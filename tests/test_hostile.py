@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from targets import Counter
 
 import datarax_dist as dd
-from datarax_dist import cli, errors, trees
+from datarax_dist import cli, errors, specs
 from datarax_dist import format as fmt
 from datarax_dist.inspection import inspect_run
 from datarax_dist.retention import delete_step
@@ -850,7 +850,7 @@ def test_every_seed_of_the_fuzzer_passes_and_a_defect_does_not(
     for number, parser in enumerate(PARSERS.values()):
         for body in parser.bodies:
             fuzz_records.try_input(PARSERS, bytes([number]) + json.dumps(body).encode())
-    monkeypatch.setattr(trees, "_parse_leaf", lambda row: row["path"])
+    monkeypatch.setattr(specs, "_parse_leaf", lambda row: row["path"])
     number = list(PARSERS).index("TREE.json")
     with pytest.raises(KeyError):
         fuzz_records.try_input(PARSERS, bytes([number]) + b'{"leaves": [{}]}')
