@@ -456,9 +456,8 @@ def _difference(saved: LeafSpec, leaf: Any) -> str | None:
         return f"saved as {_text(saved)}, the target is a {kind}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
-    shape, dtype = tuple(leaf.shape), _dtype_text(leaf.dtype)
     try:
-        np.dtype(leaf.dtype)
+        shape, dtype = tuple(leaf.shape), _dtype_text(np.dtype(leaf.dtype))
     except TypeError:  # of another library
         return f"saved as {_text(saved)}, the target is a {type(leaf).__name__}"
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and _is_cut(dtype):
