@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from targets import Counter
 from test_data import Opaque, restore, save, taken
 
 import datarax_dist as dd
-from datarax_dist.data import DataAdapter, positions, register_adapter, replay, shards, tracked
+from datarax_dist.data import (
+    DataAdapter,
+    memory,
+    positions,
+    register_adapter,
+    replay,
+    shards,
+    tracked,
+)
 from datarax_dist.data.memory import remembered
 from datarax_dist.data.ownership import acting_as_host
 from datarax_dist.errors import PositionError
@@ -363,3 +372,22 @@ def test_a_loader_that_two_were_put_around_is_known_as_long_as_one_is_there() ->
     del second
     gc.collect()
     assert remembered(loader).outer is None
+
+
+def test_two_threads_that_ask_for_a_new_loader_find_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second one asks between any two steps of the first."""
+    found = []
+
+    def asked_meanwhile(*args: Any) -> Any:
+        monkeypatch.undo()
+        thread = threading.Thread(target=lambda: found.append(remembered(loader)))
+        thread.start()
+        thread.join()
+        return weakref.finalize(*args)
+
+    loader = Opaque()
+    monkeypatch.setattr(memory.weakref, "finalize", asked_meanwhile)
+    found.append(remembered(loader))
+    assert found[0] is found[1] is remembered(loader)

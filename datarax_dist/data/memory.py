@@ -52,15 +52,19 @@ _entries: dict[int, _Entry] = {}
 
 def remembered(loader: Any) -> Memory:
     """Returns what is known of a loader; a new one each time for one of which nothing can be."""
-    if id(loader) in _entries:
-        return _entries[id(loader)].memory
-    memory = Memory()
+    known = _entries.get(id(loader))
+    if known is not None:
+        return known.memory
     try:
-        weakref.finalize(loader, _entries.pop, id(loader), None).atexit = False
+        forgotten = weakref.finalize(loader, _entries.pop, id(loader), None)
     except TypeError:
-        return memory
-    _entries[id(loader)] = _Entry(memory)
-    return memory
+        return Memory()
+    forgotten.atexit = False
+    mine = _Entry(Memory())
+    entry = _entries.setdefault(id(loader), mine)  # another thread may have asked meanwhile
+    if entry is not mine:
+        forgotten.detach()
+    return entry.memory
 
 
 def remembered_with(owner: Any, loader: Any) -> Memory:
