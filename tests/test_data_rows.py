@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import gc
+import operator
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -185,10 +189,110 @@ class Sparse(Tensor):
         return Sparse(self.array.copy())
 
 
+class Plain:
+    """A loader that does not look at its batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = iter(batches)
+        self.at = 0
+
+    def __iter__(self) -> Plain:
+        return self
+
+    def __next__(self) -> Any:
+        self.at += 1
+        return next(self.batches)
+
+    def get_state(self) -> int:
+        return self.at
+
+    def set_state(self, state: int) -> None:
+        self.at = state
+
+
 def objects(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     found = np.empty(1, object)
     found[0] = array
     return found
+
+
+class Bag(dict[str, Any]):
+    """Its keys are its attributes."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.__dict__ = self
+
+
+@dataclasses.dataclass
+class Derived:
+    x: Any
+
+    def __post_init__(self) -> None:
+        self.first = self.x[:1]
+
+
+class Tagged(Named):
+    tag: Any
+
+
+def tagged(x: Any) -> Tagged:
+    found = Tagged(())
+    found.tag = x
+    return found
+
+
+class Tuple(tuple[Any, ...]):
+    __slots__ = ()
+
+
+class Slotted(list[Any]):
+    __slots__ = ("__private", "unset")
+
+    def __init__(self, x: Any = ()) -> None:
+        self.__private = x
+
+    def held(self) -> Any:
+        return self.__private
+
+
+@jax.tree_util.register_pytree_node_class
+class Node:
+    def __init__(self, x: Any) -> None:
+        self.x = x
+        self.first = x[:1]
+
+    def tree_flatten(self) -> Any:
+        return ({"x": self.x},), self.first
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Node:
+        return cls(children[0]["x"])
+
+
+class Once(dict[str, Any]):
+    """What is there is not written again."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            raise KeyError(key)
+        super().__setitem__(key, value)
+
+
+def once(x: Any) -> Once:
+    found = Once()
+    found["x"] = x
+    return found
+
+
+def itself(x: Any) -> Any:
+    found: dict[str, Any] = {"x": x}
+    found["me"] = (found,)
+    return found
+
+
+def row(x: Any) -> Any:
+    return [x.view([("n", int)])[0]]
 
 
 HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -204,6 +308,18 @@ HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "node": (lambda x: jax.tree_util.Partial(print, x), lambda b: b.args[0]),
     "tensor": (lambda x: {"x": Tensor(x)}, lambda b: b["x"]),
     "sparse": (lambda x: [Sparse(x)], lambda b: b[0]),
+    "tuple class": (lambda x: Tuple([x]), lambda b: b[0]),
+    "attribute of a tuple": (tagged, lambda b: b.tag),
+    "items that are attributes": (lambda x: Bag(x=x), lambda b: b.x),
+    "derived attribute": (Derived, lambda b: b.first),
+    "derived attribute of a node": (Node, lambda b: b.first),
+    "slot": (Slotted, lambda b: b.held()),
+    "written once": (once, lambda b: b["x"]),
+    "holds itself": (itself, lambda b: b["me"][0]["x"]),
+    "row": (row, lambda b: b[0]),
+    "list without axes": (lambda x: objects([x]).reshape(()), lambda b: b.item()[0]),
+    "user list": (lambda x: collections.UserList([x]), lambda b: b[0]),
+    "deep": (lambda x: deep(49, x), lambda b: functools.reduce(lambda b, _: b[0], range(49), b)),
 }
 
 
@@ -218,19 +334,77 @@ def test_what_waits_is_not_written_again_whatever_holds_it(holder: str, depth: i
             ring[k % 2] = k
             yield hold(ring[k % 2])
 
-    found = [(type(batch), int(held(batch)[0])) for batch in tracked(replay(batches), depth)]
+    found = [(type(batch), int(held(batch)[0])) for batch in tracked(Plain(batches()), depth)]
     assert found == [(type(hold(np.zeros(2))), k) for k in range(12)]
 
 
-def test_containers_that_are_filled_again_are_copied_while_they_wait() -> None:
-    def batches() -> Iterator[Any]:
-        batch: dict[str, Any] = {}
-        for k in range(12):
-            batch["x"] = np.full(2, k)
-            yield batch
+def bag_of_one() -> Any:
+    bag: dict[str, Any] = {}
+    return bag, lambda k: bag.update(x=np.full(2, k)), lambda b: b["x"][0]
 
+
+def list_of_ints() -> Any:
+    column = [0, 0]
+    return column, lambda k: operator.setitem(column, slice(None), [k, k]), lambda b: b[0]
+
+
+def column_of_objects() -> Any:
+    column = np.empty(2, object)
+    return column, lambda k: column.fill(np.full(2, k)), lambda b: b[0][0]
+
+
+def object_of_attributes() -> Any:
+    one = Derived(np.zeros(2))
+    return one, lambda k: setattr(one, "first", k), lambda b: b.first
+
+
+def some_bytes() -> Any:
+    raw = bytearray(2)
+    return raw, lambda k: operator.setitem(raw, 0, k), lambda b: b[0]
+
+
+@pytest.mark.parametrize(
+    "make", [bag_of_one, list_of_ints, column_of_objects, object_of_attributes, some_bytes]
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_containers_that_are_filled_again_are_copied_while_they_wait(
+    make: Any, inside: bool
+) -> None:
+    def batches() -> Iterator[Any]:
+        for k in range(12):
+            fill(k)
+            yield {"in": (filled,)} if inside else filled
+
+    filled, fill, read = make()
     found = tracked(replay(batches), 3)
-    assert [int(batch["x"][0]) for batch in found] == list(range(12))
+    assert [int(read(b["in"][0] if inside else b)) for b in found] == list(range(12))
+
+
+def test_a_mask_that_is_written_again_is_copied_while_it_waits() -> None:
+    def batches() -> Iterator[Any]:
+        mask = np.zeros(2, bool)
+        for k in range(12):
+            mask[:] = k % 2
+            yield np.ma.MaskedArray(np.full(2, k), mask, copy=False)
+
+    found = [bool(batch.mask[0]) for batch in tracked(replay(batches), 3)]
+    assert found == [bool(k % 2) for k in range(12)]
+
+
+def test_what_is_copied_is_what_it_was() -> None:
+    def batch(k: int) -> Any:
+        one = np.asfortranarray(np.full((2, 3), k))
+        bag = Bag(x=one, same=one)
+        return {"bag": bag, "again": [bag], "times": (one.T,)}
+
+    found = tracked(replay(lambda: map(batch, range(4))), 3)
+    for k, copy in enumerate(found):
+        bag = copy["bag"]
+        assert bag.x is bag.same is bag["x"]
+        assert copy["again"][0] is bag
+        assert bag.x.flags.f_contiguous
+        bag.x = k
+        assert bag["x"] == k
 
 
 def test_what_is_written_once_is_handed_out_as_it_is() -> None:
@@ -251,8 +425,56 @@ class Sealed(dict[str, Any]):
         raise TypeError("sealed")
 
 
-def deep(levels: int) -> Any:
-    return [deep(levels - 1), np.ones(1)] if levels else []
+class Refuses(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise NotImplementedError("no items are set")
+
+
+class Appended(list[Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise AssertionError("only appended to")
+
+
+class Single(list[Any]):
+    def __copy__(self) -> Single:
+        return self
+
+
+class Proxy:
+    """What it stands for is not there."""
+
+    @property
+    def __class__(self) -> Any:
+        raise LookupError("not loaded yet")
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+@dataclasses.dataclass
+class Lazy:
+    x: Any
+    y: Any
+
+    def loaded(self) -> Any:
+        raise RuntimeError("not loaded yet")
+
+
+Lazy.y = property(Lazy.loaded, lambda self, value: None)  # type: ignore[assignment]
+
+
+@jax.tree_util.register_pytree_node_class
+class Unmade:
+    def tree_flatten(self) -> Any:
+        return (np.ones(1),), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Unmade:
+        raise RuntimeError("not made of these")
+
+
+def deep(levels: int, x: Any = ()) -> Any:
+    return [deep(levels - 1, x), np.ones(1)] if levels else x
 
 
 def odd_batches(kind: str) -> list[Any]:
@@ -264,15 +486,113 @@ def odd_batches(kind: str) -> list[Any]:
     makes: dict[str, Any] = {
         "struct": lambda k: time.gmtime(k),
         "sealed": lambda k: Sealed(x=np.full(2, k)),
+        "refuses": lambda k: {"x": Refuses(x=np.full(2, k))},
+        "appended": lambda k: Appended([np.full(2, k)]),
+        "single": lambda k: Single([np.full(2, k)]),
+        "proxy": lambda k: {"x": np.full(2, k), "p": Proxy()},
+        "lazy": lambda k: Lazy(np.full(2, k), k),
+        "unmade": lambda k: (Unmade(), [Unmade()]),
         "deep": lambda k: deep(300),
         "many": lambda k: [Linked(k) for _ in range(20_000)],
     }
     return [makes[kind](k) for k in range(8)]
 
 
-@pytest.mark.parametrize("kind", ["back", "struct", "sealed", "deep", "many"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("back", "struct", "sealed", "deep", "many"),
+        *("refuses", "appended", "single", "proxy", "lazy", "unmade"),
+    ],
+)
 def test_what_cannot_be_made_of_its_parts_is_handed_out_as_it_is(kind: str) -> None:
     made = odd_batches(kind)
-    found = list(tracked(replay(lambda: iter(made)), 2))
+    found = list(tracked(Plain(made), 2))
     assert [type(batch) for batch in found] == [type(batch) for batch in made]
     assert found[-1] is made[-1]
+
+
+class Sealing(list[Any]):
+    """A copy of it can be begun, and not be finished."""
+
+    __dict__ = property(lambda self: {})  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("make", [Unmade, Sealing])
+def test_a_part_that_cannot_be_copied_is_the_same_one_wherever_it_is_held(make: Any) -> None:
+    made = [{"part": make(), "inner": [np.full(2, k)]} for k in range(4)]
+    for batch in made:
+        batch["inner"].append(batch["part"])
+    for mine, theirs in zip(tracked(Plain(made), 3), made, strict=True):
+        assert mine["part"] is mine["inner"][1] is theirs["part"]
+        assert mine["inner"][0] is not theirs["inner"][0]
+
+
+def test_a_batch_for_whose_copy_there_is_no_memory_is_not_handed_out() -> None:
+    class Large(Derived):
+        def __copy__(self) -> Large:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        next(tracked(Plain([Large(np.zeros(2))]), 3))
+
+
+class Borrowed(Derived):
+    def __copy__(self) -> Borrowed:
+        found = object.__new__(Borrowed)
+        found.__dict__ = self.__dict__
+        return found
+
+
+def test_what_its_loader_made_is_not_written_to_where_a_copy_is_not_another_one() -> None:
+    single, borrowed = Single([np.zeros(2)]), Borrowed(np.zeros(2))
+    before = [single[0], borrowed.x, borrowed.first]
+    [(one, other)] = tracked(Plain([(single, borrowed)]), 3)
+    assert all(map(operator.is_, [single[0], borrowed.x, borrowed.first], before))
+    assert one is single
+    assert other.x is not borrowed.x
+
+
+def test_nothing_of_the_first_batches_is_kept_once_it_is_known_that_memory_is_used_again() -> None:
+    kept = []
+
+    def batches() -> Iterator[Any]:
+        always = np.ones(2)
+        for k in range(12):
+            fresh = np.full(2, k)
+            kept.append(weakref.ref(fresh))
+            yield {"always": always, "fresh": fresh}
+            del fresh
+
+    loader = tracked(Plain(batches()), 3)
+    for _ in range(8):
+        next(loader)
+    gc.collect()
+    assert [one() for one in kept[:4]] == [None] * 4
+
+
+def test_of_a_batch_of_very_many_parts_the_first_are_copied_and_the_user_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first that hold their memory again: were others looked at, nobody would see that."""
+
+    def batches() -> Iterator[Any]:
+        first = [np.zeros(1, int) for _ in range(5000)]
+        for k in range(12):
+            for one in first:
+                one[:] = k
+            yield [*first, *(np.full(1, k) for _ in range(10_000))]
+
+    found = [(int(b[0][0]), int(b[4999][0]), int(b[-1][0])) for b in tracked(replay(batches), 3)]
+    assert found == [(k, k, k) for k in range(12)]
+    told = [record for record in caplog.records if "more than 10000 parts" in record.getMessage()]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("levels", [50, 51])
+def test_a_batch_that_is_nested_too_deep_is_told_of(
+    levels: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = [deep(levels, np.ones(1)) for _ in range(4)]
+    list(tracked(replay(lambda: iter(made)), 3))
+    assert ("nested more than 50 deep" in caplog.text) == (levels > 50)

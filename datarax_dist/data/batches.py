@@ -7,10 +7,11 @@ is a column with one item for each record. (A whole batch that is a list of arra
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from datarax_dist import codec
 from datarax_dist.errors import InvalidArgumentError, PositionError
 
-__all__ = ["copied", "join", "leaves_with_names", "memory_of", "overlap", "rows_of"]
+__all__ = ["Parts", "join", "leaves_with_names", "overlap", "rows_of"]
 
 
 def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -143,27 +144,13 @@ def check_rows(parts: dict[int, Any], expected: int | None, limit_hint: str) -> 
 
 # What a batch holds that its loader may write again: a batch that waits is copied then.
 
-_MOST_PARTS = 10_000  # of a batch that are looked at; more are taken as they are
-_MOST_DEPTH = 50
-_SCALARS = (str, bytes, int, float, complex, np.generic, type(None))
-
-
-def memory_of(batch: Any) -> list[tuple[int, int]]:
-    """Returns where in memory that is, begin and end: arrays of numpy, torch tensors, and the
-    container that they are in; as long as the batch lives.
-    """
-    places = [] if isinstance(batch, tuple | np.ndarray) else [(id(batch), id(batch) + 1)]
-    waiting, looked_at = [batch], dict[int, Any]()  # they live as long as their identities count
-    while waiting and len(looked_at) < _MOST_PARTS:
-        part = waiting.pop()
-        if isinstance(part, _SCALARS) or id(part) in looked_at:
-            continue
-        looked_at[id(part)] = part
-        if (opened := _opened(part)) is not None:
-            waiting.extend(opened[0])
-        elif _is_buffer(part):
-            places.append(_place(part))
-    return [(begin, end) for begin, end in places if begin < end]
+MOST_PARTS = 10_000  # of a batch that are looked at; more are taken as they are
+MOST_DEPTH = 50
+# No `np.void`: a row of a structured array is a view of it.
+_SCALARS = (str, bytes, int, float, complex, np.number, np.bool_, np.datetime64, type(None))
+_WITHOUT_ATTRIBUTES = (dict, list, tuple, np.ndarray)
+_NOWHERE = (0, 0)
+_EVERYWHERE = (0, 1 << 64)
 
 
 def overlap(mine: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
@@ -177,97 +164,218 @@ def overlap(mine: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) 
     return False
 
 
-def copied(batch: Any) -> Any:
-    """Returns a batch with copies of what `memory_of` names."""
-    return _copied(batch, itertools.count(), ())
+class Parts:
+    """What a batch is made of, as far as it is looked into: each part once.
 
-
-def _copied(part: Any, looked_at: Iterator[int], within: tuple[int, ...]) -> Any:
-    if isinstance(part, _SCALARS) or next(looked_at) >= _MOST_PARTS:
-        return part
-    if id(part) in within or len(within) == _MOST_DEPTH:
-        return part
-    opened = _opened(part)
-    if opened is None:
-        if not _is_buffer(part):
-            return part
-        return part.copy() if isinstance(part, np.ndarray) else part.clone()
-    parts, made_of = opened
-    others = [_copied(one, looked_at, (*within, id(part))) for one in parts]
-    try:
-        return made_of(others)
-    except (TypeError, ValueError, AttributeError):  # a class that is not made of its parts
-        return part
-
-
-def _is_buffer(part: Any) -> bool:
-    return isinstance(part, np.ndarray) or _is_tensor(part)
-
-
-def _is_tensor(part: Any) -> bool:
-    return hasattr(part, "untyped_storage") and hasattr(part, "clone")
-
-
-def _place(part: Any) -> tuple[int, int]:
-    if isinstance(part, np.ndarray):
-        if not part.size:
-            return 0, 0
-        spans = [step * (length - 1) for step, length in zip(part.strides, part.shape, strict=True)]
-        begin = part.__array_interface__["data"][0]
-        last = begin + sum(span for span in spans if span > 0)
-        return begin + sum(span for span in spans if span < 0), last + part.itemsize
-    if _is_tensor(part):
-        try:
-            storage = part.untyped_storage()
-        except Exception:  # a sparse one: as if it were everywhere
-            return 0, 1 << 64
-        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    return 0, 0
-
-
-def _opened(part: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """Returns what a container has in it, and what makes another one of other parts; None for what
-    is no container.
+    Attributes:
+        has_more: whether it has parts that are not looked at, as they are too many or too deep.
     """
-    if isinstance(part, dict | collections.UserDict):
-        return list(part.values()), lambda parts: _refilled(part, list(part), parts)
-    if isinstance(part, list):
-        if all(isinstance(item, _SCALARS) for item in part):
-            return [], lambda parts: copy.copy(part)
-        return list(part), lambda parts: _refilled(part, range(len(part)), parts)
-    if type(part) is tuple or (isinstance(part, tuple) and hasattr(part, "_fields")):
-        return list(part), lambda parts: tuple.__new__(type(part), parts)
-    if isinstance(part, np.ndarray):
-        if part.dtype != object:
-            return None
-        return [part[at] for at in np.ndindex(part.shape)], lambda parts: _refilled(
-            part, np.ndindex(part.shape), parts
-        )
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        names = [field.name for field in dataclasses.fields(part) if hasattr(part, field.name)]
-        return [getattr(part, name) for name in names], lambda parts: _reset(part, names, parts)
-    return _opened_node(part)
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+        self._opened: dict[int, _Opened] = {}
+        self.has_more = False
+        waiting = collections.deque([(batch, 0)])  # the least deep ones first
+        while waiting:
+            part, depth = waiting.popleft()
+            if issubclass(type(part), _SCALARS) or id(part) in self._opened:
+                continue
+            if len(self._opened) == MOST_PARTS or depth > MOST_DEPTH:
+                self.has_more = True
+                break
+            self._opened[id(part)] = opened = _opened(part)
+            waiting.extend((one, depth + 1) for one in opened.inner())
+
+    def places(self) -> list[tuple[int, int]]:
+        """Returns where in memory its loader may write again, begin and end: arrays of numpy, torch
+        tensors, and the containers that can be filled again; as long as this object lives.
+        """
+        places = [opened.place for opened in self._opened.values()]
+        return [(begin, end) for begin, end in places if begin < end]
+
+    def copied(self) -> Any:
+        """Returns the batch with copies of its parts; those that nobody can copy are as they are.
+        Parts that are one object are one object there.
+        """
+        while True:
+            twins, failed = self._tried()
+            if not failed:
+                return twins.get(id(self._batch), self._batch)
+            for number in failed:  # what others hold of its copies is no good: all once more
+                self._opened[number] = _Opened(self._opened[number].part)
+
+    def _tried(self) -> tuple[dict[int, Any], list[int]]:
+        """Returns copies of the parts by the identities of these, and which ones have failed."""
+        twins: dict[int, Any] = {}
+        failed = []
+
+        def of(parts: list[Any]) -> list[Any]:
+            return [twins.get(id(part), part) for part in parts]
+
+        for number, opened in self._in_order():
+            try:
+                twins[number] = opened.twin(of(opened.items))
+            except MemoryError:  # what waits would be written to
+                raise
+            except Exception:  # of a class of the user's, any
+                failed.append(number)
+        for number, twin in twins.items():  # all are there: a container may hold itself
+            opened = self._opened[number]
+            try:
+                opened.finish(twin, of(opened.inner()))
+            except Exception:
+                failed.append(number)
+        return twins, failed
+
+    def _in_order(self) -> Iterator[tuple[int, _Opened]]:
+        """Yields what can be copied; what is made of its items comes after them."""
+        entered = set[int]()
+        waiting = [(number, False) for number in self._opened]
+        while waiting:
+            number, is_next = waiting.pop()
+            opened = self._opened.get(number)
+            if opened is None or opened.make is None:
+                continue
+            if is_next:
+                yield number, opened
+            elif number not in entered:
+                entered.add(number)
+                waiting.append((number, True))
+                if opened.fill is None:
+                    waiting.extend((id(item), False) for item in opened.items)
 
 
-def _refilled(part: Any, keys: Iterable[Any], parts: list[Any]) -> Any:
-    twin = copy.copy(part)
-    for key, item in zip(keys, parts, strict=True):
-        twin[key] = item
-    return twin
+@dataclasses.dataclass(slots=True)
+class _Opened:
+    """A part of a batch, and how another one like it is made.
+
+    Attributes:
+        part: itself, as its identity counts.
+        make: makes another one of items; None where nobody can.
+        items: what it holds beside its attributes.
+        fill: puts the items into what `make` made without them.
+        attributes: those that it has.
+        place: where in memory its loader may write again, begin and end.
+    """
+
+    part: Any
+    make: Callable[[list[Any]], Any] | None = None
+    items: list[Any] = dataclasses.field(default_factory=list)
+    fill: Callable[[Any, list[Any]], object] | None = None
+    attributes: _Attributes | None = None
+    place: tuple[int, int] = _NOWHERE
+
+    def inner(self) -> list[Any]:
+        return self.items + (self.attributes.values if self.attributes else [])
+
+    def twin(self, items: list[Any]) -> Any:
+        assert self.make is not None
+        twin = self.make(items)
+        if twin is self.part or type(twin) is not type(self.part):
+            raise TypeError(f"A {type(self.part).__qualname__} makes no other one like it.")
+        return twin
+
+    def finish(self, twin: Any, inner: list[Any]) -> None:
+        if self.fill is not None:
+            self.fill(twin, inner[: len(self.items)])
+        if self.attributes:
+            self.attributes.give(twin, inner[len(self.items) :])
 
 
-def _reset(part: Any, names: list[str], parts: list[Any]) -> Any:
-    twin = copy.copy(part)
-    for name, item in zip(names, parts, strict=True):
-        object.__setattr__(twin, name, item)  # a frozen one too
-    return twin
+class _Attributes:
+    """Those of an object, past what its class says of them: it may refuse, or make others."""
+
+    def __init__(self, part: Any) -> None:
+        try:
+            own = object.__getattribute__(part, "__dict__")
+        except AttributeError:
+            own = None
+        self._has_own, self._is_part = own is not None, own is part  # a dict of its attributes
+        self._names = [] if own is None or own is part else list(own)
+        self.values = [own[name] for name in self._names]
+        self._slots = []
+        for kind in type(part).__mro__:
+            for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
+                if isinstance(slot, types.MemberDescriptorType):
+                    with contextlib.suppress(AttributeError):  # nothing was put there
+                        self.values.append(slot.__get__(part))
+                        self._slots.append(slot)
+
+    def __bool__(self) -> bool:
+        return self._has_own or bool(self._slots)
+
+    def give(self, twin: Any, values: list[Any]) -> None:
+        own, rest = values[: len(self._names)], values[len(self._names) :]
+        if self._has_own:  # another dict: that of the twin may be that of the part
+            named = twin if self._is_part else dict(zip(self._names, own, strict=True))
+            object.__setattr__(twin, "__dict__", named)
+        for slot, value in zip(self._slots, rest, strict=True):
+            slot.__set__(twin, value)
 
 
-def _opened_node(part: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """The same, for what was made known to JAX as a node."""
-    import jax
+def _opened(part: Any) -> _Opened:
+    try:
+        return _looked_into(part)
+    except Exception:  # of a class of the user's, any
+        return _Opened(part)
 
-    leaves, structure = jax.tree.flatten(part, is_leaf=lambda inner: inner is not part)
-    if len(leaves) == 1 and leaves[0] is part:
-        return None
-    return leaves, lambda parts: jax.tree.unflatten(structure, parts)
+
+def _looked_into(part: Any) -> _Opened:
+    kind, itself = type(part), (id(part), id(part) + 1)
+    found = _Opened(part, lambda _: copy.copy(part), place=itself)
+    found.attributes = None if kind in _WITHOUT_ATTRIBUTES else _Attributes(part)
+    # By the methods of the builtin class: those of a subclass may refuse, or hold something else.
+    if isinstance(part, dict):
+        keys, found.items = list(dict.keys(part)), list(dict.values(part))
+        found.fill = lambda twin, items: dict.update(twin, zip(keys, items, strict=True))
+    elif isinstance(part, list):
+        found.items = list.copy(part)
+        found.fill = lambda twin, items: list.__setitem__(twin, slice(None), items)
+    elif isinstance(part, tuple):
+        found.items = list(tuple.__iter__(part))
+        found.make = lambda items: tuple.__new__(kind, items)
+        found.place = itself if found.attributes else _NOWHERE
+    elif isinstance(part, np.ndarray):
+        found.make = lambda _: np.ndarray.copy(part, order="K")
+        found.place = _span(part)
+        if part.dtype == object:
+            found.items, found.fill = part.view(np.ndarray).ravel().tolist(), _fill_array
+    elif isinstance(part, np.void):
+        found.place = itself if part.flags.owndata else _span(part)
+    elif (params := getattr(kind, "__dataclass_params__", None)) is not None:
+        found.place = _NOWHERE if params.frozen else itself
+    elif isinstance(part, bytearray | collections.UserDict | collections.UserList):
+        pass  # the first holds bytes, the others what is in one of their attributes
+    elif hasattr(kind, "untyped_storage") and hasattr(kind, "clone"):  # a tensor of torch
+        return _Opened(part, lambda _: part.clone(), place=_storage(part))
+    else:
+        import jax
+
+        found.items, structure = jax.tree.flatten(part, is_leaf=lambda one: one is not part)
+        if len(found.items) == 1 and found.items[0] is part:  # no node that JAX knows
+            return _Opened(part)
+        found.make = lambda items: jax.tree.unflatten(structure, items)
+    return found
+
+
+def _fill_array(array: np.ndarray[Any, Any], items: list[Any]) -> None:
+    # In an array of objects first: as such, an item that is a list would be taken for a row.
+    array.view(np.ndarray)[...] = np.fromiter(items, object, len(items)).reshape(array.shape)
+
+
+def _span(array: Any) -> tuple[int, int]:
+    """Returns the place of an array of numpy, or of a row of one."""
+    if not array.size:
+        return _NOWHERE
+    spans = [step * (length - 1) for step, length in zip(array.strides, array.shape, strict=True)]
+    begin = array.__array_interface__["data"][0]
+    last = begin + sum(span for span in spans if span > 0)
+    return begin + sum(span for span in spans if span < 0), last + array.itemsize
+
+
+def _storage(tensor: Any) -> tuple[int, int]:
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    except Exception:  # a sparse one has none
+        return _EVERYWHERE

@@ -796,19 +796,31 @@ class _FreshBuffers:
 
     def __init__(self, depth: int) -> None:
         self._left = depth + 1 if depth > 1 else 0
-        self._seen: list[Any] = []  # as long as it lives, its memory is not given to others
+        self._seen: list[batches_io.Parts] = []  # while it lives, its memory is not given to others
         self._places: list[tuple[int, int]] = []
         self._shared = False
+        self._told_more = False
 
     def __call__(self, batch: Any) -> Any:
-        if self._left and not self._shared:
-            places = batches_io.memory_of(batch)
+        if not (self._left or self._shared):
+            return batch
+        parts = batches_io.Parts(batch)
+        if parts.has_more and not self._told_more:
+            self._told_more = True
+            logger.warning(
+                "tracked: a batch has more than %d parts, or is nested more than %d deep. The"
+                " further ones are not copied while they wait: if the loader writes into them"
+                " again, read 0 or 1 batches ahead, or let `place` copy them.",
+                batches_io.MOST_PARTS,
+                batches_io.MOST_DEPTH,
+            )
+        if self._left:
+            places = parts.places()
             self._shared = batches_io.overlap(places, self._places)
-            self._left -= 1
-            self._seen = [*self._seen, batch] if self._left else []
+            self._left = 0 if self._shared else self._left - 1
+            self._seen = [*self._seen, parts] if self._left else []
             self._places = [*self._places, *places] if self._left else []
-            return batches_io.copied(batch)
-        return batches_io.copied(batch) if self._shared else batch
+        return parts.copied()
 
 
 def _digest(batch: Any) -> str:
