@@ -8,7 +8,8 @@
 
 Any target works on many hosts: what is a global array is saved once, and every other leaf (an
 iterator's position, a host's own counters) is saved by each host and comes back to that host. Such
-a step restores on the same number of hosts only.
+a step restores on the same number of hosts only. A tree has such leaves on all hosts or on none; an
+object with `get_state` and `set_state` may have them on some.
 """
 
 from __future__ import annotations

@@ -328,9 +328,12 @@ def check_keys(keys: Iterable[Any]) -> None:
     """Raises `DecodeError` for keys of which too many have one hash, before a dict or a set is made
     of them: that would take the square of their number. All multiples of `2**61 - 1` hash to 0.
     """
+    keys = [key for key in keys if not isinstance(key, str | bytes)]
+    if len(keys) <= _MOST_ALIKE:
+        return
     # Counted as texts: the hashes of these nobody can choose.
-    alike = Counter(str(hash(key)) for key in keys if not isinstance(key, str | bytes))
-    if alike and max(alike.values()) > _MOST_ALIKE:
+    alike = Counter(str(hash(key)) for key in keys)
+    if max(alike.values()) > _MOST_ALIKE:
         raise DecodeError("keys of a dict that were made to have the same hash")
 
 

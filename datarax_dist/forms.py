@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from datarax_dist import codec, trees
-from datarax_dist.specs import LeafSpec, TreeSpec
+from datarax_dist.specs import LeafSpec, TreeSpec, as_dict
 
 __all__ = ["Form"]
 
@@ -56,18 +56,23 @@ class Form:
         """Returns the state of which these are the leaves, in the order of `wanted`."""
         if self._target is None:
             return self._spec.build(leaves)
-        if self.is_own:
-            return _built(self._spec.structure, self._target, leaves)
-        return jax.tree.unflatten(jax.tree.structure(self._target), leaves)
+        if not self.is_own:
+            return jax.tree.unflatten(jax.tree.structure(self._target), leaves)
+        spec = self._spec
+        if not spec.is_foreign:
+            leaves = [_kept(leaf, value) for leaf, value in zip(spec.leaves, leaves, strict=True)]
+        return _built(spec.structure, self._target, leaves, spec.is_foreign)
 
 
 def _goal(leaf: LeafSpec, fresh: Any, is_foreign: bool) -> Any:
     """Returns what a leaf of an object's state becomes: where a fresh one has it, of its kind."""
     if fresh is None or not trees.can_be(leaf, fresh):
         return None
-    if is_foreign:  # plain Orbax notes less
-        return fresh
     kind = (leaf.value or "jax") if leaf.kind == "empty" else leaf.kind
+    # What plain Orbax wrote is of no known kind. An array of JAX is read as a fresh one has it, by
+    # this host alone, and is one of JAX again: nobody knows where else it should be.
+    if is_foreign or leaf.kind == "jax":
+        return fresh
     if kind in ("jax", "key", "key_data"):
         return fresh if isinstance(fresh, jax.Array | jax.ShapeDtypeStruct) else None
     if kind in ("numpy", "scalar"):
@@ -75,80 +80,76 @@ def _goal(leaf: LeafSpec, fresh: Any, is_foreign: bool) -> Any:
     return fresh if type(fresh).__name__ == kind else None
 
 
-def _built(saved: Any, fresh: Any, leaves: Sequence[Any]) -> Any:
+def _kept(leaf: LeafSpec, value: Any) -> Any:
+    """Returns an array of JAX as one, if JAX would not cut it."""
+    if leaf.kind != "jax" or isinstance(value, jax.Array) or trees.would_be_cut(leaf):
+        return value
+    return jax.numpy.asarray(value, leaf.dtype)
+
+
+def _built(saved: Any, fresh: Any, leaves: Sequence[Any], is_foreign: bool) -> Any:
     if isinstance(saved, int):
         return leaves[saved]
     [tag] = saved.keys() - {"children"}
-    if tag == "none":
+    if tag == "none" and not is_foreign:
         return None
-    if tag in ("list", "tuple"):
-        keys, children = list(range(len(saved[tag]))), saved[tag]
+    if tag in ("list", "tuple", "none"):
+        children = saved[tag] or []
+        keys = list(range(len(children)))
     else:
         pairs = saved["children" if tag == "node" else tag]
         keys = [codec.decode(key) if tag == "dict" else key for key, _ in pairs]
         children = [child for _, child in pairs]
-    own = trees.children_of(fresh)
+    names, own = [str(key) for key in keys], trees.children_of(fresh)
     has = dict(own or ())
-    names = [_name_in(has, fresh, key) for key in keys]
     made = [
-        _built(child, has.get(name), leaves) for name, child in zip(names, children, strict=True)
+        _built(child, has.get(name), leaves, is_foreign)
+        for name, child in zip(names, children, strict=True)
     ]
+    if is_foreign:  # Orbax has lists, dicts and None in the place of tuples and classes
+        is_class = tag != "none" or type(fresh) not in (dict, list, tuple)
+    else:  # an empty list is one, and no class of the user's without anything in it
+        is_class = tag == "node" or (tag == "list" and bool(made) and trees.is_nameless(fresh))
     is_alike = own is not None and len(own) == len(keys) and has.keys() == set(names)
-    if tag == "dict" or (tag == "node" and is_alike and type(fresh) is dict):
-        parts = dict(zip(_keys(keys, fresh), made, strict=True))
-        return _mapping(parts, fresh) if own is not None else parts
-    # An empty list is one, and no class of the user's without anything in it.
-    is_list = tag == "list" and bool(made) and trees.is_nameless(fresh)
-    if is_alike and (tag == "node" or is_list):
-        return _remade(fresh, [name for name, _ in own or ()], dict(zip(names, made, strict=True)))
+    if is_alike and is_class and (tag != "dict" or not isinstance(fresh, Mapping)):
+        return _remade(fresh, dict(zip(names, made, strict=True)))
+    if tag == "dict":
+        return _mapping(list(zip(_keys(keys, fresh), made, strict=True)), fresh)
+    if tag == "none":
+        return None
     if tag in ("list", "tuple"):
         return made if tag == "list" else tuple(made)
     return dict(zip(keys, made, strict=True))
 
 
-def _name_in(has: Mapping[str, Any], fresh: Any, key: Any) -> str:
-    """Returns the name of a child; that of an enumeration's member is not its text."""
-    if str(key) in has or not isinstance(fresh, Mapping) or key not in fresh:
-        return str(key)
-    return next((str(other) for other in fresh if other == key), str(key))
-
-
-def _remade(fresh: Any, names: Sequence[str], parts: Mapping[str, Any]) -> Any:
+def _remade(fresh: Any, parts: Mapping[str, Any]) -> Any:
+    """Returns a container of a class as a fresh one, of parts of the same names."""
     treedef = jax.tree.structure(fresh, is_leaf=lambda part: part is not fresh)
-    return jax.tree.unflatten(treedef, [parts[name] for name in names])
+    return jax.tree.unflatten(treedef, [parts[name] for name, _ in trees.children_of(fresh) or ()])
 
 
-def _mapping(parts: dict[Any, Any], fresh: Any) -> Any:
+def _mapping(pairs: Sequence[tuple[Any, Any]], fresh: Any) -> Any:
     """Returns a dict as one of the class that a fresh object has there, if it has one: the keys and
     their order are those that were saved.
     """
-    if type(fresh) is dict or not isinstance(fresh, Mapping):
-        return parts
-    if isinstance(fresh, defaultdict):
-        return defaultdict(fresh.default_factory, parts)
-    if isinstance(fresh, OrderedDict):
-        return OrderedDict(parts)
-    own = trees.children_of(fresh) or []
-    if {name for name, _ in own} == {str(key) for key in parts}:
-        named = {str(key): part for key, part in parts.items()}
-        return _remade(fresh, [name for name, _ in own], named)
-    make: Any = type(fresh)
-    try:
-        made = make(parts)
-    except Exception:  # a class that is not made of a dict
-        return parts
-    return made if dict(trees.children_of(made) or ()).keys() == set(map(str, parts)) else parts
+    kind: Any = type(fresh)
+    if kind is dict or not isinstance(fresh, Mapping) or trees.children_of(fresh) is None:
+        return as_dict(pairs)
+    if isinstance(fresh, defaultdict) and kind is defaultdict:
+        return defaultdict(fresh.default_factory, pairs)
+    if kind is OrderedDict:
+        return OrderedDict(pairs)
+    named = {str(key): part for key, part in pairs}
+    if dict(trees.children_of(fresh) or ()).keys() == named.keys():
+        return _remade(fresh, named)
+    if kind.__module__.partition(".")[0] == "flax":  # FrozenDict, State: nothing but their items
+        return kind(dict(pairs))
+    return as_dict(pairs)
 
 
 def _keys(saved: Sequence[Any], fresh: Any) -> list[Any]:
-    """Returns the keys of a dict. Some are written as texts; versions before this one did so with
-    more.
-    """
+    """Returns the keys of a dict; those that were written as texts as a fresh one has them."""
     if not isinstance(fresh, Mapping):
         return list(saved)
-    others = {
-        str(key): key
-        for key in fresh
-        if key is None or isinstance(key, np.generic) or not trees.is_kept_key(key)
-    }
+    others = {str(key): key for key in fresh if not trees.is_kept_key(key)}
     return [others.get(key, key) if isinstance(key, str) else key for key in saved]

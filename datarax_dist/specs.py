@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from datarax_dist import codec
 from datarax_dist import format as fmt
 
-__all__ = ["LeafSpec", "Path", "TreeSpec", "is_storable", "parse_tree"]
+__all__ = ["LeafSpec", "Path", "TreeSpec", "as_dict", "is_storable", "parse_tree"]
 
 Path = tuple[str, ...]
 _KINDS = (
@@ -223,12 +224,25 @@ def _build(structure: Any, values: Sequence[Any], key_of: Callable[[Any], Any]) 
         return None
     if "dict" in structure:
         pairs = structure["dict"]
-        return {key_of(key): _build(child, values, key_of) for key, child in pairs}
+        return as_dict((key_of(key), _build(child, values, key_of)) for key, child in pairs)
     if "list" in structure:
         return [_build(child, values, key_of) for child in structure["list"]]
     if "tuple" in structure:
         return tuple(_build(child, values, key_of) for child in structure["tuple"])
     return {name: _build(child, values, key_of) for name, child in structure["children"]}
+
+
+def as_dict(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Returns a dict that JAX can walk through: of keys that cannot be put in order it is an
+    `OrderedDict`, as what was saved was.
+    """
+    made = dict(pairs)
+    if len(set(map(type, made))) > 1 or any(type(key) is tuple for key in made):
+        try:
+            sorted(made)
+        except TypeError:
+            return OrderedDict(made)
+    return made
 
 
 def is_storable(dtype: np.dtype[Any]) -> bool:

@@ -319,29 +319,34 @@ def _structure(tree: Any) -> Any:
 
 def _check_keys(keys: Sequence[Any], names: Sequence[str]) -> None:
     """Raises for keys with which a container could not be read again."""
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UnsupportedLeafError(
+            f"Two keys of a container have the same name, {twice!r}. Rename one of them.", path=""
+        )
     try:
         codec.check_keys(keys)
     except codec.DecodeError as error:
         raise UnsupportedLeafError(f"A dict cannot be saved: {error}.", path="") from None
-    if twice is not None:
-        raise UnsupportedLeafError(
-            f"Two keys of a container have the same name, {twice!r}. Rename one of them.", path=""
-        )
 
 
 def _key_name(key: Any) -> Any:
     try:
-        return codec.encode(key) if is_kept_key(key) else str(key)
+        return codec.encode(key if is_kept_key(key) else str(key))
     except codec.EncodeError as error:
         text = f"The key {key!r} of a dict cannot be saved: {error}. Rename it."
         raise UnsupportedLeafError(text, path="") from None
 
 
 def is_kept_key(key: Any) -> bool:
-    """Whether the key of a dict is written as it is; any other one as a text."""
-    kinds = (str, int, float, bytes, tuple, np.integer, np.bool_)
-    return key is None or isinstance(key, kinds)
+    """Whether the key of a dict is written as it is; any other one, of a class derived from one of
+    these too, as the text that is its name: it could not be told from that when it is read.
+    """
+    if isinstance(key, np.generic):
+        return key.dtype.kind in "biufcSU"
+    if type(key) is tuple:
+        return all(map(is_kept_key, key))
+    return key is None or type(key) in (str, int, float, bool, bytes)
 
 
 def fits(spec: TreeSpec, target: Any) -> bool:
@@ -371,7 +376,7 @@ def children_of(node: Any) -> list[tuple[str, Any]] | None:
 
 def is_nameless(node: Any) -> bool:
     """Whether a container is of a class that gives its children no names, as a list."""
-    if children_of(node) is None or isinstance(node, tuple):
+    if children_of(node) is None or type(node) is tuple or hasattr(node, "_fields"):
         return False
     pairs, _ = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
     return all(isinstance(key, _NAMELESS) for key, _ in pairs)

@@ -98,6 +98,11 @@ class Letter(enum.StrEnum):
         return f"Letter.{self.name}"
 
 
+class Number(enum.IntEnum):
+    ONE = 1
+    TWO = 2
+
+
 class OfAnotherLibrary:
     """An array of a type that numpy does not know."""
 
@@ -260,22 +265,121 @@ def test_plain_orbax_knows_no_classes_and_the_fresh_object_does(tmp_path: Path) 
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.save(1, args=ocp.args.StandardSave(saved))
     with dd.Checkpointer(tmp_path / "run") as ckpt:
-        got = ckpt.restore(state=Thing(jax.tree.map(lambda leaf: leaf * 0, saved))).state.state
-    assert jax.tree.structure(got) == jax.tree.structure(saved)
-    assert got["n"] == 3
+        fresh = jax.tree.map(lambda leaf: leaf * 0, saved)
+        got = ckpt.restore(state=Thing(fresh)).state.state
+        more = ckpt.restore(state=Thing({**fresh, "n": None})).state.state
+    assert jax.tree.structure(got) == jax.tree.structure(more) == jax.tree.structure(saved)
+    assert got["n"] == more["n"] == 3
 
 
-def test_keys_that_were_written_as_texts_are_those_of_the_fresh_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("kind", [dict, OrderedDict, FrozenDict])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [Letter.A, Letter.B],
+        [Number.ONE, Number.TWO],
+        [Pair(1, 2), Pair(3, 4)],
+        [datetime.date(2024, 1, 1)],
+        [(datetime.date(2024, 1, 1), Letter.A)],
+        [np.datetime64("2024-01-01")],
+        [(1, None, b"x", 2.5), (2, None, b"x", 2.5)],
+    ],
+    ids=str,
+)
+def test_any_key_comes_back_where_the_target_has_it(
+    tmp_path: Path, compression: Any, kind: Any, keys: list[Any]
 ) -> None:
-    """By versions before this one: whole numbers of numpy, and None."""
-    saved = {"a": {np.int64(3): 1, np.int64(4): 2}, "b": {None: 1}}
+    """As a text without a target, where it is none of those that can be written as they are."""
+    saved = {"d": kind({key: jax.random.key(number) for number, key in enumerate(keys)})}
+    fresh = {"d": kind({key: jax.random.key(9) for key in keys})}
+    with dd.Checkpointer(tmp_path / "run", options=dd.Options(compression=compression)) as ckpt:
+        ckpt.save(1, state=saved).result()
+        ckpt.save(2, state=Thing(saved)).result()
+        for got in (ckpt.restore(step=1, state=fresh).state, ckpt.restore(state=Thing(fresh))):
+            state = got if isinstance(got, dict) else got.state.state
+            assert repr(state["d"]) == repr(saved["d"])
+        assert list(map(str, ckpt.restore().state["d"])) == list(map(str, saved["d"]))
+
+
+def test_keys_that_have_no_order_are_in_an_ordered_dict(tmp_path: Path) -> None:
+    """JAX could not walk through another one."""
+    saved = {"a": OrderedDict([("b", 1), (3, 2), (None, [4])])}
     with dd.Checkpointer(tmp_path / "run") as ckpt:
-        with monkeypatch.context() as patch:
-            patch.setattr("datarax_dist.trees.is_kept_key", lambda key: isinstance(key, str))
+        ckpt.save(1, state=saved).result()
+        ckpt.save(2, state=Thing(saved)).result()
+        for got in (
+            ckpt.restore(step=1).state,
+            ckpt.restore(state=Thing(None)).state.state,
+            ckpt.restore(state=Thing({"a": {"b": 0}})).state.state,
+        ):
+            assert (repr(got), dd.tree_digest(got)) == (repr(saved), dd.tree_digest(saved))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Ordered(OrderedDict[Any, Any]):
+    def tree_flatten_with_keys(self) -> Any:
+        return [(jax.tree_util.DictKey(key), part) for key, part in self.items()], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, keys: Any, parts: Any) -> Ordered:
+        return cls(zip(keys, parts, strict=True))
+
+
+@jax.tree_util.register_pytree_node_class
+class Row(tuple[Any, ...]):
+    __slots__ = ()
+
+    def tree_flatten(self) -> Any:
+        return list(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, parts: Any) -> Row:
+        return cls(parts)
+
+
+def test_classes_derived_from_pythons_are_those_of_the_fresh_object(tmp_path: Path) -> None:
+    saved = {"a": Ordered(y=1, x=2), "b": Row((1, 2))}
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=Thing(saved)).result()
+        fresh = {"a": Ordered(y=0, x=0), "b": Row((0, 0))}
+        got = ckpt.restore(state=Thing(fresh)).state.state
+    assert {name: type(part) for name, part in got.items()} == {"a": Ordered, "b": Row}
+    assert got == saved
+
+
+def test_a_wide_array_of_jax_is_given_to_an_object_as_it_can_be(tmp_path: Path) -> None:
+    """As what a fresh one has, where JAX would cut it."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with jax.enable_x64(True):
+            saved = {"a": jnp.int64(2**40), "b": jnp.arange(3.0, dtype="float64")}
             ckpt.save(1, state=Thing(saved)).result()
-        assert repr(ckpt.restore(state=Thing(saved)).state.state) == repr(saved)
-        assert list(ckpt.restore().state["a"]) == ["3", "4"]
+        for fresh in ({"a": 0, "b": np.zeros(3)}, {"a": np.int64(0), "b": np.zeros(3)}):
+            got = ckpt.restore(state=Thing(fresh)).state.state
+            assert (got["a"], type(got["a"])) == (2**40, type(fresh["a"]))
+            assert got["b"].tolist() == [0, 1, 2] and got["b"].dtype == np.float64
+        with pytest.raises(StructureMismatchError, match="would cut to 32 bits"):
+            ckpt.restore(state=Thing({}))
+
+
+def average(root: str) -> Any:
+    """Returns where each host has an array that one host saved, and a fresh object has of numpy."""
+    with dd.Checkpointer(root) as ckpt:
+        got = ckpt.restore(state=Thing({"ema": np.zeros(8, np.float32)})).state.state["ema"]
+    return type(got).__name__, got.is_fully_addressable, np.asarray(got).tolist()
+
+
+@pytest.mark.multihost
+@pytest.mark.xdist_group("multihost")
+def test_an_array_that_a_fresh_object_has_for_itself_is_not_spread_over_all_hosts(
+    tmp_path: Path,
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=Thing({"ema": jnp.arange(8.0)})).result()
+    hosts = run_hosts(average, 2, args=(str(tmp_path / "run"),), timeout_seconds=60)
+    assert [host.error for host in hosts] == [None, None]
+    for host in hosts:
+        assert host.value == ("ArrayImpl", True, list(range(8)))
 
 
 def own(root: str) -> list[Any]:
