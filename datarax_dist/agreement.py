@@ -11,7 +11,12 @@ from datarax_dist.errors import InvalidArgumentError, PeerError, PositionError
 __all__ = ["check_agreement", "check_positions", "digests_told", "positions_told"]
 
 
-_HINTS = {"the structure of the state": " Print jax.tree.structure(state) on both, and compare."}
+_HINTS = {
+    "the structure of the state": (
+        " Print jax.tree.map(jax.numpy.shape, state) on both, and compare containers, names and"
+        " shapes."
+    )
+}
 _MOST_DIGESTS = 100_000  # that host 0 is told of, by all hosts together
 
 
@@ -29,7 +34,7 @@ def check_agreement(payloads: Sequence[Mapping[str, Any]]) -> None:
         if other["step"] != first["step"]:
             steps = {h: p["step"] for h, p in enumerate(payloads)}
             raise PeerError(
-                f"prepare: the hosts save different steps: {steps}. Every host must call save()"
+                f"The hosts save different steps: {steps}. Every host must call save()"
                 " with the same step. Nothing was written.",
                 phase="prepare",
                 failures={h: f"step {s}" for h, s in steps.items() if s != first["step"]},
@@ -38,7 +43,7 @@ def check_agreement(payloads: Sequence[Mapping[str, Any]]) -> None:
             ours, theirs = first["agreement"].get(part), other["agreement"].get(part)
             if ours != theirs:
                 raise PeerError(
-                    f"prepare: host {host} differs from host 0 in {part}: {theirs!r} instead of"
+                    f"Host {host} differs from host 0 in {part}: {theirs!r} instead of"
                     f" {ours!r}. Nothing was written.{_HINTS.get(part, '')}",
                     phase="prepare",
                     failures={host: f"{part}: {theirs!r}"},

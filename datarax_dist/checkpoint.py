@@ -127,6 +127,7 @@ class Run(Checkpointer):
         rest = {"/".join(path): leaf for path, leaf in flat_leaves if path not in local}
         items = {_LOCAL: _Local(is_flat, spec, leaves)}
         if is_flat:
+            self._state_left = ()  # what each host has for itself is not in the tree
             return self._capture_tree(step, rest, items, metadata, has_state=bool(rest))
         return self._capture_tree(step, tree, items, metadata, has_state=True)
 
@@ -181,6 +182,7 @@ class Run(Checkpointer):
         spec = parse_tree(told) if isinstance(told, bytes) else TreeSpec.from_json(told)
         tree = None if target.value is None else state_tree(target.value)
         form = Form(spec, tree, is_own=is_checkpointable(target.value))
+        left = form.left
         wanted, leaves = form.wanted, stored["leaves"]
         if loading is not None:
             loading.alike = _digest_of_shared(leaves, wanted)
@@ -196,7 +198,7 @@ class Run(Checkpointer):
             for leaf, goal in wanted
         ]
         metadata = super()._load(candidate, None, None, metadata_only=True)()[1]
-        whole = form.build(values)
+        whole, self._state_left = form.build(values), left
         return lambda: (apply_state(target.value, whole), metadata, None)
 
 

@@ -38,9 +38,9 @@ from datarax_dist.forms import Form
 from datarax_dist.gathers import Together, raise_if_stuck
 from datarax_dist.handles import Progress, SaveHandle
 from datarax_dist.hosts import HostGroup, current_group
-from datarax_dist.inspection import Candidate, Inspection, inspect_run
+from datarax_dist.inspection import Candidate, Inspection, find_foreign, inspect_run
 from datarax_dist.request import SaveRequest, plain_metadata
-from datarax_dist.restore import Loading, Restorer, RestoreReport
+from datarax_dist.restore import Loading, Restorer, RestoreReport, leaves_text
 from datarax_dist.retention import delete_step, with_room
 from datarax_dist.save import Saver, StartedSave
 from datarax_dist.specs import TreeSpec, parse_tree
@@ -53,6 +53,7 @@ __all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
 logger = logging.getLogger("datarax_dist")
 
 _SAYS_NOTHING_SECONDS = 20.0  # how long a handle may need to say so of the primary
+_LESS = "%s: step %d is saved without %s, which was in what was restored, and not asked for."
 _SPOILT = "The loaders that restore() was given cannot be used any more: make them anew."
 _HALF_SET = "What restore() sets in place may be what the step has on some hosts only."
 _ORBAX_MARKER = "commit_success.txt"  # what plain Orbax takes for a whole step, in a bucket
@@ -140,6 +141,7 @@ class Checkpointer:
         )
         self._pace = data_io.Pace(self._options.batches_per_step)
         self._unasked = data_io.Unasked()
+        self._state_left: Sequence[str] = ()  # leaves of the restored step that were not asked for
         self._plan: data_io.Plan | None = None  # of what is being restored
         self._restorer = Restorer(
             self._store, self._group, self._options, self._clock, seen=self._saver.learn
@@ -332,6 +334,9 @@ class Checkpointer:
         if has_state:
             plan = trees.plan_state(tree, self._group.count)
             shared[fmt.TREE_NAME] = fmt.seal(plan.spec.to_json())
+            left, self._state_left = set(self._state_left), ()
+            if (lost := left - {leaf.name for leaf in plan.spec.leaves}) and self._group.is_primary:
+                logger.warning(_LESS, self._root, step, leaves_text(sorted(lost)))
             told = f"{len(plan.spec.leaves)} leaves, {_tree_digest(plan.spec)}"
             agreement["the structure of the state"] = told
             items.append("state")
@@ -465,6 +470,7 @@ class Checkpointer:
         self, step: Any, state: Any, data: Any, allow_data_changes: Sequence[str]
     ) -> Restored | None:
         refused = self._drained()
+        self._state_left = ()
         number = None if step is None else _whole_number(step)
         if step is not None and number is None:
             refused = refused or _no_step(step)
@@ -488,7 +494,12 @@ class Checkpointer:
         (value, metadata, plan), report = found
         if plan is not None:
             left = [name for name in plan.left if name not in self._own_items]
-            report = dataclasses.replace(report, data_changes=plan.changes, data_left=tuple(left))
+            report = dataclasses.replace(
+                report,
+                data_changes=plan.changes,
+                data_left=tuple(left),
+                state_left=tuple(self._state_left),
+            )
             self._unasked.restored(plan.sources, left, report.step)
         for name, (then, now) in report.data_changes.items():
             logger.warning("%s: %s was %r, and is %r now, as allowed", self._root, name, then, now)
@@ -537,7 +548,7 @@ class Checkpointer:
         spec: TreeSpec | None = None
         where = f"{name}/state"
         if candidate.state == "foreign":
-            where = self._foreign_state(name)
+            where = find_foreign(self._store, name)
             spec = arrays_io.describe_foreign(os.path.join(self._root, where))
             has_state = True
         else:
@@ -556,6 +567,7 @@ class Checkpointer:
         if spec is not None:
             goal = None if target is None else state_tree(target)
             form = Form(spec, goal, is_own=is_checkpointable(target))
+            self._state_left = form.left
             tree = self._load_state(where, spec, form, loading or Loading(), parted)
 
         self._plan = plan
@@ -610,13 +622,6 @@ class Checkpointer:
             return self._store.get(f"{candidate.name}/{key}")
         except KeyError:
             raise CorruptStepError(f"{key} is missing", step=candidate.step, files=[key]) from None
-
-    def _foreign_state(self, name: str) -> str:
-        inside = self._store.children(name)
-        for item in ("state/", "default/", "pytree/"):
-            if item in inside:
-                return f"{name}/{item[:-1]}"
-        return name
 
     def inspect(self) -> Inspection:
         """Returns whatever looks like a step in the root, and what it is. Collective."""

@@ -52,6 +52,12 @@ class Form:
         else:
             self.wanted = trees.match(spec, target)
 
+    @property
+    def left(self) -> list[str]:
+        """The leaves that are not read, by their paths."""
+        wanted = {leaf.path for leaf, _ in self.wanted}
+        return [leaf.name for leaf in self._spec.leaves if leaf.path not in wanted]
+
     def build(self, leaves: Sequence[Any]) -> Any:
         """Returns the state of which these are the leaves, in the order of `wanted`."""
         if self._target is None:

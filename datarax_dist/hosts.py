@@ -444,9 +444,11 @@ class Operation:
             if not is_told and self._clock.monotonic() - begin > _TOLD_SECONDS:
                 is_told = True
                 logger.warning(
-                    "%s: waiting for hosts %s to make the same call, on the same root",
+                    "%s: waiting for %s to make the same call, on the same root; without it, this"
+                    " is an error in %.0f s",
                     self._call,
-                    _ranges(missing),
+                    _hosts(missing),
+                    deadline - self._clock.monotonic(),
                 )
             left = deadline - self._clock.monotonic()
             if left <= 0 or self._gone(missing, together):
@@ -631,7 +633,7 @@ class Operation:
         there = [host for host in range(self._group.count) if host not in missing]
         told = f"{self._told}: waited {seconds:.0f} s in phase {phase!r}; "
         if missing:
-            told += f"arrived: hosts {_ranges(there)}; missing: hosts {_ranges(missing)}."
+            told += f"arrived: {_hosts(there)}; missing: {_hosts(missing)}."
         else:
             missing = [0]
             told += "all hosts have arrived, and host 0 has not said how it ended."
@@ -640,9 +642,9 @@ class Operation:
             told += f" {_no_sign(silent, found)}"
         else:
             told += (
-                f" Look at the logs of hosts {_ranges(missing)}: they are alive, or were a moment"
-                " ago, and hang, or did not make the same call, on the same root; or they have"
-                f" never begun.{self._passed_over}"
+                f" Look at the logs of {_hosts(missing)}: they are alive, or were a moment ago, and"
+                " hang, or did not make the same call, on the same root; or they have never begun."
+                f"{self._passed_over}"
             )
         return PeerLostError(
             f"{told} {self.consequence(known)}".rstrip(),
@@ -716,13 +718,13 @@ def _same_everywhere(cause: BaseException) -> bool:
     )
 
 
-def _ranges(hosts: Sequence[int]) -> str:
-    """Returns `0-3, 7` for [0, 1, 2, 3, 7]."""
+def _hosts(hosts: Sequence[int]) -> str:
+    """Returns `hosts 0-3, 7` for [0, 1, 2, 3, 7]."""
     parts: list[str] = []
     for _, run in itertools.groupby(enumerate(sorted(hosts)), key=lambda pair: pair[1] - pair[0]):
         block = [host for _, host in run]
         parts.append(str(block[0]) if len(block) == 1 else f"{block[0]}-{block[-1]}")
-    return ", ".join(parts) or "none"
+    return f"host{'s' if len(hosts) > 1 else ''} {', '.join(parts)}" if parts else "none"
 
 
 @functools.cache

@@ -47,6 +47,7 @@ _TRIES = 20
 _MOST_ORBAX_BYTES = 2 << 30
 _ORBAX_TIMES = 16  # what Orbax says of each leaf is at most 10 times what TREE.json does
 _LOOKS = 5  # at what a job that is saving may have moved: each would have to meet another save
+_MOST_OTHERS = 20  # directories that are looked into, where no step is
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +401,44 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
         state = "refused"
         reason = f"no {fmt.COMMIT_NAME} and no {fmt.STEP_NAME}: not a step of ours"
     return Candidate(step, name, state, reason, moves=moves)
+
+
+def find_foreign(store: Store, name: str) -> str:
+    """Returns which directory of a step of plain Orbax has its state: that of an item that is named
+    as ours, or as Orbax names one that has no name, or the only one there is; else the step's.
+
+    Raises:
+        InvalidArgumentError: there are several others.
+    """
+    inside = store.children(name)
+    for item in ("state/", "default/", "pytree/"):
+        if item in inside:
+            return f"{name}/{item[:-1]}"
+    if "_METADATA" in inside:
+        return name
+    items = [
+        item[:-1]
+        for item in inside
+        if item.endswith("/") and "_METADATA" in store.children(f"{name}/{item[:-1]}")
+    ]
+    if len(items) > 1:
+        raise InvalidArgumentError(
+            f"{store.root}/{name} was written by plain Orbax, with the items"
+            f" {errors.printable(', '.join(sorted(items)))}, of which none is named 'state' or"
+            " 'default': which one is the state? Restore it with Orbax, and save it here."
+        )
+    return f"{name}/{items[0]}" if items else name
+
+
+def others_of_orbax(store: Store) -> str:
+    """Returns what plain Orbax has in a root under names that are no steps; empty if nothing."""
+    inside = store.children("")
+    if "_METADATA" in inside:
+        return "the root itself is one checkpoint"
+    marks = {"_METADATA", "_CHECKPOINT_METADATA"}
+    names = [name[:-1] for name in inside if name.endswith("/")][:_MOST_OTHERS]
+    found = [name for name in names if marks & set(store.children(name))]
+    return errors.printable(", ".join(found))
 
 
 def verify_files(

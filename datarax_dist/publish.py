@@ -84,7 +84,7 @@ def check_free(
     if not all(map(may_replace, committed)):
         raise StepExistsError(
             f"Step {step} is committed in {store.root} already; nothing was changed."
-            " Delete it first, or save to another root.",
+            f" Delete it first (delete({step}), on every host), or save to another root.",
             step=step,
         )
     if (name in there and not retention.is_ours(store, run, name)) or name in names:

@@ -143,6 +143,7 @@ def _plain_json(value: Any, path: str) -> Any:
         plain = value.item()
         if type(plain) in (bool, int, float, str):
             return plain
+    how = "give .tolist()" if hasattr(value, "tolist") else "convert it"
     raise InvalidArgumentError(
-        f"{path}: a {type(value).__name__} is not JSON; convert it, or save it in the state."
+        f"{path}: a {type(value).__name__} is not JSON; {how}, or save it in the state."
     )

@@ -51,6 +51,7 @@ from datarax_dist.inspection import (
     inspect_run,
     inspection_from_json,
     inspection_to_json,
+    others_of_orbax,
     read_marker,
     records_verified_by,
     verify_files,
@@ -106,6 +107,20 @@ class Loading:
 Loader = Callable[[Candidate, Loading], Callable[[], Any]]
 
 
+_OTHERS = (
+    "%s has no step, but what plain Orbax wrote (%s), which is not restored: steps have plain"
+    " numbers for names here. Rename them so, or give the directory above as the root; or use"
+    " another root, to begin anew."
+)
+
+
+def leaves_text(names: Sequence[str]) -> str:
+    """Returns how many leaves of a state these are, and the first ones."""
+    shown = printable(", ".join(names[:5]))
+    count = "a leaf" if len(names) == 1 else f"{len(names)} leaves"
+    return f"{count} of the state: {shown}{', ...' if len(names) > 5 else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
     """How a restore went.
@@ -125,6 +140,7 @@ class RestoreReport:
         data_changes: what differs between the data pipelines then and now, and was allowed: name ->
             (saved, now).
         data_left: data items of the step whose positions were not asked for.
+        state_left: leaves of its state that were not asked for, by their paths.
     """
 
     step: int
@@ -138,6 +154,7 @@ class RestoreReport:
     suspects: Sequence[int] = ()
     data_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     data_left: Sequence[str] = ()
+    state_left: Sequence[str] = ()
 
     def __str__(self) -> str:
         before = f"{self.hosts_before or 'an unknown number of'} {_hosts(self.hosts_before)}"
@@ -151,6 +168,8 @@ class RestoreReport:
             for name, (then, now) in self.data_changes.items()
         ]
         lines += [f"  not asked for: the position of {name!r}" for name in self.data_left]
+        if self.state_left:
+            lines.append(f"  not asked for: {leaves_text(self.state_left)}")
         return "\n".join(lines)
 
 
@@ -427,6 +446,8 @@ class Restorer:
                 files=[fmt.COMMIT_NAME],
             )
         # What saves and deletions leave that did not end is in every run whose job was killed.
+        if self._group.is_primary and (others := others_of_orbax(self._store)):
+            logger.warning(_OTHERS, self._store.root, others)
         odd = {_label(c) for c in numbered if c.state == "refused"}
         for log, names in ((logger.warning, odd), (logger.info, refused.keys() - odd)):
             if told := {name: why for name, why in refused.items() if name in names}:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import secrets
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -97,6 +98,17 @@ def plan_retention(
         return []
     kept = {*keep.keep(sorted(committed)), max(committed), saved}
     return sorted(set(committed) - kept)
+
+
+@functools.cache  # once
+def tell_of_newer(root: str, newest: int) -> None:
+    logger.warning(
+        "%s: what is saved now is below step %d, which is there. A restore goes on taking that one,"
+        " and policies that keep the newest delete what is below it. To go back for good, delete"
+        " the newer steps (delete(), on every host), or save to another root.",
+        root,
+        newest,
+    )
 
 
 def with_room(act: Callable[[], _Result], make_room: Callable[[], None]) -> _Result:

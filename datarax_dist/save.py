@@ -571,7 +571,10 @@ class StartedSave:
             raise
         self._saver.suspects.pop(self.step, None)
         if self._group.is_primary:
-            self._saver._known.steps[self.step] = True
+            steps = self._saver._known.steps
+            steps[self.step] = True
+            if (newest := max(step for step, is_there in steps.items() if is_there)) > self.step:
+                retention.tell_of_newer(self._store.root, newest)
         # What retention deletes may take as long again.
         self._deadline = self._saver._clock.monotonic() + self._saver._options.save_timeout_seconds
         return self._report(decided, self._retire() if self._group.is_primary else [])

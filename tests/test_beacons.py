@@ -111,7 +111,7 @@ def test_the_primary_names_a_silent_host_and_does_not_wait_for_the_deadline() ->
     assert caught.value.missing == [2]
     assert caught.value.phase == "prepare"
     told = str(caught.value)
-    for part in ("'prepare'", "arrived: hosts 0-1", "missing: hosts 2", "11 s", "c, process 12"):
+    for part in ("'prepare'", "arrived: hosts 0-1", "missing: host 2", "11 s", "c, process 12"):
         assert part in told
     assert "Look at its log" in told
     waited = re.search(r"waited (\d+) s", told)
@@ -144,7 +144,7 @@ def test_a_host_that_has_gone_after_its_part_is_named_where_the_others_need_it()
     board.set("0/gather/2", "[0, 2]")
     operation = group.begin("restore")
     operation.contribute("gather", 0)
-    with pytest.raises(PeerLostError, match=r"missing: hosts 1\. Host 2: no sign of life") as lost:
+    with pytest.raises(PeerLostError, match=r"missing: host 1\. Host 2: no sign of life") as lost:
         operation.gather("gather", 1e12, together=True)
     assert lost.value.missing == [2]
     operation.close()

@@ -155,6 +155,15 @@ def test_show_describes_the_newest_step(run: Path, capsys: pytest.CaptureFixture
     assert as_json(capsys, "show", f"{run}@1")["step"] == 1
 
 
+def test_show_has_the_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": 1}, metadata={"loss": 0.5, "name": "größe\x1b[31m"}).result()
+    body = as_json(capsys, "show", tmp_path / "run")
+    assert body["metadata"] == {"loss": 0.5, "name": "größe\x1b[31m"}
+    assert cli.main(["show", str(tmp_path / "run")]) == 0
+    assert 'metadata    {"loss": 0.5, "name": "größe' in capsys.readouterr().out
+
+
 def test_show_tree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leaves = {
         "/".join(leaf["path"]): leaf for leaf in as_json(capsys, "show", run, "--tree")["leaves"]
@@ -440,6 +449,21 @@ def test_launch_passes_signals_on(number: int, code: int) -> None:
     assert process.returncode == code
     assert sorted(out.splitlines()) == [f"[host {i}] got {int(number)}" for i in (0, 1)]
     assert "Traceback" not in err
+
+
+def test_launch_ends_hosts_that_go_on_after_sigterm() -> None:
+    """As JAX does, which takes note of it."""
+    script = (
+        "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "print('ready', flush=True)\nwhile True: signal.pause()"
+    )
+    with launch("--hosts", 2, "--grace", 0.1, "--", sys.executable, "-c", script) as process:
+        assert process.stdout is not None
+        assert "ready" in process.stdout.readline() and "ready" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert "terminating host(s) 0, 1." in err
 
 
 def test_launch_of_a_command_that_is_not_there() -> None:

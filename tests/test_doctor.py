@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,19 @@ def test_every_check_of_the_suite_is_run_somewhere() -> None:
         for check in diagnosis._checks(diagnosis.open_store(root))
     }
     assert run == set(conformance.STORE_CHECKS) - left_out
+
+
+def test_a_root_that_this_user_cannot_write_to_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o555)
+        who = os.geteuid()
+        try:
+            if who == 0:
+                os.seteuid(65534)  # root may write anywhere
+            code = cli.main(["doctor", name])
+        finally:
+            os.seteuid(who)
+    assert code != 0
+    assert "this user cannot write into" in capsys.readouterr().out

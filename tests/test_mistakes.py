@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from targets import Counter
 
@@ -115,7 +116,7 @@ def test_what_differs_is_told_before_what_is_only_not_asked_for(tmp_path: Path) 
 def test_hosts_with_other_states_are_told_how_to_compare_them() -> None:
     part = "the structure of the state"
     rows = [{"step": 1, "agreement": {part: text}, "digests": {}} for text in ("a", "b")]
-    with pytest.raises(errors.PeerError, match=r"host 1 .*jax\.tree\.structure\(state\)"):
+    with pytest.raises(errors.PeerError, match=r"Host 1 .*jax\.tree\.map\(jax\.numpy\.shape"):
         check_agreement(rows)
 
 
@@ -157,6 +158,59 @@ def test_data_that_was_restored_without_is_told_when_it_is_saved(
         assert report.data_left == ()
         with pytest.raises(errors.PositionError, match=r"data=\{'a': loader\} takes that one"):
             ckpt.restore(data={"c": Counter(0, 1)})
+
+
+def test_a_part_of_the_state_that_was_not_asked_for_is_told_when_it_is_saved_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {"params": np.ones(3), "opt": {"mu": np.ones(3), "nu": np.ones(3)}}
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=whole).result()
+        assert ckpt.restore().report.state_left == ()
+        report = ckpt.restore(state={"params": np.ones(3)}).report
+        assert report.state_left == ("opt/mu", "opt/nu")
+        assert "not asked for: 2 leaves of the state: opt/mu, opt/nu" in str(report)
+        assert caplog.records == []
+        for step in (2, 3):
+            ckpt.save(step, state={"params": np.ones(3), "opt": {"mu": np.ones(3)}}).result()
+        [record] = caplog.records
+        assert "step 2 is saved without a leaf of the state: opt/nu, which was" in record.message
+        caplog.clear()
+        ckpt.restore(step=1, state={"params": np.ones(3)})
+        ckpt.save(4, state=whole).result()
+        assert caplog.records == []
+
+
+def test_who_goes_back_to_a_step_is_told_of_the_newer_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with dd.Checkpointer(tmp_path / "run", keep=dd.latest(3)) as ckpt:
+        for step in (10, 20, 30):
+            ckpt.save(step, state=STATE).result()
+        ckpt.restore(step=10)
+        assert caplog.records == []
+        for step in (11, 12):
+            ckpt.save(step, state=STATE).result()
+        [record] = caplog.records
+        assert "what is saved now is below step 30, which is there" in record.message
+        for step in (20, 30):
+            ckpt.delete(step)
+        caplog.clear()
+        ckpt.save(13, state=STATE).result()
+        assert caplog.records == [] and ckpt.all_steps() == [12, 13]
+
+
+@pytest.mark.parametrize("name", ["ckpt_7", ""])
+def test_what_plain_orbax_has_under_other_names_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A job would begin anew without a word."""
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(tmp_path / "run" / name, STATE)
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        assert ckpt.try_restore(state=STATE) is None
+    [record] = caplog.records
+    assert f"plain Orbax wrote ({name or 'the root itself is'}" in record.message
 
 
 def test_data_that_was_restored_otherwise_is_not_told(
@@ -380,8 +434,8 @@ def test_hosts_that_have_not_made_the_call_are_told_of_while_they_are_waited_for
     finally:
         logging.getLogger("datarax_dist").removeHandler(handler)
     [record] = caplog.records
-    told = "list: waiting for hosts 1 to make the same call, on the same root"
-    assert record.getMessage() == told
+    told = "list: waiting for host 1 to make the same call, on the same root; without it, this is"
+    assert record.getMessage().startswith(told)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import datarax_dist as dd
 from datarax_dist.arrays import OrbaxArrays, describe_foreign
-from datarax_dist.errors import StorageError, StructureMismatchError
+from datarax_dist.errors import InvalidArgumentError, StorageError, StructureMismatchError
 
 
 @pytest.fixture
@@ -172,6 +172,22 @@ def test_a_step_of_ours_is_in_a_database_or_damaged(tmp_path: Path, arrays: Any)
     with pytest.raises(StorageError, match="Manifest not found"):
         engine.restore("3/state", dataclasses.replace(spec, is_foreign=False), wanted)
     engine.close()
+
+
+def test_the_state_of_a_step_of_plain_orbax_may_have_any_name_if_it_is_the_only_one(
+    tmp_path: Path, arrays: Any
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    saved = ocp.args.StandardSave(arrays)
+    with ocp.CheckpointManager(one) as manager:
+        manager.save(7, args=ocp.args.Composite(items=saved, meta=ocp.args.JsonSave({"a": 1})))
+    with ocp.CheckpointManager(two) as manager:
+        manager.save(7, args=ocp.args.Composite(params=saved, opt=saved))
+    with dd.Checkpointer(one) as ckpt:
+        assert dd.tree_digest(ckpt.restore(state=arrays).state) == dd.tree_digest(arrays)
+    with dd.Checkpointer(two) as ckpt:
+        with pytest.raises(InvalidArgumentError, match="the items opt, params, of which"):
+            ckpt.restore(state=arrays)
 
 
 @pytest.mark.parametrize("text", ["abc", ""])

@@ -78,7 +78,7 @@ def test_a_host_that_does_not_come_is_named() -> None:
     for error in (first, third):
         assert isinstance(error, PeerLostError)
         assert error.missing == [1]
-        assert "missing: hosts 1" in str(error)
+        assert "missing: host 1" in str(error)
         assert "arrived: hosts 0, 2" in str(error)
 
 

@@ -310,6 +310,10 @@ def _directory(root: str, write: bool) -> Iterator[Finding]:
         yield Finding("info", "file system", text)
     else:
         yield Finding("info", "file system", f"{kind or 'unknown'}; for hosts that share it only")
+    if not os.access(
+        there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        yield Finding("error", "permission", f"this user cannot write into {there}")
     free = shutil.disk_usage(there).free / 2**30
     level = "info" if free >= _LITTLE_GIB else "error" if free < _NONE_GIB else "warning"
     yield Finding(

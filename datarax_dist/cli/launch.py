@@ -178,9 +178,10 @@ class _Job:
     def _pass_signals_on(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
+            # JAX takes note of SIGTERM, and goes on: it ends nothing by itself.
+            self._set_deadline()
             if number == signal.SIGINT:
                 self._interrupts += 1
-                self._set_deadline()
                 if self._interrupts > 1:
                     number = signal.SIGKILL
             self._send(number)

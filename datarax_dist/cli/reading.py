@@ -208,6 +208,8 @@ def _describe(store: Store, candidate: Candidate, tree: bool) -> tuple[dict[str,
             first = marker.records[0].path
             record = fmt.parse_record(store.get(f"{candidate.name}/{first}"), first)
             body["notes"] = dict(record.notes)
+            key = "metadata/metadata"
+            body["metadata"] = fmt.parse_metadata(store.get(f"{candidate.name}/{key}"), key)
         except (CorruptStepError, KeyError, fmt.InvalidRecordError) as error:
             damage = str(error)
         if tree:
@@ -270,6 +272,8 @@ def _print_step(body: Mapping[str, Any]) -> None:
     if "files" in body:
         lines.append(("files", str(len(body["files"]))))
     lines += sorted(body.get("notes", {}).items())
+    if body.get("metadata"):
+        lines.append(("metadata", _short(json.dumps(body["metadata"], ensure_ascii=False), 500)))
     for name, text in lines:
         print_clean(f"{name:<11} {text}")
     if "leaves" not in body:
