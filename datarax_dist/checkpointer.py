@@ -492,6 +492,7 @@ class Checkpointer:
         if found is None:
             return None
         (value, metadata, plan), report = found
+        self._saver.newer = self._restorer.newer
         if plan is not None:
             left = [name for name in plan.left if name not in self._own_items]
             report = dataclasses.replace(
@@ -703,6 +704,7 @@ class Checkpointer:
                 " this moment. Look again, and delete it then.",
                 errno=None,
             )
+        saver.newer = [other for other in saver.newer if other != step]
 
     def wait_until_finished(self) -> None:
         """Waits for the save that is under way; raises its error if nobody has seen it."""

@@ -208,6 +208,7 @@ class Restorer:
         # empty where that could not be read, or its records were damaged.
         self.judged: Mapping[int, str] = {}
         self.has_applied = False  # whether what is restored is being put into its place
+        self.newer: Sequence[int] = ()  # committed steps above the one that was restored
 
     def why_nothing(self) -> str:
         """Returns what directories there are that were not taken, and why, by the last restore, if
@@ -369,6 +370,7 @@ class Restorer:
                 if self._group.is_primary and inspection.run is not None:
                     self._trial.succeed(inspection.run, candidate.step, self._attempts)
                 judged.pop(candidate.step, None)
+                self.newer = [other for other in inspection.committed if other > candidate.step]
                 removed = self._tidy(inspection)
                 report = RestoreReport(
                     step=candidate.step,

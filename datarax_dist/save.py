@@ -125,6 +125,7 @@ class Saver:
         self.has_swept = False
         self.claims: dict[str, bytes] = {}  # staging directory -> claim, of a save under way
         self._known = Known()
+        self.newer: Sequence[int] = ()  # good steps above the one that was restored
         # What was read here first is what is saved to, or a job would begin anew where its file
         # system is not mounted. Not so for who takes the run for each save.
         self.keeps_to_a_run = True
@@ -573,7 +574,8 @@ class StartedSave:
         if self._group.is_primary:
             steps = self._saver._known.steps
             steps[self.step] = True
-            if (newest := max(step for step, is_there in steps.items() if is_there)) > self.step:
+            good = {*self._saver.newer, *(step for step, is_there in steps.items() if is_there)}
+            if (newest := max(good - self._saver.suspects.keys())) > self.step:
                 retention.tell_of_newer(self._store.root, newest)
         # What retention deletes may take as long again.
         self._deadline = self._saver._clock.monotonic() + self._saver._options.save_timeout_seconds

@@ -187,6 +187,7 @@ def test_who_goes_back_to_a_step_is_told_of_the_newer_ones(
     with dd.Checkpointer(tmp_path / "run", keep=dd.latest(3)) as ckpt:
         for step in (10, 20, 30):
             ckpt.save(step, state=STATE).result()
+    with dd.Checkpointer(tmp_path / "run", keep=dd.latest(3)) as ckpt:
         ckpt.restore(step=10)
         assert caplog.records == []
         for step in (11, 12):
@@ -198,6 +199,21 @@ def test_who_goes_back_to_a_step_is_told_of_the_newer_ones(
         caplog.clear()
         ckpt.save(13, state=STATE).result()
         assert caplog.records == [] and ckpt.all_steps() == [12, 13]
+
+
+def test_a_newer_step_that_is_damaged_is_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No restore takes that one."""
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        for step in (1, 5):
+            ckpt.save(step, state=STATE).result()
+    next((tmp_path / "run" / "5" / "state").glob("d/*")).unlink()
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        assert ckpt.restore().step == 1
+        caplog.clear()
+        ckpt.save(2, state=STATE).result()
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("name", ["ckpt_7", ""])
