@@ -198,7 +198,7 @@ class Run(Checkpointer):
             for leaf, goal in wanted
         ]
         metadata = super()._load(candidate, None, None, metadata_only=True)()[1]
-        whole, self._state_left = form.build(values), left
+        whole, self._left = form.build(values), left
         return lambda: (apply_state(target.value, whole), metadata, None)
 
 

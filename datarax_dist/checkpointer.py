@@ -53,7 +53,7 @@ __all__ = ["Checkpointer", "Progress", "Restored", "SaveHandle", "StepInfo"]
 logger = logging.getLogger("datarax_dist")
 
 _SAYS_NOTHING_SECONDS = 20.0  # how long a handle may need to say so of the primary
-_LESS = "%s: step %d is saved without %s, which was in what was restored, and not asked for."
+_LESS = "%s: step %d is saved without %s, which the restored one has; it was not asked for."
 _SPOILT = "The loaders that restore() was given cannot be used any more: make them anew."
 _HALF_SET = "What restore() sets in place may be what the step has on some hosts only."
 _ORBAX_MARKER = "commit_success.txt"  # what plain Orbax takes for a whole step, in a bucket
@@ -470,7 +470,7 @@ class Checkpointer:
         self, step: Any, state: Any, data: Any, allow_data_changes: Sequence[str]
     ) -> Restored | None:
         refused = self._drained()
-        self._state_left = ()
+        self._left: Sequence[str] = ()
         number = None if step is None else _whole_number(step)
         if step is not None and number is None:
             refused = refused or _no_step(step)
@@ -492,14 +492,14 @@ class Checkpointer:
         if found is None:
             return None
         (value, metadata, plan), report = found
-        self._saver.newer = self._restorer.newer
+        self._saver.newer, self._state_left = self._restorer.newer, tuple(self._left)
         if plan is not None:
             left = [name for name in plan.left if name not in self._own_items]
             report = dataclasses.replace(
                 report,
                 data_changes=plan.changes,
                 data_left=tuple(left),
-                state_left=tuple(self._state_left),
+                state_left=self._state_left,
             )
             self._unasked.restored(plan.sources, left, report.step)
         for name, (then, now) in report.data_changes.items():
@@ -568,7 +568,7 @@ class Checkpointer:
         if spec is not None:
             goal = None if target is None else state_tree(target)
             form = Form(spec, goal, is_own=is_checkpointable(target))
-            self._state_left = form.left
+            self._left = form.left
             tree = self._load_state(where, spec, form, loading or Loading(), parted)
 
         self._plan = plan

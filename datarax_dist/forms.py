@@ -154,8 +154,11 @@ def _mapping(pairs: Sequence[tuple[Any, Any]], fresh: Any) -> Any:
 
 
 def _keys(saved: Sequence[Any], fresh: Any) -> list[Any]:
-    """Returns the keys of a dict; those that were written as texts as a fresh one has them."""
+    """Returns the keys of a dict; those of which something else was written as a fresh one has
+    them.
+    """
     if not isinstance(fresh, Mapping):
         return list(saved)
-    others = {str(key): key for key in fresh if not trees.is_kept_key(key)}
-    return [others.get(key, key) if isinstance(key, str) else key for key in saved]
+    written = [(trees.plain_key(key), key) for key in fresh]
+    others = {(type(plain), plain): key for plain, key in written if plain is not key}
+    return [others.get((type(key), key), key) for key in saved]

@@ -4,6 +4,7 @@ step are whole. Reads only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -431,14 +432,28 @@ def find_foreign(store: Store, name: str) -> str:
 
 
 def others_of_orbax(store: Store) -> str:
-    """Returns what plain Orbax has in a root under names that are no steps; empty if nothing."""
-    inside = store.children("")
-    if "_METADATA" in inside:
-        return "the root itself is one checkpoint"
+    """Returns what plain Orbax has in a root under names that are no steps; empty if nothing, or if
+    it cannot be read.
+    """
     marks = {"_METADATA", "_CHECKPOINT_METADATA"}
-    names = [name[:-1] for name in inside if name.endswith("/")][:_MOST_OTHERS]
-    found = [name for name in names if marks & set(store.children(name))]
+    found: list[str] = []
+    with contextlib.suppress(StorageError):
+        inside = store.children("")
+        if "_METADATA" in inside:
+            return "the root itself is one checkpoint"
+        names = [name[:-1] for name in inside if name.endswith("/") and not _is_known(name[:-1])]
+        for name in names[:_MOST_OTHERS]:
+            with contextlib.suppress(StorageError):
+                there = set(store.children(name))
+                if marks & there and fmt.STEP_NAME not in there:
+                    found.append(name)
     return errors.printable(", ".join(found))
+
+
+def _is_known(name: str) -> bool:
+    """Whether a name is one of ours, or of Orbax's for what it has not finished."""
+    ours = fmt.parse_step_name(name) is not None or fmt.parse_aside_name(name) is not None
+    return ours or ".orbax-checkpoint-tmp" in name
 
 
 def verify_files(

@@ -576,7 +576,7 @@ class StartedSave:
             steps[self.step] = True
             good = {*self._saver.newer, *(step for step, is_there in steps.items() if is_there)}
             if (newest := max(good - self._saver.suspects.keys())) > self.step:
-                retention.tell_of_newer(self._store.root, newest)
+                retention.tell_of_newer(self._store, newest)
         # What retention deletes may take as long again.
         self._deadline = self._saver._clock.monotonic() + self._saver._options.save_timeout_seconds
         return self._report(decided, self._retire() if self._group.is_primary else [])

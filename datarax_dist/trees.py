@@ -36,10 +36,10 @@ __all__ = [
     "check_depth",
     "children_of",
     "fits",
-    "is_kept_key",
     "is_nameless",
     "match",
     "placed",
+    "plain_key",
     "plan_state",
     "refuse_to_cut",
     "tree_digest",
@@ -72,7 +72,34 @@ class StatePlan:
     local_digests: Mapping[int, str]
 
 
+def plain_key(key: Any) -> Any:
+    """Returns what is written of a key of a dict: what is equal to it, of a type of Python's or
+    numpy's, or else its text.
+    """
+    if key is None or type(key) in (str, int, float, bool, bytes):
+        return key
+    if isinstance(key, np.generic):
+        return key if key.dtype.kind in "biufcSU" else str(key)
+    if isinstance(key, tuple):
+        parts = tuple(map(plain_key, key))
+        return parts if parts == key else str(key)
+    for kind in (str, int, float, bytes):
+        if isinstance(key, kind):  # a member of an enumeration, say
+            return _BASES[kind](key)
+    return str(key)
+
+
+_BASES: Mapping[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    bytes: lambda key: b"".join((key,)),
+}
+
+
 def _part(key: Any) -> str:
+    if isinstance(key, DictKey):
+        return str(plain_key(key.key))
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -332,21 +359,10 @@ def _check_keys(keys: Sequence[Any], names: Sequence[str]) -> None:
 
 def _key_name(key: Any) -> Any:
     try:
-        return codec.encode(key if is_kept_key(key) else str(key))
+        return codec.encode(plain_key(key))
     except codec.EncodeError as error:
         text = f"The key {key!r} of a dict cannot be saved: {error}. Rename it."
         raise UnsupportedLeafError(text, path="") from None
-
-
-def is_kept_key(key: Any) -> bool:
-    """Whether the key of a dict is written as it is; any other one, of a class derived from one of
-    these too, as the text that is its name: it could not be told from that when it is read.
-    """
-    if isinstance(key, np.generic):
-        return key.dtype.kind in "biufcSU"
-    if type(key) is tuple:
-        return all(map(is_kept_key, key))
-    return key is None or type(key) in (str, int, float, bool, bytes)
 
 
 def fits(spec: TreeSpec, target: Any) -> bool:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from targets import Counter
 
 import datarax_dist as dd
 from datarax_dist import errors, hosts, trees
+from datarax_dist import format as fmt
 from datarax_dist.agreement import check_agreement
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.cli import main
@@ -174,7 +176,7 @@ def test_a_part_of_the_state_that_was_not_asked_for_is_told_when_it_is_saved_wit
         for step in (2, 3):
             ckpt.save(step, state={"params": np.ones(3), "opt": {"mu": np.ones(3)}}).result()
         [record] = caplog.records
-        assert "step 2 is saved without a leaf of the state: opt/nu, which was" in record.message
+        assert "step 2 is saved without a leaf of the state: opt/nu, which the" in record.message
         caplog.clear()
         ckpt.restore(step=1, state={"params": np.ones(3)})
         ckpt.save(4, state=whole).result()
@@ -213,7 +215,51 @@ def test_a_newer_step_that_is_damaged_is_not_told(
         assert ckpt.restore().step == 1
         caplog.clear()
         ckpt.save(2, state=STATE).result()
+        ckpt.save(4, state=STATE).result()
+        ckpt.restore()
+        shutil.rmtree(tmp_path / "run" / "4")
+        ckpt.save(3, state=STATE).result()
+    assert "which is there" not in caplog.text
+
+
+def test_what_a_restore_that_failed_has_left_is_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {"a": np.ones(3), "b": np.ones(3)}
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=whole, data=Counter(0, 1)).result()
+        used = Counter(0, 1)
+        next(used)
+        with pytest.raises(errors.PositionError):
+            ckpt.restore(state={"a": np.ones(3)}, data={"other": used})
+        ckpt.save(2, state={"a": np.ones(3)}, data=Counter(0, 1)).result()
     assert caplog.records == []
+
+
+def test_what_cannot_be_read_beside_no_step_and_what_is_ours_is_not_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`lost+found`, where a file system is mounted; a save that did not end."""
+    who = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for part, inside in (
+            ("lost+found", "_METADATA"),
+            (fmt.aside_name(0, "staging", "ab" * 8), "_METADATA"),
+        ):
+            (root / part).mkdir()
+            (root / part / inside).touch()
+        (root / "3.orbax-checkpoint-tmp-5" / "_METADATA").mkdir(parents=True)
+        (root / "lost+found").chmod(0)
+        root.chmod(0o777)
+        try:
+            if who == 0:
+                os.seteuid(65534)  # root may read anything
+            with dd.Checkpointer(root) as ckpt:
+                assert ckpt.try_restore() is None
+        finally:
+            os.seteuid(who)
+    assert not [record for record in caplog.records if "plain Orbax wrote" in record.message]
 
 
 @pytest.mark.parametrize("name", ["ckpt_7", ""])

@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         type=_seconds,
         default=15.0,
-        help="seconds that the others have to end after one failed, or after Ctrl-C (15)",
+        help="seconds that the others have to end after one failed, Ctrl-C, or SIGTERM (15)",
     )
     launch_verb.set_defaults(action=launch)
 

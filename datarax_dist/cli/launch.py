@@ -131,6 +131,7 @@ class _Job:
         self._deadline: float | None = None
         self._failure: int | None = None
         self._interrupts = 0
+        self._is_told = False  # to end
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Notes a signal; `run` passes it on."""
@@ -152,7 +153,8 @@ class _Job:
             elif terminated is None and self._deadline is not None and now > self._deadline:
                 left = ", ".join(str(i) for i, code in enumerate(codes) if code is None)
                 note(f"terminating host(s) {left}.")
-                self._send(signal.SIGTERM)
+                # Once: who saves when it is told would begin again.
+                self._send(signal.SIGKILL if self._is_told else signal.SIGTERM)
                 terminated = now
             time.sleep(_POLL_SECONDS)
         return INTERRUPTED if self._interrupts else self._failure or OK
@@ -180,6 +182,7 @@ class _Job:
             number = self._signals.pop(0)
             # JAX takes note of SIGTERM, and goes on: it ends nothing by itself.
             self._set_deadline()
+            self._is_told = self._is_told or number == signal.SIGTERM
             if number == signal.SIGINT:
                 self._interrupts += 1
                 if self._interrupts > 1:
