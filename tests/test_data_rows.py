@@ -10,7 +10,7 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import loaders
@@ -515,7 +515,8 @@ def test_what_cannot_be_made_of_its_parts_is_handed_out_as_it_is(kind: str) -> N
 class Sealing(list[Any]):
     """A copy of it can be begun, and not be finished."""
 
-    __dict__ = property(lambda self: {})  # type: ignore[assignment]
+    _attributes: ClassVar[dict[str, Any]] = {}
+    __dict__ = property(lambda self: self._attributes)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("make", [Unmade, Sealing])
@@ -596,3 +597,61 @@ def test_a_batch_that_is_nested_too_deep_is_told_of(
     made = [deep(levels, np.ones(1)) for _ in range(4)]
     list(tracked(replay(lambda: iter(made)), 3))
     assert ("nested more than 50 deep" in caplog.text) == (levels > 50)
+
+
+class Lent(np.ndarray[Any, Any]):
+    """It has what must be given back once: its copies have it not."""
+
+    def __array_finalize__(self, other: Any) -> None:
+        self.slot: Any = None
+
+
+def test_a_copy_has_no_attribute_that_its_class_does_not_give_it() -> None:
+    made = [np.zeros(2).view(Lent) for _ in range(3)]
+    for number, array in enumerate(made):
+        array.slot = number
+    first, *_ = tracked(Plain(made), 3)
+    assert first is not made[0] and isinstance(first, Lent)
+    assert (first.slot, made[0].slot) == (None, 0)
+
+
+@jax.tree_util.register_pytree_node_class
+class Closed:
+    """A node that keeps what it is made of where nobody can look."""
+
+    def __init__(self, inside: list[Any]) -> None:
+        inside = list(inside)
+        self.get = lambda: inside
+
+    def tree_flatten(self) -> Any:
+        return [self.get()], None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, inside: Any) -> Closed:
+        return cls(*inside)
+
+
+def test_a_node_is_made_of_what_is_copied_already() -> None:
+    def batches() -> Iterator[Any]:
+        buffer = np.zeros(1)
+        for number in range(8):
+            buffer[:] = number
+            yield Closed([buffer])
+
+    found = [batch.get()[0].item() for batch in tracked(Plain(batches()), 3)]
+    assert found == list(range(8))
+
+
+def test_a_part_that_cannot_be_copied_and_is_written_again_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def batches() -> Iterator[Any]:
+        held = Unmade(), np.zeros(1)
+        for number in range(8):
+            held[1][:] = number
+            yield {"part": held[0], "x": held[1]}
+
+    for _ in tracked(Plain(batches()), 3):
+        pass
+    [record] = caplog.records
+    assert "a part of a batch cannot be copied while it waits" in record.message

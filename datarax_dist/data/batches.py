@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,7 @@ MOST_PARTS = 10_000  # of a batch that are looked at; more are taken as they are
 MOST_DEPTH = 50
 # No `np.void`: a row of a structured array is a view of it.
 _SCALARS = (str, bytes, int, float, complex, np.number, np.bool_, np.datetime64, type(None))
+_PLAIN = {str, bytes, int, float, bool, type(None)}
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, np.ndarray)
 _NOWHERE = (0, 0)
 _EVERYWHERE = (0, 1 << 64)
@@ -169,12 +170,13 @@ class Parts:
 
     Attributes:
         has_more: whether it has parts that are not looked at, as they are too many or too deep.
+        has_failed: whether one of them could not be copied.
     """
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
         self._opened: dict[int, _Opened] = {}
-        self.has_more = False
+        self.has_more = self.has_failed = False
         waiting = collections.deque([(batch, 0)])  # the least deep ones first
         while waiting:
             part, depth = waiting.popleft()
@@ -201,48 +203,49 @@ class Parts:
             twins, failed = self._tried()
             if not failed:
                 return twins.get(id(self._batch), self._batch)
+            self.has_failed = True
             for number in failed:  # what others hold of its copies is no good: all once more
                 self._opened[number] = _Opened(self._opened[number].part)
 
     def _tried(self) -> tuple[dict[int, Any], list[int]]:
         """Returns copies of the parts by the identities of these, and which ones have failed."""
         twins: dict[int, Any] = {}
-        failed = []
+        failed = list[int]()
 
         def of(parts: list[Any]) -> list[Any]:
             return [twins.get(id(part), part) for part in parts]
 
-        for number, opened in self._in_order():
+        def act(number: int, is_made: bool, is_finished: bool) -> None:
+            opened = self._opened[number]
             try:
-                twins[number] = opened.twin(of(opened.items))
+                if is_made:
+                    twins[number] = opened.twin(of(opened.items))
+                if is_finished and number in twins:
+                    opened.finish(twins[number], of(opened.inner()))
             except MemoryError:  # what waits would be written to
                 raise
             except Exception:  # of a class of the user's, any
                 failed.append(number)
-        for number, twin in twins.items():  # all are there: a container may hold itself
-            opened = self._opened[number]
-            try:
-                opened.finish(twin, of(opened.inner()))
-            except Exception:
-                failed.append(number)
-        return twins, failed
 
-    def _in_order(self) -> Iterator[tuple[int, _Opened]]:
-        """Yields what can be copied; what is made of its items comes after them."""
-        entered = set[int]()
+        begun, ended, has_ring = set[int](), set[int](), False
         waiting = [(number, False) for number in self._opened]
         while waiting:
-            number, is_next = waiting.pop()
+            number, are_in = waiting.pop()  # the copies of what is in it
             opened = self._opened.get(number)
             if opened is None or opened.make is None:
                 continue
-            if is_next:
-                yield number, opened
-            elif number not in entered:
-                entered.add(number)
+            if not are_in and number in begun:
+                has_ring = has_ring or number not in ended
+                continue
+            # What is filled afterwards is made first: it may hold itself.
+            act(number, (opened.fill is None) == are_in, are_in)
+            (ended if are_in else begun).add(number)
+            if not are_in:
                 waiting.append((number, True))
-                if opened.fill is None:
-                    waiting.extend((id(item), False) for item in opened.items)
+                waiting.extend((id(part), False) for part in opened.inner())
+        for number in list(twins) if has_ring else ():  # not all were there
+            act(number, False, True)
+        return twins, failed
 
 
 @dataclasses.dataclass(slots=True)
@@ -283,14 +286,16 @@ class _Opened:
 
 
 class _Attributes:
-    """Those of an object, past what its class says of them: it may refuse, or make others."""
+    """Those of an object, past what its class says of them: it may refuse, or make others. A copy
+    that its class has made has what that has given it: what is the same there is copied.
+    """
 
     def __init__(self, part: Any) -> None:
         try:
             own = object.__getattribute__(part, "__dict__")
         except AttributeError:
             own = None
-        self._has_own, self._is_part = own is not None, own is part  # a dict of its attributes
+        self._own, self._is_part = own, own is part  # a dict of its attributes
         self._names = [] if own is None or own is part else list(own)
         self.values = [own[name] for name in self._names]
         self._slots = []
@@ -302,15 +307,28 @@ class _Attributes:
                         self._slots.append(slot)
 
     def __bool__(self) -> bool:
-        return self._has_own or bool(self._slots)
+        return self._own is not None or bool(self._slots)
 
     def give(self, twin: Any, values: list[Any]) -> None:
-        own, rest = values[: len(self._names)], values[len(self._names) :]
-        if self._has_own:  # another dict: that of the twin may be that of the part
-            named = twin if self._is_part else dict(zip(self._names, own, strict=True))
-            object.__setattr__(twin, "__dict__", named)
-        for slot, value in zip(self._slots, rest, strict=True):
-            slot.__set__(twin, value)
+        # Made by us, and not by its class; or by one that is known, with a copy of what is in it.
+        is_bare = isinstance(twin, tuple | collections.UserDict | collections.UserList)
+        if self._is_part:
+            object.__setattr__(twin, "__dict__", twin)
+        elif self._own is not None:
+            found = object.__getattribute__(twin, "__dict__")
+            if found is self._own:
+                found = dict(found)
+                object.__setattr__(twin, "__dict__", found)
+            for name, before, value in zip(self._names, self.values, values, strict=False):
+                if is_bare or (name in found and found[name] is before):
+                    found[name] = value
+        first = len(self._names)
+        for slot, before, value in zip(
+            self._slots, self.values[first:], values[first:], strict=True
+        ):
+            with contextlib.suppress(AttributeError):  # its class gave it none
+                if is_bare or slot.__get__(twin) is before:
+                    slot.__set__(twin, value)
 
 
 def _opened(part: Any) -> _Opened:
@@ -336,7 +354,7 @@ def _looked_into(part: Any) -> _Opened:
         found.make = lambda items: tuple.__new__(kind, items)
         found.place = itself if found.attributes else _NOWHERE
     elif isinstance(part, np.ndarray):
-        found.make = lambda _: np.ndarray.copy(part, order="K")
+        found.make = lambda _: part.copy(order="K")
         found.place = _span(part)
         if part.dtype == object:
             found.items, found.fill = part.view(np.ndarray).ravel().tolist(), _fill_array
@@ -355,6 +373,8 @@ def _looked_into(part: Any) -> _Opened:
         if len(found.items) == 1 and found.items[0] is part:  # no node that JAX knows
             return _Opened(part)
         found.make = lambda items: jax.tree.unflatten(structure, items)
+    if found.fill is not None and set(map(type, found.items)) <= _PLAIN:
+        found.items, found.fill = [], None  # texts, numbers: they are in the copy
     return found
 
 

@@ -799,7 +799,7 @@ class _FreshBuffers:
         self._seen: list[batches_io.Parts] = []  # while it lives, its memory is not given to others
         self._places: list[tuple[int, int]] = []
         self._shared = False
-        self._told_more = False
+        self._told_more = self._told_failed = False
 
     def __call__(self, batch: Any) -> Any:
         if not (self._left or self._shared):
@@ -820,7 +820,14 @@ class _FreshBuffers:
             self._left = 0 if self._shared else self._left - 1
             self._seen = [*self._seen, parts] if self._left else []
             self._places = [*self._places, *places] if self._left else []
-        return parts.copied()
+        copy = parts.copied()
+        if parts.has_failed and self._shared and not self._told_failed:
+            self._told_failed = True
+            logger.warning(
+                "tracked: a part of a batch cannot be copied while it waits, and the loader writes"
+                " into its memory again. Read 0 or 1 batches ahead, or let `place` copy it."
+            )
+        return copy
 
 
 def _digest(batch: Any) -> str:
