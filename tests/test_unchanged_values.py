@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import json
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -300,6 +301,9 @@ def test_any_key_comes_back_where_the_target_has_it(
             state = got if isinstance(got, dict) else got.state.state
             assert repr(state["d"]) == repr(saved["d"])
         found = ckpt.restore().state["d"]
+    tree = json.loads((tmp_path / "run" / "1" / "TREE.json").read_bytes())
+    plain = ocp.PyTreeCheckpointer().restore(tmp_path / "run" / "1" / "state")
+    assert {leaf["path"][1] for leaf in tree["leaves"]} == plain["d"].keys(), "as it is stored"
     has_text = any(isinstance(key, datetime.date | np.datetime64) for key in np.ravel(keys[0]))
     assert list(found) == [str(key) if has_text else key for key in keys]
     assert [found.get(key) is not None for key in keys] == [not has_text for _ in keys]
