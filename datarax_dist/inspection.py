@@ -86,13 +86,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a root holds. `attempts` are the names of its restores that have not ended (known on the
-    primary).
+    """What a root holds. Known on the primary: `attempts`, the names of its restores that have not
+    ended; `others`, of directories that are not ours.
     """
 
     run: str | None
     candidates: Sequence[Candidate]
     attempts: Sequence[str] = ()
+    others: Sequence[str] = ()
 
     @property
     def committed(self) -> list[int]:
@@ -170,7 +171,8 @@ def inspect_run(store: Store) -> Inspection:
                 errno=None,
             )
     attempts = [name for name in names if fmt.parse_attempt_name(name) is not None]
-    return dataclasses.replace(inspection, attempts=tuple(attempts))
+    others = [name for name in names if name == "_METADATA" or _may_be_other(name)]
+    return dataclasses.replace(inspection, attempts=tuple(attempts), others=tuple(others))
 
 
 def _lasting(names: Sequence[str]) -> list[str]:
@@ -431,29 +433,34 @@ def find_foreign(store: Store, name: str) -> str:
     return f"{name}/{items[0]}" if items else name
 
 
-def others_of_orbax(store: Store) -> str:
-    """Returns what plain Orbax has in a root under names that are no steps; empty if nothing, or if
-    it cannot be read.
+def others_of_orbax(store: Store, others: Sequence[str]) -> str:
+    """Returns which of some directories, that are not ours, plain Orbax has written; empty if none,
+    or if they cannot be read.
     """
+    if "_METADATA" in others:
+        return "the root itself is one checkpoint"
     marks = {"_METADATA", "_CHECKPOINT_METADATA"}
-    found: list[str] = []
-    with contextlib.suppress(StorageError):
-        inside = store.children("")
-        if "_METADATA" in inside:
-            return "the root itself is one checkpoint"
-        names = [name[:-1] for name in inside if name.endswith("/") and not _is_known(name[:-1])]
-        for name in names[:_MOST_OTHERS]:
-            with contextlib.suppress(StorageError):
-                there = set(store.children(name))
-                if marks & there and fmt.STEP_NAME not in there:
-                    found.append(name)
+    found = []
+    for name in others[:_MOST_OTHERS]:
+        with contextlib.suppress(StorageError):
+            there = set(store.children(name[:-1]))
+            if marks & there and fmt.STEP_NAME not in there:
+                found.append(name[:-1])
     return errors.printable(", ".join(found))
 
 
-def _is_known(name: str) -> bool:
-    """Whether a name is one of ours, or of Orbax's for what it has not finished."""
-    ours = fmt.parse_step_name(name) is not None or fmt.parse_aside_name(name) is not None
-    return ours or ".orbax-checkpoint-tmp" in name
+def _may_be_other(name: str) -> bool:
+    """Whether a name in a root may be a step of somebody else's: a directory with a number in its
+    name, none of ours, and none of Orbax's for what has not ended.
+    """
+    plain = name.removesuffix("/")
+    return (
+        plain != name
+        and any(char.isdigit() for char in plain)
+        and fmt.parse_step_name(plain) is None
+        and fmt.parse_aside_name(plain) is None
+        and ".orbax-checkpoint-tmp" not in name
+    )
 
 
 def verify_files(

@@ -201,6 +201,7 @@ class Restorer:
             options.restore_timeout_seconds + options.exchange_timeout_seconds,
         )
         self._attempts: Sequence[str] = ()  # those of others, as the primary has seen them
+        self._others: Sequence[str] = ()  # directories that are not ours, as the primary has
         self._operation: Operation | None = None  # the restore that is under way
         self._refused: Mapping[str, str] = {}
         self._loads = True
@@ -279,7 +280,7 @@ class Restorer:
                     " restore() the same ones. Nothing was changed."
                 )
         inspection = mark_suspects(self._store, inspect_run(self._store), self._clock.now())
-        self._attempts = inspection.attempts
+        self._attempts, self._others = inspection.attempts, inspection.others
         self._seen(inspection)
         return inspection_to_json(inspection)
 
@@ -448,7 +449,7 @@ class Restorer:
                 files=[fmt.COMMIT_NAME],
             )
         # What saves and deletions leave that did not end is in every run whose job was killed.
-        if self._group.is_primary and (others := others_of_orbax(self._store)):
+        if self._group.is_primary and (others := others_of_orbax(self._store, self._others)):
             logger.warning(_OTHERS, self._store.root, others)
         odd = {_label(c) for c in numbered if c.state == "refused"}
         for log, names in ((logger.warning, odd), (logger.info, refused.keys() - odd)):

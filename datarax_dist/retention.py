@@ -100,15 +100,8 @@ def plan_retention(
     return sorted(set(committed) - kept)
 
 
-def tell_of_newer(store: Store, newest: int) -> None:
-    """Tells, once, that a step was saved below another one, if that is there."""
-    with contextlib.suppress(StorageError):
-        if is_committed(store, fmt.step_name(newest)):
-            _tell_of_newer(store.root, newest)
-
-
-@functools.cache
-def _tell_of_newer(root: str, newest: int) -> None:
+@functools.cache  # once
+def tell_of_newer(root: str, newest: int) -> None:
     logger.warning(
         "%s: what is saved now is below step %d, which is there. A restore goes on taking that one,"
         " and policies that keep the newest delete what is below it. To go back for good, delete"

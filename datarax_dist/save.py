@@ -572,11 +572,11 @@ class StartedSave:
             raise
         self._saver.suspects.pop(self.step, None)
         if self._group.is_primary:
-            steps = self._saver._known.steps
-            steps[self.step] = True
-            good = {*self._saver.newer, *(step for step, is_there in steps.items() if is_there)}
-            if (newest := max(good - self._saver.suspects.keys())) > self.step:
-                retention.tell_of_newer(self._store, newest)
+            self._saver._known.steps[self.step] = True
+            good = {*self._saver.newer, *(n for n, ok in self._saver._known.steps.items() if ok)}
+            newest = max(good - self._saver.suspects.keys())
+            if newest > self.step and self._keep is None:
+                retention.tell_of_newer(self._store.root, newest)
         # What retention deletes may take as long again.
         self._deadline = self._saver._clock.monotonic() + self._saver._options.save_timeout_seconds
         return self._report(decided, self._retire() if self._group.is_primary else [])
@@ -601,6 +601,8 @@ class StartedSave:
                 }
                 good = sorted(set(self._saver._known.committed(self._store, names)) - suspects)
                 steps = retention.plan_retention(good, self._keep, saved=self.step)
+                if good and good[-1] > self.step:
+                    retention.tell_of_newer(self._store.root, good[-1])
             except Exception as error:
                 told = describe(error)
                 logger.warning("retention of %s: %s. It is tried again.", self._store.root, told)

@@ -211,7 +211,7 @@ def test_a_newer_step_that_is_damaged_is_not_told(
         for step in (1, 5):
             ckpt.save(step, state=STATE).result()
     next((tmp_path / "run" / "5" / "state").glob("d/*")).unlink()
-    with dd.Checkpointer(tmp_path / "run") as ckpt:
+    with dd.Checkpointer(tmp_path / "run", keep=dd.latest(9)) as ckpt:
         assert ckpt.restore().step == 1
         caplog.clear()
         ckpt.save(2, state=STATE).result()

@@ -209,8 +209,9 @@ def _describe(store: Store, candidate: Candidate, tree: bool) -> tuple[dict[str,
             record = fmt.parse_record(store.get(f"{candidate.name}/{first}"), first)
             body["notes"] = dict(record.notes)
             key = "metadata/metadata"
-            told = fmt.parse_metadata(store.get(f"{candidate.name}/{key}"), key)
-            body["metadata"] = json.loads(json.dumps(told), parse_constant=str)  # NaN is no JSON
+            if any(file.path == key for file in files):
+                told = fmt.parse_metadata(store.get(f"{candidate.name}/{key}"), key)
+                body["metadata"] = json.loads(json.dumps(told), parse_constant=str)  # no NaN
         except (CorruptStepError, KeyError, fmt.InvalidRecordError) as error:
             damage = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         if tree:
