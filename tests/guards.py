@@ -37,7 +37,7 @@ from typing import NoReturn
 import pytest
 
 TREE = Path(__file__).parent.parent
-JOBS = 3 * (os.cpu_count() or 1)  # a removed guard often means that somebody waits
+JOBS = 4 * (os.cpu_count() or 1)  # a removed guard often means that somebody waits
 _SAMPLE = 8  # of about 300: a few seconds
 _HANGS_SECONDS = 120.0  # the slowest takes about 25
 _HANGS = "a test that does not come to an end"
@@ -45,7 +45,7 @@ _HANGS = "a test that does not come to an end"
 _SERVER = multiprocessing.get_context("forkserver")
 # Who starts a process asks all others how they ended, each of which can be asked by one thread.
 _children = threading.Lock()
-_LOADED = ["pytest", "jax", "numpy", "orbax.checkpoint", "tensorstore", "gcsfs"]
+_LOADED = ["pytest", "jax", "numpy", "orbax.checkpoint", "tensorstore", "gcsfs", "flax.nnx", "optax"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ with open(Path(__file__).with_suffix(".toml"), "rb") as _file:
     GUARDS = [Guard(**guard) for guard in tomllib.load(_file)["guard"]]
 
 
-def copied(folder: Path) -> Path:
+def prepared(folder: Path) -> Path:
+    """Returns a copy of the tree in which all that a test loads has been compiled."""
     for part in ("datarax_dist", "tests", "benchmarks", "docs", "README.md", "pyproject.toml"):
         source = TREE / part
         if source.is_dir():
@@ -75,7 +76,11 @@ def copied(folder: Path) -> Path:
     # Each guard would have it all compiled again. By content: a file without its guard may be as
     # old, to the second, and as long.
     by_content = py_compile.PycInvalidationMode.CHECKED_HASH
-    compileall.compile_dir(folder / "datarax_dist", quiet=1, invalidation_mode=by_content)
+    for part in ("datarax_dist", "tests", "benchmarks"):
+        compileall.compile_dir(folder / part, quiet=1, invalidation_mode=by_content)
+    code, told = ended(folder, ["tests", "--collect-only"])  # has pytest compile the tests its way
+    if code:
+        raise SystemExit(f"the tests cannot be collected ({code}):\n{told[-2000:]}")
     return folder
 
 
@@ -85,8 +90,10 @@ def main(wanted: list[str]) -> int:
     _SERVER.set_forkserver_preload(_LOADED)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for number in range(JOBS):
-            copies.put(copied(Path(folder) / str(number)))
+        first = prepared(Path(folder) / "0")
+        copies.put(first)
+        for number in range(1, JOBS):
+            copies.put(Path(shutil.copytree(first, Path(folder) / str(number))))
 
         def tried(guard: Guard) -> tuple[Guard, float, str]:
             copy, begin = copies.get(), time.monotonic()
@@ -142,8 +149,19 @@ def removed(copy: Path, guard: Guard) -> str:
 
 def failing(copy: Path, tests: str, without: str) -> str:
     """Returns the first of some tests that fails in a copy; empty when none does."""
+    code, told = ended(copy, shlex.split(tests))
+    if code is None:
+        return _HANGS
+    failed = [line for line in told.splitlines() if line.startswith("FAILED ")]
+    if code != len(failed):  # -x: one at the most
+        raise SystemExit(f"without {without}: {tests} did not run ({code}):\n{told[-2000:]}")
+    return failed[0].removeprefix("FAILED tests/").split(" - ")[0] if failed else ""
+
+
+def ended(copy: Path, arguments: Sequence[str]) -> tuple[int | None, str]:
+    """Runs pytest in a copy; returns how it ended, `None` where it did not, and what it printed."""
     told = copy / "told.txt"
-    process = _SERVER.Process(target=_run, args=(str(copy), shlex.split(tests), str(told)))
+    process = _SERVER.Process(target=_run, args=(str(copy), arguments, str(told)))
     with _children:
         process.start()
     multiprocessing.connection.wait([process.sentinel], _HANGS_SECONDS)
@@ -153,18 +171,13 @@ def failing(copy: Path, tests: str, without: str) -> str:
         os.killpg(process.pid or 0, signal.SIGKILL)
     with _children:
         process.join()
-    if code is None:
-        return _HANGS
-    output = told.read_text()
-    failed = [line for line in output.splitlines() if line.startswith("FAILED ")]
-    if code != len(failed):  # -x: one at the most
-        raise SystemExit(f"without {without}: {tests} did not run ({code}):\n{output[-2000:]}")
-    return failed[0].removeprefix("FAILED tests/").split(" - ")[0] if failed else ""
+    return code, told.read_text()
 
 
-def _run(copy: str, tests: Sequence[str], told: str) -> NoReturn:
+def _run(copy: str, arguments: Sequence[str], told: str) -> NoReturn:
     """In a process of its own."""
     os.setsid()
+    sys.dont_write_bytecode = False  # what is set on the machine would have all compiled each time
     os.chdir(copy)
     os.environ["PYTHONPATH"] = copy
     gc.freeze()  # what was loaded stays; pytest collects twice at its end
@@ -173,8 +186,9 @@ def _run(copy: str, tests: Sequence[str], told: str) -> NoReturn:
         os.dup2(file.fileno(), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     # A place of its own: runs beside it remove what they take for old of a common one.
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", "0", f"--basetemp={copy}/temporary"]
-    code = pytest.main([*options, *tests])
+    options = ["-q", "-x", "-n", "0", f"--basetemp={copy}/temporary"]
+    needless = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    code = pytest.main([*options, *needless, *arguments])
     sys.stdout.flush()
     os._exit(int(code))
 

@@ -119,11 +119,12 @@ def test_nodes_do_not_share_bytes(tmp_path: Path) -> None:
 
 
 def test_a_huge_node_is_not_read(tmp_path: Path, dumps: list[Any]) -> None:
-    write_database(tmp_path, LEAF, (0, 3 << 30), 0)
+    size = ocdbt._LARGEST_NODE_BYTES + 1
+    write_database(tmp_path, LEAF, (0, size), 0)
     with (tmp_path / "d" / "x").open("r+b") as file:
-        file.truncate(3 << 30)
+        file.truncate(size)
     dumps.clear()
-    with pytest.raises(ValueError, match="a node of 3221225472 bytes"):
+    with pytest.raises(ValueError, match=f"a node of {size} bytes"):
         ocdbt.read_index(str(tmp_path))
     assert dumps == [None]
 

@@ -107,6 +107,17 @@ class _Files(dict[str, bytes]):
         end = bisect.bisect_left(self._sorted, f"{prefix}0") if prefix else None  # "0" follows "/"
         return self._sorted[begin:end]
 
+    def in_directory(self, prefix: str) -> list[str]:
+        """Returns the names in a directory, sorted; those of directories end with a slash."""
+        keys, start = self._sorted, f"{prefix}/" if prefix else ""
+        names, at = [], bisect.bisect_left(keys, start)
+        while at < len(keys) and keys[at].startswith(start):
+            slash = keys[at].find("/", len(start)) + 1
+            names.append(keys[at][len(start) : slash or None])
+            past = f"{keys[at][: slash - 1]}0" if slash else ""
+            at = bisect.bisect_left(keys, past, at) if slash else at + 1
+        return sorted(names)
+
 
 _digest = functools.lru_cache(1 << 12)(fmt.digest)  # of contents that are listed again and again
 
@@ -189,10 +200,8 @@ class _MemoryFiles:
         return self.files.get(key) == data
 
     def children(self, prefix: str) -> list[str]:
-        start = len(prefix) + 1 if prefix else 0
         with self._lock:
-            parts = [key[start:].partition("/") for key in self.files.below(prefix)]
-        return sorted({name + slash for name, slash, _ in parts})
+            return self.files.in_directory(prefix)
 
     def list(self, prefix: str) -> list[Entry]:
         with self._lock:

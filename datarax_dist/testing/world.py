@@ -331,6 +331,8 @@ class World:
 
     def _arrive(self, until: float) -> None:
         """Lets requests arrive that are late."""
+        if not self._late:
+            return
         for late in [late for late in self._late if late.at <= until]:
             self._late.remove(late)
             self._have_come_late = True
