@@ -155,6 +155,8 @@ def failing(copy: Path, tests: str, without: str) -> str:
     failed = [line for line in told.splitlines() if line.startswith("FAILED ")]
     if code != len(failed):  # -x: one at the most
         raise SystemExit(f"without {without}: {tests} did not run ({code}):\n{told[-2000:]}")
+    if "NameError: name" in told or "SyntaxError: " in told:  # it fails for what `new` says
+        raise SystemExit(f"without {without}: what is left is no program:\n{told[-2000:]}")
     return failed[0].removeprefix("FAILED tests/").split(" - ")[0] if failed else ""
 
 
