@@ -178,8 +178,7 @@ class Run(Checkpointer):
         stored = codec.unpack(position.state)
         if not stored["flat"]:
             return super()._load(candidate, target.value, None, loading=loading)
-        told = stored["spec"]  # versions before this one had it as it is
-        spec = parse_tree(told) if isinstance(told, bytes) else TreeSpec.from_json(told)
+        spec = parse_tree(stored["spec"])
         tree = None if target.value is None else state_tree(target.value)
         form = Form(spec, tree, is_own=is_checkpointable(target.value))
         left = form.left
