@@ -45,7 +45,7 @@ _HANGS = "a test that does not come to an end"
 _SERVER = multiprocessing.get_context("forkserver")
 # Who starts a process asks all others how they ended, each of which can be asked by one thread.
 _children = threading.Lock()
-_LOADED = ["pytest", "jax", "numpy", "orbax.checkpoint", "tensorstore", "gcsfs", "flax.nnx", "optax"]
+_LOADED = ["pytest", "jax", "orbax.checkpoint", "tensorstore", "gcsfs", "flax.nnx", "optax"]
 
 
 @dataclass(frozen=True)
