@@ -54,7 +54,7 @@ __all__ = [
 
 logger = logging.getLogger("datarax_dist")
 
-_LOCAL = "local"
+_LOCAL = "_OrbaxCheckpointHandler"  # as nobody calls a loader
 _UNVERSIONED = "checkpoint"
 _MOST_RUNS = 8  # that a handler keeps open when no save goes on behind it
 

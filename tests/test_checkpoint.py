@@ -174,6 +174,15 @@ def test_a_state_of_ones_own_may_be_nothing_and_may_be_deep(tmp_path: Path, dept
         assert handler.restore(tmp_path, targets.Thing([1])).state == state
 
 
+def test_a_step_with_the_position_of_any_loader_is_one_of_the_handler(tmp_path: Path) -> None:
+    names = ("local", "data", "state", "handler", "checkpoint")
+    data = {name: Pipeline() for name in names}
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"w": np.ones(3)}, data=data).result()
+    restored = OrbaxCheckpointHandler().restore(tmp_path / "run", {"w": np.zeros(3)})
+    assert restored["w"].tolist() == [1, 1, 1]
+
+
 def test_close_ends_every_directory_and_raises_the_first_failure(tmp_path: Path) -> None:
     handler = OrbaxCheckpointHandler(async_checkpointing=True)
     handler.save(tmp_path / "a", {"x": np.ones(3)}, step=1)
