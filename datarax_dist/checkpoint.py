@@ -226,7 +226,7 @@ def _digest_of_shared(leaves: Mapping[str, Any], wanted: Sequence[tuple[Any, Any
 
 def _pack(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray):
-        return np.asarray(leaf)  # of a class of its own, maybe
+        return np.asarray(leaf)  # a memory map, maybe
     if trees.is_key(leaf) or not isinstance(leaf, jax.Array):
         return leaf
     return {"__jax__": np.asarray(leaf)}
@@ -237,8 +237,7 @@ def _unpack(value: Any, spec: LeafSpec, goal: Any) -> Any:
         value = value["__jax__"]
         if goal is None or isinstance(goal, jax.Array | jax.ShapeDtypeStruct):
             trees.refuse_to_cut(spec)
-        if goal is None:
-            return jax.device_put(value)
+        value = jax.device_put(value) if goal is None else value
     return trees.finish_leaf(spec, value, goal)
 
 

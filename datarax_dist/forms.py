@@ -8,6 +8,7 @@ containers are that have the same in them.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from datarax_dist import codec, trees
+from datarax_dist import codec, errors, trees
 from datarax_dist.specs import LeafSpec, TreeSpec, as_dict
 
 __all__ = ["Form"]
+
+logger = logging.getLogger("datarax_dist")
 
 
 class Form:
@@ -64,10 +67,13 @@ class Form:
             return self._spec.build(leaves)
         if not self.is_own:
             return jax.tree.unflatten(jax.tree.structure(self._target), leaves)
-        spec = self._spec
+        spec, lost = self._spec, set[str]()
         if not spec.is_foreign:
             leaves = [_kept(leaf, value) for leaf, value in zip(spec.leaves, leaves, strict=True)]
-        return _built(spec.structure, self._target, leaves, spec.is_foreign)
+        built = _built(spec.structure, self._target, leaves, spec.is_foreign, lost)
+        if lost:
+            logger.warning(_LOST, errors.printable(", ".join(sorted(lost))))
+        return built
 
 
 def _goal(leaf: LeafSpec, fresh: Any, is_foreign: bool) -> Any:
@@ -90,10 +96,17 @@ def _kept(leaf: LeafSpec, value: Any) -> Any:
     """Returns an array of JAX as one, if JAX would not cut it."""
     if leaf.kind != "jax" or isinstance(value, jax.Array) or trees.would_be_cut(leaf):
         return value
-    return jax.numpy.asarray(value, leaf.dtype)
+    return trees.as_weak(leaf, jax.numpy.asarray(value, leaf.dtype))
 
 
-def _built(saved: Any, fresh: Any, leaves: Sequence[Any], is_foreign: bool) -> Any:
+_LOST = (
+    "An object's state had containers of classes that a fresh one does not have there, or not with"
+    " the same in them: %s. They come back as dicts. Let the object make them, before it is"
+    " restored or in set_state."
+)
+
+
+def _built(saved: Any, fresh: Any, leaves: Sequence[Any], is_foreign: bool, lost: set[str]) -> Any:
     if isinstance(saved, int):
         return leaves[saved]
     [tag] = saved.keys() - {"children"}
@@ -109,7 +122,7 @@ def _built(saved: Any, fresh: Any, leaves: Sequence[Any], is_foreign: bool) -> A
     names, own = [str(key) for key in keys], trees.children_of(fresh)
     has = dict(own or ())
     made = [
-        _built(child, has.get(name), leaves, is_foreign)
+        _built(child, has.get(name), leaves, is_foreign, lost)
         for name, child in zip(names, children, strict=True)
     ]
     if is_foreign:  # Orbax has lists, dicts and None in the place of tuples and classes
@@ -125,6 +138,7 @@ def _built(saved: Any, fresh: Any, leaves: Sequence[Any], is_foreign: bool) -> A
         return None
     if tag in ("list", "tuple"):
         return made if tag == "list" else tuple(made)
+    lost.add(saved["node"])
     return dict(zip(keys, made, strict=True))
 
 

@@ -36,6 +36,7 @@ class LeafSpec:
         shape, dtype: of the array as the user sees it; a key's dtype is its impl.
         value: the value of an inline leaf, encoded.
         local: a `jax.Array` of one host, stored once because it is equal on all.
+        weak: a `jax.Array` whose dtype gives way to that of others, as `jnp.asarray(0.1)` has it.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class LeafSpec:
     dtype: str = ""
     value: Any = None
     local: bool = False
+    weak: bool = False
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ class TreeSpec:
                     "dtype": leaf.dtype,
                     "value": leaf.value,
                     "local": leaf.local,
+                    **({"weak": True} if leaf.weak else {}),
                 }
                 for leaf in self.leaves
             ],
@@ -143,7 +146,8 @@ def _parse_leaf(row: Any) -> LeafSpec:
         raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: a leaf without a path")
     leaf = LeafSpec(tuple(parts), str(row.get("kind"))[:20], value=row.get("value"))
     wrong = fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {leaf.name[:200]!r} is no leaf of ours")
-    if leaf.kind not in _KINDS or not isinstance(row.get("local"), bool):
+    weak = row.get("weak", False)
+    if leaf.kind not in _KINDS or type(row.get("local")) is not bool or type(weak) is not bool:
         raise wrong
     if not isinstance(shape, list) or len(shape) > 64 or not isinstance(dtype, str):
         raise wrong
@@ -164,7 +168,7 @@ def _parse_leaf(row: Any) -> LeafSpec:
             raise wrong from None
         if type(value).__name__ != leaf.kind:
             raise wrong
-    return LeafSpec(leaf.path, leaf.kind, tuple(shape), dtype, leaf.value, row["local"])
+    return LeafSpec(leaf.path, leaf.kind, tuple(shape), dtype, leaf.value, row["local"], weak)
 
 
 def _is_dtype(name: str) -> bool:

@@ -32,12 +32,14 @@ def _is_nnx(value: Any) -> bool:
 
 
 def state_tree(state: Any) -> Any:
-    """Returns the tree of a state; NNX modules, anywhere in it, become dicts of arrays.
+    """Returns the tree of a state; NNX modules, anywhere in it, become dicts of arrays. A module
+    that has `get_state` and `set_state`, and is not in a tree, is asked as any object is: it may
+    have a position that is in no variable.
 
     Raises:
         UnsupportedLeafError: it is nested deeper than JAX can walk.
     """
-    if not _is_nnx(state) and is_checkpointable(state):
+    if is_checkpointable(state):
         return state.get_state()
     if _nnx() is None:
         return state
@@ -72,7 +74,7 @@ def apply_state(target: Any, tree: Any) -> Any:
     """
     if target is None or (_nnx() is None and not is_checkpointable(target)):
         return tree
-    if not _is_nnx(target) and is_checkpointable(target):
+    if is_checkpointable(target):
         target.set_state(tree)
         return target
     return jax.tree.map(

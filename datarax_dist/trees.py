@@ -54,6 +54,7 @@ _UNSTORABLE = (
 )
 _OF_64_BITS = ("int64", "uint64", "float64", "complex128")
 _MOST_DEPTH = 200  # Python's and JAX's stacks end at a few hundred
+_MOST_DIMENSIONS = 32  # of TensorStore
 _MOST_NAME_BYTES = (1 << 16) - 1  # TensorStore's limit, of an array's name and what is added to it
 
 
@@ -210,7 +211,13 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             )
         local = hosts > 1 and leaf.is_fully_addressable
         if is_key(leaf):
-            impl = str(jax.random.key_impl(leaf))
+            impl = jax.random.key_impl(leaf)
+            if not isinstance(impl, str):
+                raise UnsupportedLeafError(
+                    f"{name}: JAX finds the implementation of this PRNG key, {impl!r}, by no name."
+                    " Save jax.random.key_data(key), and wrap what is restored.",
+                    path=name,
+                )
             if not local and leaf.size:
                 return LeafSpec(path, "key", leaf.shape, impl), leaf, None
             if not leaf.size:  # it may be one of all hosts, whose numbers no host has
@@ -222,17 +229,23 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             data = np.asarray(jax.random.key_data(leaf))
             return LeafSpec(path, "key_data", leaf.shape, impl, local=True), data, data.tobytes()
         if not leaf.size:
-            spec = LeafSpec(path, "empty", leaf.shape, dtype, "jax", local)
+            spec = LeafSpec(path, "empty", leaf.shape, dtype, "jax", local, leaf.weak_type)
             return spec, _placeholder(leaf.dtype, leaf.shape), None
         if local:
             data = np.asarray(leaf)
             return (
-                LeafSpec(path, "jax", leaf.shape, dtype, local=True),
+                LeafSpec(path, "jax", leaf.shape, dtype, local=True, weak=leaf.weak_type),
                 data,
                 data.tobytes(),
             )
-        return LeafSpec(path, "jax", leaf.shape, dtype), leaf, None
+        return LeafSpec(path, "jax", leaf.shape, dtype, weak=leaf.weak_type), leaf, None
     if isinstance(leaf, np.ndarray | np.generic):
+        if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
+            raise UnsupportedLeafError(
+                f"{name}: a {type(leaf).__module__}.{type(leaf).__qualname__} would come back as a"
+                " plain numpy array. Save np.asarray(it), and what else it has beside it.",
+                path=name,
+            )
         if not is_storable(leaf.dtype):
             raise UnsupportedLeafError(
                 f"{name}: a numpy array of dtype {leaf.dtype} cannot be saved. Convert it to"
@@ -241,6 +254,12 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             )
         kind = "numpy" if isinstance(leaf, np.ndarray) else "scalar"
         array = np.asarray(leaf)
+        if array.ndim > _MOST_DIMENSIONS:
+            raise UnsupportedLeafError(
+                f"{name}: an array of {array.ndim} dimensions; TensorStore has"
+                f" {_MOST_DIMENSIONS} at most. Reshape it.",
+                path=name,
+            )
         if not array.size:
             return (
                 LeafSpec(path, "empty", array.shape, str(array.dtype), "numpy"),
@@ -255,7 +274,7 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             raise UnsupportedLeafError(f"{name}: {error}", path=name) from None
         given: Any = leaf
         if type(leaf) is bytes:
-            given = np.frombuffer(leaf, np.uint8).copy() if leaf else ""
+            given = _bytes_array(leaf) if leaf else ""
         elif (type(leaf) is int and not -(1 << 31) <= leaf < 1 << 31) or type(leaf) is complex:
             given = str(leaf)  # Orbax's own scalars would be cut to 32 bits without x64
         return LeafSpec(path, type(leaf).__name__, value=value), given, fmt.dumps(value)
@@ -265,6 +284,10 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
         " in containers that JAX knows. A loader with get_state/set_state goes to `data`.",
         path=name,
     )
+
+
+def _bytes_array(data: bytes) -> np.ndarray[Any, Any]:
+    return np.frombuffer(data, np.uint8).copy()
 
 
 def _placeholder(dtype: Any, shape: Sequence[int]) -> str:
@@ -291,6 +314,9 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
                     " checkpoint. Rename one of them.",
                     path=spec.name,
                 )
+        if isinstance(value, str) and ("~" in name or "/" in name):
+            # Orbax has all texts in one file, where it would take these names for places.
+            value = _bytes_array(value.encode(errors="surrogatepass") or b"\0")
         specs.append(spec)
         given.append(value)
         if common is not None and hosts > 1:
@@ -422,7 +448,10 @@ def match(spec: TreeSpec, target: Any) -> list[tuple[LeafSpec, Any]]:
         return pairs
     unexpected = sorted(leaf.name for leaf in spec.leaves if leaf.path not in wanted)
     lines = [f"  ! {name}: {reason}" for name, reason in changed.items()]
-    lines += [f"  + {name}: in the target, not in the step" for name in missing]
+    lines += [
+        f"  + {name}: in the target, not in the step" if name else "  + the target is one leaf"
+        for name in missing
+    ]
     # What is missing may be there by another name. Else it is no error that the step has more.
     more = [f"  - {name}: in the step, not in the target" for name in unexpected]
     shown = _shortened(lines, 50) + (_shortened(more, 10) if missing else [])
@@ -517,7 +546,8 @@ def _exact(saved: LeafSpec, kind: Callable[[Any], Any]) -> bool:
         return False
     if isinstance(value, float | complex):
         is_alike = held.dtype.kind == "c" if isinstance(value, complex) else is_float
-        return is_alike and cmath.isfinite(complex(held)) == cmath.isfinite(value)
+        kinds = [(cmath.isfinite(x), cmath.isnan(x)) for x in (complex(held), value)]
+        return is_alike and kinds[0] == kinds[1]
     # By Python, which compares as they are: numpy would have the value cut, too.
     return bool((float(held) if is_float else held.item()) == value)
 
@@ -542,7 +572,18 @@ def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
         value = _as_saved(spec, value)
     except (TypeError, ValueError) as error:
         raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {spec.name}: {error}") from error
-    return bound_like(target, _as_wanted(spec, value, target))
+    return as_weak(spec, bound_like(target, _as_wanted(spec, value, target)))
+
+
+def as_weak(spec: LeafSpec, array: Any) -> Any:
+    """Returns an array with a dtype as weak as it was, whatever the target's: what is computed
+    after a restore has the dtypes that it would have had. JAX has no public way that computes
+    nothing: one of all hosts.
+    """
+    if not spec.weak or getattr(array, "weak_type", True):
+        return array
+    aval = array.aval.update(weak_type=True)
+    return ArrayImpl(aval, array.sharding, array._arrays, committed=array.committed)
 
 
 def bound_like(target: Any, value: Any) -> Any:
@@ -588,7 +629,7 @@ def _as_wanted(spec: LeafSpec, value: Any, target: Any) -> Any:
     if spec.kind == "empty" and is_key(value):
         return value
     sharding = getattr(target, "sharding", None)
-    if spec.kind == "empty" and sharding is not None and not sharding.is_fully_addressable:
+    if spec.kind == "empty" and sharding is not None:
         return placed(np.asarray(value), sharding)
     if target is None or isinstance(target, jax.Array | jax.ShapeDtypeStruct):
         if isinstance(target, jax.ShapeDtypeStruct | jax.Array) and not isinstance(

@@ -113,6 +113,8 @@ def test_what_differs_is_told_before_what_is_only_not_asked_for(tmp_path: Path) 
         assert lines[1] == "  - n0: in the step, not in the target"
         assert lines[-2] == "  ... and 290 more"
         assert len(raised.value.unexpected) == 300
+        with pytest.raises(errors.StructureMismatchError, match=r"\n  \+ the target is one leaf\n"):
+            ckpt.restore(state=np.ones(1))
 
 
 def test_hosts_with_other_states_are_told_how_to_compare_them() -> None:

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from jax.extend.random import define_prng_impl
 from targets import Thing
 
 import datarax_dist as dd
@@ -66,6 +67,7 @@ def test_64_bits_are_not_cut_for_an_abstract_target(
         (1000.0, "float8_e4m3fn"),
         (-0.5, "float8_e8m0fnu"),
         (1e300j, "complex64"),
+        (float("inf"), "float8_e4m3fn"),
     ],
 )
 def test_a_number_is_not_put_where_it_does_not_fit(tmp_path: Path, value: Any, dtype: str) -> None:
@@ -230,6 +232,143 @@ def test_an_nnx_module_may_be_in_a_state_of_ones_own(tmp_path: Path, with_handle
     assert isinstance(fresh.state["m"], Module)
     assert dd.tree_digest(fresh.state) == dd.tree_digest(thing.state)
     assert jax.tree.structure(fresh.state["s"]) == jax.tree.structure(thing.state["s"])
+
+
+class Sampler(nnx.Module):
+    """Its position is in no variable."""
+
+    def __init__(self) -> None:
+        self.scale, self.position = nnx.Param(jnp.ones(2)), 0
+
+    def get_state(self) -> dict[str, Any]:
+        return {"weights": self.scale[...], "at": self.position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.scale[...], self.position = state["weights"], state["at"]
+
+
+@pytest.mark.parametrize("with_handler", [False, True])
+def test_an_nnx_module_that_gives_its_state_is_asked_for_it(
+    tmp_path: Path, with_handler: bool
+) -> None:
+    used, fresh = Sampler(), Sampler()
+    used.position, used.scale[...] = 500, jnp.full(2, 3.0)
+    if with_handler:
+        with OrbaxCheckpointHandler() as handler:
+            handler.save(tmp_path / "run", used, step=1)
+            assert handler.restore(tmp_path / "run", fresh) is fresh
+    else:
+        with dd.Checkpointer(tmp_path / "run") as ckpt:
+            ckpt.save(1, state=used).result()
+            assert ckpt.restore(state=fresh).state is fresh
+    assert (fresh.position, fresh.scale[...].tolist()) == (500, [3, 3])
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_what_is_computed_after_a_restore_has_the_dtypes_that_it_would_have_had(
+    tmp_path: Path, compression: Any
+) -> None:
+    """The dtype of a weak array gives way to that of others."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    shardings = [
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("x",))
+    ]
+    state: dict[str, Any] = {
+        "rate": jnp.asarray(0.1),
+        "none": jnp.full((0, 2), 1.0),
+        "strong": jnp.float32(0.1),
+        **{str(n): jax.device_put(jnp.full(4, 7.0), place) for n, place in enumerate(shardings)},
+        "w": jnp.ones(4, jnp.bfloat16),
+    }
+    plain = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    with dd.Checkpointer(tmp_path / "run", options=dd.Options(compression=compression)) as ckpt:
+        ckpt.save(1, state=state).result()
+        for target in (state, plain, None, Thing(plain), Thing({**plain, "rate": 0.0})):
+            got = ckpt.restore(state=target).state
+            got = got.state if isinstance(got, Thing) else got
+            assert {name: leaf.weak_type for name, leaf in got.items()} == {
+                name: leaf.weak_type for name, leaf in state.items()
+            }
+            assert dd.tree_digest(got) == dd.tree_digest(state)
+            assert (got["w"] * got["rate"]).dtype == jnp.bfloat16
+            assert (got["0"] + 1).tolist() == [8] * 4
+        got = ckpt.restore(state=state).state
+        assert [got[name].sharding for name in "01"] == shardings
+        shards = [(shard.device, shard.data.tolist()) for shard in got["1"].addressable_shards]
+        assert shards == [(device, [7, 7]) for device in jax.devices()[:2]]
+
+
+def test_an_array_of_no_numbers_is_where_the_target_has_it(tmp_path: Path) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"a": jnp.zeros((0, 4))}).result()
+        restored = ckpt.restore(state={"a": jax.device_put(jnp.zeros((0, 4)), split)})
+        assert restored.state["a"].sharding == split
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("value", ["text", "", b"", b"x", 2**40, 1j, np.zeros((0, 2))], ids=repr)
+def test_a_value_without_an_array_may_have_any_name(
+    tmp_path: Path, value: Any, compression: Any
+) -> None:
+    """Orbax has all texts in one file, by their places in it."""
+    state = {"mlp/~/linear": {"b": value}, "n~": value, "a": value, "a/b": value, "a/b/c": value}
+    with dd.Checkpointer(tmp_path / "run", options=dd.Options(compression=compression)) as ckpt:
+        ckpt.save(1, state=state).result()
+        for target in (state, None):
+            got = ckpt.restore(state=target).state
+            assert dd.tree_digest(got) == dd.tree_digest(state)
+            assert type(got["a/b"]) is type(value)
+
+
+class Quantity(np.ndarray):  # type: ignore[type-arg]
+    """Of which numpy keeps no unit."""
+
+
+@pytest.mark.parametrize(
+    ("leaf", "told"),
+    [
+        (np.ones(2).view(Quantity), r"a \S*Quantity would come back as a plain numpy array"),
+        (np.zeros((1,) * 40), "an array of 40 dimensions; TensorStore has 32 at most"),
+        (
+            jax.random.key(
+                0,
+                impl=define_prng_impl(
+                    key_shape=(2,),
+                    seed=lambda seed: jnp.zeros(2, np.uint32),
+                    split=lambda key, shape: jnp.zeros((*shape, 2), np.uint32),
+                    random_bits=lambda key, width, shape: jnp.zeros(shape, np.uint32),
+                    fold_in=lambda key, data: key,
+                    name="mine",
+                    tag="mn",
+                ),
+            ),
+            "finds the implementation of this PRNG key",
+        ),
+    ],
+    ids=["class", "40 dimensions", "key"],
+)
+def test_what_would_come_back_as_something_else_is_not_saved(
+    tmp_path: Path, leaf: Any, told: str
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(UnsupportedLeafError, match=f"^a/b: .*{told}"):
+            ckpt.save(1, state={"a": {"b": leaf}})
+        assert ckpt.latest_step() is None
+
+
+def test_a_class_that_a_fresh_object_does_not_have_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = optax.adam(0.1).init({"w": jnp.zeros(2)})
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=Thing({"opt": optimizer})).result()
+        ckpt.restore(state=Thing({"opt": optimizer}))
+        assert "come back as dicts" not in caplog.text
+        got = ckpt.restore(state=Thing({"opt": None})).state.state
+    assert got["opt"][0].keys() == {"count", "mu", "nu"}
+    assert "ScaleByAdamState" in caplog.text and "come back as dicts" in caplog.text
 
 
 def test_keys_of_one_text_are_told_before_anything_is_written(tmp_path: Path) -> None:
@@ -403,13 +542,19 @@ def own(root: str) -> list[Any]:
         *("int2", "int4", "float4_e2m1fn", "float8_e4m3fnuz", "float8_e5m2fnuz"),
         *("float8_e8m0fnu", "float8_e3m4", "float8_e4m3b11fnuz", "bfloat16"),
     ]
-    arrays = {name: np.ones(3, name) for name in extended} | {"matrix": np.matrix([[1, host]])}
+    arrays = {name: np.ones(3, name) for name in extended}
     with OrbaxCheckpointHandler() as handler:
         handler.save(f"{root}/numbers", numbers, step=1)
         for name, target in targets.items():
             restored = handler.restore(f"{root}/numbers", dict.fromkeys(numbers, target))
             kinds = [type(value).__name__ for value in restored.values()]
             found.append((name, kinds, [int(value) - host for value in restored.values()]))
+        weak = {"a": jnp.asarray(0.5 + host), "b": jnp.zeros(()), "c": jnp.full((0, 2), 1.0)}
+        handler.save(f"{root}/weak", weak, step=1)
+        for target in (None, weak, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), weak)):
+            restored = handler.restore(f"{root}/weak", target)
+            kinds = [f"{value.weak_type}" for value in restored.values()]
+            found.append(("weak", kinds, kinds == ["True", "False", "True"]))
         handler.save(f"{root}/arrays", arrays, step=1)
         restored = handler.restore(f"{root}/arrays", arrays)
         for name, value in arrays.items():
