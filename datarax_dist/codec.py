@@ -339,7 +339,9 @@ def check_keys(keys: Iterable[Any]) -> None:
 
 def _decode_shape(shape: Any, size: int, itemsize: int) -> tuple[int, ...]:
     """Returns a shape when it is one of `size` bytes: no more memory than what was read."""
-    if not isinstance(shape, list) or len(shape) > 64:
+    # All numbers, before they are multiplied: a text times a number is a text as long as that says.
+    is_list = isinstance(shape, list) and len(shape) <= 64
+    if not is_list or any(type(n) is not int or n < 0 for n in shape):
         raise DecodeError("no shape")
     if math.prod(shape) * itemsize != size:
         raise DecodeError(f"{size} bytes for the shape {str(shape)[:80]}")

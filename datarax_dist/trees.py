@@ -314,13 +314,16 @@ def plan_state(state: Any, hosts: int) -> StatePlan:
                     " checkpoint. Rename one of them.",
                     path=spec.name,
                 )
-        if isinstance(value, str) and ("~" in name or "/" in name):
-            # Orbax has all texts in one file, where it would take these names for places.
-            value = _bytes_array(value.encode(errors="surrogatepass") or b"\0")
         specs.append(spec)
         given.append(value)
         if common is not None and hosts > 1:
             digests[number] = fmt.crc_text(fmt.crc32c(spec.kind.encode() + common))
+    texts = {".".join(s.path): n for n, s in enumerate(specs) if isinstance(given[n], str)}
+    for name, number in texts.items():
+        # Orbax has all texts in one file, where it takes a name for a place: none is in another.
+        above = itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
+        if "~" in name or any(text in texts for text in above):
+            given[number] = _bytes_array(given[number].encode(errors="surrogatepass") or b"\0")
     whole = TreeSpec(_structure(state), specs)
     return StatePlan(whole, whole.for_orbax(given), digests)
 

@@ -134,6 +134,13 @@ def test_any_field_may_be_any_value_under_a_right_checksum(name: str, data: st.D
     without_memory(lambda: attack(parser, written), 32 << 20)
 
 
+@pytest.mark.parametrize("shape", [[4_000_000, "00"], ["00", 4_000_000], [4_000_000, [1, 2]]])
+def test_a_shape_is_of_numbers_before_they_are_multiplied(shape: Any) -> None:
+    value = {"$array": {"dtype": "<f4", "shape": shape, "data": "AAAAAA=="}}
+    written = json.dumps(value).encode()
+    assert not without_memory(lambda: attack(PARSERS["value"], written), 1 << 20)
+
+
 def wrapped(body: str) -> bytes:
     """Returns JSON text with the checksum of just that text, canonical or not."""
     crc = fmt.crc_text(fmt.crc32c(body.encode(errors="surrogatepass")))

@@ -313,7 +313,8 @@ def test_a_value_without_an_array_may_have_any_name(
     tmp_path: Path, value: Any, compression: Any
 ) -> None:
     """Orbax has all texts in one file, by their places in it."""
-    state = {"mlp/~/linear": {"b": value}, "n~": value, "a": value, "a/b": value, "a/b/c": value}
+    names = ("n~", "a", "a/b", "a/b/c", "d/0", "d/-", "e//f", "/g", "-", "0")
+    state = {"mlp/~/linear": {"b": value}, **dict.fromkeys(names, value)}
     with dd.Checkpointer(tmp_path / "run", options=dd.Options(compression=compression)) as ckpt:
         ckpt.save(1, state=state).result()
         for target in (state, None):
