@@ -414,6 +414,47 @@ def test_what_is_written_once_is_handed_out_as_it_is() -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, found, made))
 
 
+class Prefixed(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(f"x_{key}", value)
+
+
+class Lower(collections.OrderedDict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key.lower(), value)
+
+
+class Doubled(list[Any]):
+    def append(self, item: Any) -> None:
+        super().extend([item, item])
+
+    def extend(self, items: Iterable[Any]) -> None:
+        for item in items:
+            self.append(item)
+
+
+def ordered(kind: Any, *items: tuple[str, Any]) -> Any:
+    found = kind()
+    for key, item in items:
+        (collections.OrderedDict if kind is Lower else dict).__setitem__(found, key, item)
+    if kind is Lower:
+        found.move_to_end(items[0][0])
+    return found
+
+
+@pytest.mark.parametrize("item", [1, "text", (1, 2)])
+def test_a_copy_holds_the_same_whatever_its_class_does_with_what_it_is_given(item: Any) -> None:
+    made = [
+        *(ordered(kind, ("A", item), ("x_b", item)) for kind in (Prefixed, Lower, dict)),
+        Doubled([item, item]),
+        collections.Counter({"a": 2}),
+        collections.OrderedDict(b=item, a=item),
+    ]
+    for copy, before in zip(tracked(Plain(made), len(made)), made, strict=True):
+        assert copy is not before and type(copy) is type(before)
+        assert (list(copy), repr(copy)) == (list(before), repr(before))
+
+
 @dataclasses.dataclass
 class Linked:
     x: Any

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -344,8 +345,10 @@ def _looked_into(part: Any) -> _Opened:
     found.attributes = None if kind in _WITHOUT_ATTRIBUTES else _Attributes(part)
     # By the methods of the builtin class: those of a subclass may refuse, or hold something else.
     if isinstance(part, dict):
-        keys, found.items = list(dict.keys(part)), list(dict.values(part))
-        found.fill = lambda twin, items: dict.update(twin, zip(keys, items, strict=True))
+        base = collections.OrderedDict if isinstance(part, collections.OrderedDict) else dict
+        keys = list(base.keys(part))
+        found.items = [dict.__getitem__(part, key) for key in keys]
+        found.fill = functools.partial(_fill_dict, base, keys)
     elif isinstance(part, list):
         found.items = list.copy(part)
         found.fill = lambda twin, items: list.__setitem__(twin, slice(None), items)
@@ -373,9 +376,16 @@ def _looked_into(part: Any) -> _Opened:
         if len(found.items) == 1 and found.items[0] is part:  # no node that JAX knows
             return _Opened(part)
         found.make = lambda items: jax.tree.unflatten(structure, items)
-    if found.fill is not None and set(map(type, found.items)) <= _PLAIN:
+    is_shallow = found.fill is not None and kind in _WITHOUT_ATTRIBUTES
+    if is_shallow and set(map(type, found.items)) <= _PLAIN:
         found.items, found.fill = [], None  # texts, numbers: they are in the copy
     return found
+
+
+def _fill_dict(base: type[dict[Any, Any]], keys: list[Any], twin: Any, items: list[Any]) -> None:
+    base.clear(twin)  # what is in it was put there by a method of its class
+    for key, item in zip(keys, items, strict=True):
+        base.__setitem__(twin, key, item)
 
 
 def _fill_array(array: np.ndarray[Any, Any], items: list[Any]) -> None:
