@@ -88,6 +88,65 @@ def test_batches_that_do_not_fit_together_are_named(make: Any, words: str) -> No
         next(shards(lambda s, n: replay(lambda: iter([make(s)])), 2))
 
 
+def mixed_keys(k: int) -> Any:
+    return {"x": np.full(2, k), 0: np.full(2, k)}
+
+
+def nested(levels: int, k: int) -> Any:
+    return functools.reduce(lambda inner, _: {"in": inner}, range(levels), np.full(2, k))
+
+
+def holds_itself(k: int) -> Any:
+    found = {"x": np.full(2, k)}
+    found["me"] = found  # type: ignore[assignment]
+    return found
+
+
+class Refusing:
+    """A node that JAX cannot look into."""
+
+
+def _refuse(_: Any) -> Any:
+    raise RuntimeError("not now")
+
+
+jax.tree_util.register_pytree_node(Refusing, _refuse, _refuse)
+UNSEEN: dict[str, Callable[[int], Any]] = {
+    "keys": mixed_keys,
+    "nested": functools.partial(nested, 300),
+    "bottomless": functools.partial(nested, 3000),  # JAX would leave a stack that stays full
+    "ring": holds_itself,
+    "node": lambda _: [Refusing()],
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_replay_takes_batches_that_jax_cannot_look_into(kind: str) -> None:
+    made = [UNSEEN[kind](k) for k in range(3)]
+    found = replay(lambda: iter(made))
+    assert all(mine is theirs for mine, theirs in zip(found, made, strict=True))
+    again = replay(lambda: iter(made))
+    again.set_state({"batches": 2, "last": found.get_state()["last"]})
+    assert next(again) is made[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("keys", "keys of a dict must have an order"),
+        ("nested", "too deep"),
+        ("bottomless", "too deep"),
+        ("ring", "holds itself"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_shards_say_what_is_wrong_with_batches_whose_rows_jax_cannot_find(
+    kind: str, words: str, count: int
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        next(shards(lambda s, n: Plain(map(UNSEEN[kind], range(3))), count))
+
+
 def test_a_second_epoch_over_the_same_iterator_is_not_silently_empty() -> None:
     for loader in (shards(loaders.Stream, 4), tracked([np.ones(1)], 0)):
         assert len(list(loader)) > 0

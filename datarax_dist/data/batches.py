@@ -18,7 +18,12 @@ from typing import Any
 import numpy as np
 
 from datarax_dist import codec
-from datarax_dist.errors import InvalidArgumentError, PositionError
+from datarax_dist.errors import (
+    InvalidArgumentError,
+    PositionError,
+    UnsupportedLeafError,
+    describe,
+)
 
 __all__ = ["Parts", "join", "leaves_with_names", "overlap", "rows_of"]
 
@@ -26,16 +31,36 @@ __all__ = ["Parts", "join", "leaves_with_names", "overlap", "rows_of"]
 def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
     import jax
 
+    from datarax_dist.trees import check_depth
+
+    def is_leaf(part: Any) -> bool:
+        return isinstance(part, list)
+
     whole = isinstance(batch, list) and bool(batch) and all(hasattr(x, "shape") for x in batch)
-    found, structure = jax.tree_util.tree_flatten_with_path(
-        tuple(batch) if whole else batch, is_leaf=lambda part: isinstance(part, list)
-    )
+    batch = tuple(batch) if whole else batch
+    try:
+        check_depth(batch, is_leaf)
+        found, structure = jax.tree_util.tree_flatten_with_path(batch, is_leaf=is_leaf)
+    except UnsupportedLeafError:
+        raise InvalidArgumentError(
+            "A batch is nested too deep for its rows to be found, or holds itself. Let it be a few"
+            " dicts and tuples of arrays and lists."
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise InvalidArgumentError(
+            "The rows of a batch cannot be found, as JAX cannot look into it"
+            f" ({describe(error)}). The keys of a dict must have an order: let all be texts."
+        ) from None
     named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in found]
     return named, structure
 
 
 def leaves_with_names(batch: Any) -> list[tuple[str, Any]]:
-    """Returns the leaves of a batch with their places, `a.b`; a list is one leaf."""
+    """Returns the leaves of a batch with their places, `a.b`; a list is one leaf.
+
+    Raises:
+        InvalidArgumentError: JAX cannot look into it.
+    """
     return _flatten(batch)[0]
 
 

@@ -831,12 +831,19 @@ class _FreshBuffers:
 
 
 def _digest(batch: Any) -> str:
-    """Returns a digest of a batch; an empty one when it has anything but arrays and numbers."""
+    """Returns a digest of a batch; an empty one when it has anything but arrays and numbers, or
+    JAX cannot look into it.
+    """
     import jax
 
+    from datarax_dist.trees import check_depth
+
     try:
+        check_depth(batch)
         leaves = [codec.pack(leaf) for leaf in jax.tree.leaves(batch)]
-    except codec.EncodeError:
+    except MemoryError:  # with a digest or without one, as the moment has it
+        raise
+    except Exception:  # of a class of the user's, any
         return ""
     crc = 0
     for leaf in leaves:
