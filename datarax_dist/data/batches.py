@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,6 +171,7 @@ def check_rows(parts: dict[int, Any], expected: int | None, limit_hint: str) -> 
 # What a batch holds that its loader may write again: a batch that waits is copied then.
 
 MOST_PARTS = 10_000  # of a batch that are looked at; more are taken as they are
+MOST_WATCHED = 50  # of one that is not copied, which costs time for each batch
 MOST_DEPTH = 50
 # No `np.void`: a row of a structured array is a view of it.
 _SCALARS = (str, bytes, int, float, complex, np.number, np.bool_, np.datetime64, type(None))
@@ -178,16 +179,22 @@ _PLAIN = {str, bytes, int, float, bool, type(None)}
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, np.ndarray)
 _NOWHERE = (0, 0)
 _EVERYWHERE = (0, 1 << 64)
+_SAMPLES = 512  # of an array: about a microsecond
 
 
-def overlap(mine: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
-    """Returns whether a place in memory is in both."""
-    furthest = [0, 0]
-    ranges = [(*place, 0) for place in mine] + [(*place, 1) for place in others]
-    for begin, end, side in sorted(ranges):
-        if begin < furthest[1 - side]:
+def overlap(groups: Iterable[Sequence[tuple[int, int]]]) -> bool:
+    """Returns whether a place in memory is in two of the groups."""
+    ranges = [(*place, number) for number, places in enumerate(groups) for place in places]
+    first, second = (0, -1), (0, -1)  # the furthest ends, of two groups
+    for begin, end, number in sorted(ranges):
+        if begin < (second if number == first[1] else first)[0]:
             return True
-        furthest[side] = max(furthest[side], end)
+        if number == first[1]:
+            first = max(first, (end, number))
+        elif end > first[0]:
+            first, second = (end, number), first
+        elif end > second[0]:
+            second = end, number
     return False
 
 
@@ -197,22 +204,30 @@ class Parts:
     Attributes:
         has_more: whether it has parts that are not looked at, as they are too many or too deep.
         has_failed: whether one of them could not be copied.
+        shapes: those of the arrays among the first parts; not of the items of lists, which are rows
+            that may have other shapes each time.
     """
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Any, most: int = MOST_PARTS) -> None:
         self._batch = batch
         self._opened: dict[int, _Opened] = {}
+        self._samples: dict[int, Any] = {}
         self.has_more = self.has_failed = False
-        waiting = collections.deque([(batch, 0)])  # the least deep ones first
+        shapes = []
+        waiting = collections.deque([(batch, 0, False)])  # the least deep ones first
         while waiting:
-            part, depth = waiting.popleft()
+            part, depth, is_row = waiting.popleft()
             if issubclass(type(part), _SCALARS) or id(part) in self._opened:
                 continue
-            if len(self._opened) == MOST_PARTS or depth > MOST_DEPTH:
+            if len(self._opened) == most or depth > MOST_DEPTH:
                 self.has_more = True
                 break
             self._opened[id(part)] = opened = _opened(part)
-            waiting.extend((one, depth + 1) for one in opened.inner())
+            if opened.shape is not None and not is_row and len(self._opened) <= MOST_WATCHED:
+                shapes.append(opened.shape)
+            is_column = is_row or (depth > 0 and issubclass(type(part), list))
+            waiting.extend((one, depth + 1, is_column) for one in opened.inner())
+        self.shapes = tuple(shapes)
 
     def places(self) -> list[tuple[int, int]]:
         """Returns where in memory its loader may write again, begin and end: arrays of numpy, torch
@@ -220,6 +235,15 @@ class Parts:
         """
         places = [opened.place for opened in self._opened.values()]
         return [(begin, end) for begin, end in places if begin < end]
+
+    def sample(self) -> None:
+        """Remembers what is in the parts now: of a large array, some hundred values."""
+        self._samples = {number: _sample(opened) for number, opened in self._opened.items()}
+
+    def has_changed(self) -> bool:
+        """Returns whether something else is seen in them than when `sample` was called."""
+        pairs = ((before, self._opened[number]) for number, before in self._samples.items())
+        return any(not _is_alike(before, _sample(opened)) for before, opened in pairs)
 
     def copied(self) -> Any:
         """Returns the batch with copies of its parts; those that nobody can copy are as they are.
@@ -285,6 +309,7 @@ class _Opened:
         fill: puts the items into what `make` made without them.
         attributes: those that it has.
         place: where in memory its loader may write again, begin and end.
+        shape: that of an array.
     """
 
     part: Any
@@ -293,6 +318,7 @@ class _Opened:
     fill: Callable[[Any, list[Any]], object] | None = None
     attributes: _Attributes | None = None
     place: tuple[int, int] = _NOWHERE
+    shape: tuple[int, ...] | None = None
 
     def inner(self) -> list[Any]:
         return self.items + (self.attributes.values if self.attributes else [])
@@ -383,7 +409,7 @@ def _looked_into(part: Any) -> _Opened:
         found.place = itself if found.attributes else _NOWHERE
     elif isinstance(part, np.ndarray):
         found.make = lambda _: part.copy(order="K")
-        found.place = _span(part)
+        found.place, found.shape = _span(part), part.shape
         if part.dtype == object:
             found.items, found.fill = part.view(np.ndarray).ravel().tolist(), _fill_array
     elif isinstance(part, np.void):
@@ -393,7 +419,8 @@ def _looked_into(part: Any) -> _Opened:
     elif isinstance(part, bytearray | collections.UserDict | collections.UserList):
         pass  # the first holds bytes, the others what is in one of their attributes
     elif hasattr(kind, "untyped_storage") and hasattr(kind, "clone"):  # a tensor of torch
-        return _Opened(part, lambda _: part.clone(), place=_storage(part))
+        shape = tuple(getattr(part, "shape", ()))
+        return _Opened(part, lambda _: part.clone(), place=_storage(part), shape=shape)
     else:
         import jax
 
@@ -422,8 +449,10 @@ def _span(array: Any) -> tuple[int, int]:
     """Returns the place of an array of numpy, or of a row of one."""
     if not array.size:
         return _NOWHERE
-    spans = [step * (length - 1) for step, length in zip(array.strides, array.shape, strict=True)]
     begin = array.__array_interface__["data"][0]
+    if array.flags.forc:
+        return begin, begin + array.nbytes
+    spans = [step * (length - 1) for step, length in zip(array.strides, array.shape, strict=True)]
     last = begin + sum(span for span in spans if span > 0)
     return begin + sum(span for span in spans if span < 0), last + array.itemsize
 
@@ -434,3 +463,42 @@ def _storage(tensor: Any) -> tuple[int, int]:
         return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     except Exception:  # a sparse one has none
         return _EVERYWHERE
+
+
+def _sample(opened: _Opened) -> Any:
+    """Returns what to know a part by that its loader may have written again: bytes, or the objects
+    that it holds; None where nobody can tell.
+    """
+    part = opened.part
+    try:
+        if isinstance(part, dict):
+            return [*dict.keys(part), *dict.values(part)]
+        if isinstance(part, list):
+            return list.copy(part)
+        if isinstance(part, bytearray):
+            return bytes(part)
+        if opened.shape is not None:
+            array = part if isinstance(part, np.ndarray) else part.detach().numpy()
+            array = array.view(np.ndarray)
+            if array.dtype.names:  # what is between them is not copied with them
+                array = array.view(f"V{array.dtype.itemsize}")
+            if array.dtype.kind == "T":  # of which a copy has other bytes
+                return None
+            # An odd step does not stay in one column of a matrix.
+            return array.flat[:: array.size // _SAMPLES | 1].tobytes()
+        # More may come to these: values that are computed once, say.
+        known = len(opened.attributes.values) if opened.attributes else 0
+        return _Attributes(part).values[:known] if known else None
+    except Exception:  # of a class of the user's, any
+        return None
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return True
+    if not isinstance(one, list):
+        return bool(one == other)
+    return len(one) == len(other) and all(
+        a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b)
+        for a, b in zip(one, other, strict=True)
+    )

@@ -26,6 +26,7 @@ from datarax_dist.data.adapters import (
 )
 from datarax_dist.data.memory import Memory, Position, remembered_for_ever, remembered_with
 from datarax_dist.data.ownership import Ownership, own_by_modulo, own_by_sharding, this_host
+from datarax_dist.data.waiting import Waiting
 from datarax_dist.errors import (
     InvalidArgumentError,
     PositionError,
@@ -535,7 +536,9 @@ class Tracked(Source):
         self.kind = self._source.kind
         self.count = self._source.count
         self._place = place
-        self._fresh = _FreshBuffers(max(self._depth, 1))
+        self._memory = Waiting(
+            self._depth, "tracked", "read 0 or 1 batches ahead, or let `place` copy them"
+        )
         self._lock = threading.RLock()
         self._told_end = False
         self._waiting: collections.deque[tuple[Any, Snapshot]] = collections.deque()
@@ -577,9 +580,16 @@ class Tracked(Source):
     def _pull(self) -> None:
         """Reads one batch ahead. What stops it is raised when its turn comes."""
         try:
-            batch = self._fresh(next(self._source))
+            batch = next(self._source)
+            try:
+                batch = self._memory.given(batch)
+            except InvalidArgumentError:  # of those that wait, one is not what it was
+                self._waiting.clear()
+                raise
             at = self._source.snapshot()
-            self._waiting.append((self._placed(batch), at))
+            placed = self._placed(batch)
+            self._memory.waits(placed)
+            self._waiting.append((placed, at))
         except Exception as error:
             self._stopped = error
         except BaseException as error:
@@ -787,47 +797,6 @@ def _checked_fingerprint(given: Any) -> Any:
         "A fingerprint is JSON: texts, whole and finite numbers, true, false, None, lists and dicts"
         f" of them, not {given!r:.200}."
     )
-
-
-class _FreshBuffers:
-    """Sees whether a loader writes its batches into memory that it uses again. What waits to be
-    handed out is copied then; and at the beginning, until that is known.
-    """
-
-    def __init__(self, depth: int) -> None:
-        self._left = depth + 1 if depth > 1 else 0
-        self._seen: list[batches_io.Parts] = []  # while it lives, its memory is not given to others
-        self._places: list[tuple[int, int]] = []
-        self._shared = False
-        self._told_more = self._told_failed = False
-
-    def __call__(self, batch: Any) -> Any:
-        if not (self._left or self._shared):
-            return batch
-        parts = batches_io.Parts(batch)
-        if parts.has_more and not self._told_more:
-            self._told_more = True
-            logger.warning(
-                "tracked: a batch has more than %d parts, or is nested more than %d deep. The"
-                " further ones are not copied while they wait: if the loader writes into them"
-                " again, read 0 or 1 batches ahead, or let `place` copy them.",
-                batches_io.MOST_PARTS,
-                batches_io.MOST_DEPTH,
-            )
-        if self._left:
-            places = parts.places()
-            self._shared = batches_io.overlap(places, self._places)
-            self._left = 0 if self._shared else self._left - 1
-            self._seen = [*self._seen, parts] if self._left else []
-            self._places = [*self._places, *places] if self._left else []
-        copy = parts.copied()
-        if parts.has_failed and self._shared and not self._told_failed:
-            self._told_failed = True
-            logger.warning(
-                "tracked: a part of a batch cannot be copied while it waits, and the loader writes"
-                " into its memory again. Read 0 or 1 batches ahead, or let `place` copy it."
-            )
-        return copy
 
 
 def _digest(batch: Any) -> str:

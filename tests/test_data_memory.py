@@ -1,0 +1,187 @@
+"""Loaders that use their memory again: for each shape, or later only."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from test_data import restore, save
+from test_data_rows import (
+    Plain,
+    bag_of_one,
+    column_of_objects,
+    list_of_ints,
+    object_of_attributes,
+    some_bytes,
+)
+
+from datarax_dist.data import tracked
+from datarax_dist.errors import InvalidArgumentError
+
+
+class Taking:
+    """A loader that has a buffer for each name, and writes the number of each batch into it."""
+
+    def __init__(self, names: Iterable[Any], make: Callable[[Any], Any]) -> None:
+        self.names, self.at = list(names), 0
+        self.buffers = {name: make(name) for name in set(self.names)}
+
+    def __iter__(self) -> Taking:
+        return self
+
+    def __next__(self) -> Any:
+        if self.at == len(self.names):
+            raise StopIteration
+        found = self.buffers[self.names[self.at]]
+        found[:] = self.at
+        self.at += 1
+        return found
+
+    def get_state(self) -> int:
+        return self.at
+
+    def set_state(self, state: int) -> None:
+        self.at = state
+
+
+LENGTHS = [8, 16, 24, 32, 8, 8, 16, 16, 24, 24, 8, 24, 24, 24, 16, 32, 32, 8]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_what_waits_is_not_written_again_where_each_shape_has_its_buffer(depth: int) -> None:
+    loader = Taking(LENGTHS, lambda length: np.empty((2, length), int))
+    found = [(batch.shape[1], int(batch[0, 0])) for batch in tracked(loader, depth)]
+    assert found == [(length, k) for k, length in enumerate(LENGTHS)]
+
+
+def test_a_shape_that_came_often_in_new_memory_is_handed_out_as_it_is() -> None:
+    made = [np.full(2 + k % 3, k) for k in range(20)]
+    found = list(tracked(Plain(made), 2))
+    assert [mine is theirs for mine, theirs in zip(found, made, strict=True)] == (
+        [False] * 9 + [True] * 11
+    )
+
+
+def late() -> Any:
+    """Its first batches have memory of their own."""
+    return Taking("abcdabccab", lambda _: np.zeros((2, 3), int))
+
+
+def test_what_was_written_over_while_it_waited_is_not_handed_out() -> None:
+    loader = tracked(late(), 2)
+    assert [int(next(loader)[0, 0]) for _ in range(6)] == list(range(6))
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match=r"written over.*read 0 or 1 batches ahead"):
+            next(loader)
+    again = tracked(late(), 1)
+    restore(save(loader), again)
+    assert [int(batch[0, 0]) for batch in again] == [6, 7, 8, 9]
+
+
+def test_what_is_handed_out_before_it_is_written_over_is_no_error() -> None:
+    for depth in (0, 1):
+        assert [int(batch[0, 0]) for batch in tracked(late(), depth)] == list(range(10))
+    placed = tracked(late(), 2, place=lambda batch: {"x": batch.copy()})
+    assert [int(batch["x"][0, 0]) for batch in placed] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "make", [bag_of_one, list_of_ints, column_of_objects, object_of_attributes, some_bytes]
+)
+def test_a_container_that_is_filled_again_later_is_not_handed_out(make: Any) -> None:
+    def found() -> Iterator[Any]:
+        filled, fill, _ = make()
+        for k in range(12):
+            if k < 9:
+                filled, fill, _ = make()
+            fill(k)
+            yield {"in": filled}
+
+    loader, read = tracked(Plain(found()), 2), make()[2]
+    assert [int(read(next(loader)["in"])) for _ in range(8)] == list(range(8))
+    with pytest.raises(InvalidArgumentError, match="written over"):
+        next(loader)
+
+
+@dataclasses.dataclass
+class Counted:
+    values: list[int]
+    sums: int | None = None
+
+    def sum(self) -> int:
+        self.total = sum(self.values)
+        return self.total
+
+
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "array": lambda: np.arange(5000.0),
+    "part of an array": lambda: np.arange(60.0).reshape(6, 10)[::2, ::3],
+    "nan": lambda: np.full((2, 2), np.nan),
+    "padded": lambda: np.zeros(8, np.dtype([("a", "i1"), ("b", "f8")], align=True))[::2],
+    "texts": lambda: np.array(["a", "b" * 100] * 2, dtype=np.dtypes.StringDType())[1::2],
+    "objects": lambda: np.array([[1], None], object),
+    "list": lambda: ["a", 1, float("nan"), [2]],
+    "dict": lambda: {"a": {"b": np.ones(1)}},
+    "object": lambda: Counted([1, 2]),
+    "row": lambda: np.zeros(2, [("a", "i1"), ("b", "f8")])[0],
+    "raw": lambda: bytearray(b"ab"),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_what_is_the_same_in_some_later_batches_is_no_error(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    always = CONSTANTS[kind]()
+
+    def found() -> Iterator[Any]:
+        for k in range(12):
+            yield {"x": np.full(2, k), "c": always if k in (5, 6, 8, 9) else CONSTANTS[kind]()}
+            if kind == "object" and k == 5:
+                always.sum()  # which it keeps
+            np.full(64, k, np.uint8)  # in the gaps of the next 64 bytes
+
+    for k, batch in enumerate(tracked(Plain(found()), 2)):
+        assert batch["x"].tolist() == [k, k]
+        assert repr(batch["c"]) == repr(always)
+    [record] = caplog.records
+    assert "batches have memory in common, of which the first ones had none" in record.message
+
+
+def test_records_that_come_again_in_the_next_epoch_are_no_error() -> None:
+    records = [np.full(3 + k, k) for k in range(8)]
+    orders = [[*range(8)], [*range(8)], [7, 6, *range(6)], [7, *range(7)]]
+    order = list(itertools.chain(*orders))
+
+    def found() -> Iterator[Any]:
+        for k in range(0, len(order), 2):
+            yield {"rows": [records[n] for n in order[k : k + 2]]}
+
+    seen = [int(row[0]) for batch in tracked(Plain(found()), 2) for row in batch["rows"]]
+    assert seen == order
+
+
+def test_what_was_placed_is_not_kept_itself() -> None:
+    kept = []
+
+    def found() -> Iterator[Any]:
+        for k in range(12):
+            fresh = np.full(2, k)
+            kept.append(weakref.ref(fresh))
+            given = {"fresh": fresh}
+            del fresh
+            yield given
+            del given
+
+    loader = tracked(Plain(found()), 3, place=lambda batch: jax.numpy.array(batch["fresh"]))
+    for _ in range(8):
+        next(loader)
+    gc.collect()
+    assert [k for k, one in enumerate(kept[:-1]) if one() is not None] == []
