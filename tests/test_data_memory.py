@@ -1,4 +1,6 @@
-"""Loaders that use their memory again: for each shape, or later only."""
+"""Loaders that use their memory again: for each shape, or later only; and shards that have some in
+common.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from test_data_rows import (
     some_bytes,
 )
 
-from datarax_dist.data import tracked
-from datarax_dist.errors import InvalidArgumentError
+from datarax_dist.data import batches, shards, tracked
+from datarax_dist.errors import InvalidArgumentError, PositionError
 
 
 class Taking:
@@ -185,3 +187,108 @@ def test_what_was_placed_is_not_kept_itself() -> None:
         next(loader)
     gc.collect()
     assert [k for k, one in enumerate(kept[:-1]) if one() is not None] == []
+
+
+# The parts of one batch wait for one another.
+
+
+class Common(Plain):
+    """All shards write into what they have in common."""
+
+    def __init__(self, shard: int, count: int, hold: Any, at: dict[str, Any]) -> None:
+        super().__init__(self.made(shard, count, hold, at))
+
+    @staticmethod
+    def made(shard: int, count: int, hold: Any, at: dict[str, Any]) -> Iterator[Any]:
+        for k in range(6):
+            array = at["late"] if k < at["from"] else at["x"]
+            if array is None:
+                array = np.empty(2, int)
+            array[:] = k * count + shard
+            yield hold(array)
+
+
+PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "array": (lambda x: x, lambda b: b),
+    "in a dict": (lambda x: {"x": (x,)}, lambda b: b["x"][0]),
+    "rows": (lambda x: {"x": [x[:1], x[1:]]}, lambda b: np.concatenate(b["x"])),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "begin"), [(kind, 0) for kind in PARTS] + [("array", 4), ("in a dict", 4)]
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shards_that_have_a_buffer_in_common_give_the_rows_of_each(
+    kind: str, count: int, begin: int
+) -> None:
+    hold, held = PARTS[kind]
+    at = {"x": np.empty(2, int), "late": None, "from": begin}
+    loader = shards(lambda shard, count: Common(shard, count, hold, at), count)
+    for k in range(6):
+        rows = [k * count + shard for shard in range(count)]
+        assert held(next(loader)).tolist() == np.repeat(rows, 2).tolist()
+
+
+def test_shards_that_write_over_the_items_of_another_one_later_are_told() -> None:
+    at = {"x": np.empty(2, int), "late": None, "from": 4}
+    hold, held = PARTS["rows"]
+    loader = shards(lambda shard, count: Common(shard, count, hold, at), 3)
+    for k in range(4):
+        assert held(next(loader)).tolist() == np.repeat(range(3 * k, 3 * k + 3), 2).tolist()
+    with pytest.raises(InvalidArgumentError, match=r"written over.*memory of its own"):
+        next(loader)
+    with pytest.raises(PositionError, match="make the loader anew"):
+        save(loader)
+
+
+@pytest.mark.parametrize("other", [np.int8, ">i4", "U2", object])
+def test_rows_of_other_kinds_are_joined_as_numpy_does_it(other: Any) -> None:
+    parts = [np.arange(4).reshape(2, 2).astype(other), np.arange(10, 14).reshape(2, 2)]
+    parts[1] = np.asfortranarray(parts[1].astype(other))
+    batch = next(shards(lambda shard, count: Plain([{"x": parts[shard], "n": [1, "a"]}]), 2))
+    want = np.concatenate(parts)
+    assert (batch["x"].dtype, batch["x"].tolist()) == (want.dtype, want.tolist())
+    assert batch["n"] == [1, "a"] * 2
+
+
+def test_a_column_of_texts_that_shards_have_in_common_has_the_items_of_each() -> None:
+    column = ["", ""]
+
+    def found(shard: int) -> Iterator[Any]:
+        for k in range(3):
+            column[:] = f"{shard}{k}"
+            yield {"texts": column}
+
+    loader = shards(lambda shard, count: Plain(found(shard)), 2)
+    assert [next(loader)["texts"] for k in range(3)] == [["0", k, "1", k] for k in "012"]
+
+
+def test_texts_of_other_lengths_are_joined() -> None:
+    texts = [["a", "b"], ["long", "longer"], ["c", "d"]]
+    batch = next(shards(lambda shard, count: Plain([np.array(texts[shard])]), 3))
+    assert batch.tolist() == ["a", "b", "long", "longer", "c", "d"]
+
+
+def test_one_shard_is_handed_out_as_it_is() -> None:
+    made = [{"x": np.full(2, k), "rows": [np.ones(k)] * 2} for k in range(4)]
+    found = shards(lambda shard, count: Plain(made), 1)
+    assert all(mine is theirs for mine, theirs in zip(found, made, strict=True))
+
+
+def test_the_parts_of_shards_with_a_buffer_each_are_not_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied = []
+    real = batches.Parts.copied
+    monkeypatch.setattr(batches.Parts, "copied", lambda parts: copied.append(1) or real(parts))
+
+    def of_one(shard: int, count: int) -> Any:
+        at = {"x": np.empty(2, int), "late": None, "from": 0}
+        return Common(shard, count, hold, at)
+
+    hold, held = PARTS["rows"]
+    loader = shards(of_one, 2)
+    for k in range(6):
+        assert held(next(loader)).tolist() == [2 * k, 2 * k, 2 * k + 1, 2 * k + 1]
+    assert len(copied) == 3

@@ -25,7 +25,7 @@ from datarax_dist.errors import (
     describe,
 )
 
-__all__ = ["Parts", "join", "leaves_with_names", "overlap", "rows_of"]
+__all__ = ["Joining", "Parts", "leaves_with_names", "overlap", "rows_of"]
 
 
 def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -78,7 +78,11 @@ def rows_of(batch: Any) -> int:
     Raises:
         InvalidArgumentError: its leaves have different numbers, or none has an axis of records.
     """
-    lengths = {name: _length(leaf) for name, leaf in leaves_with_names(batch)}
+    return _rows(leaves_with_names(batch))
+
+
+def _rows(leaves: list[tuple[str, Any]]) -> int:
+    lengths = {name: _length(leaf) for name, leaf in leaves}
     found = {name: length for name, length in lengths.items() if length is not None}
     if not found:
         raise InvalidArgumentError(
@@ -94,28 +98,113 @@ def rows_of(batch: Any) -> int:
     return next(iter(found.values()))
 
 
-def join(parts: dict[int, Any]) -> Any:
-    """Returns the rows of the batches of several data shards, leaf by leaf, in their order.
+class Joining:
+    """The rows of the batches of several data shards, leaf by leaf, in the order they are added.
 
-    Raises:
-        InvalidArgumentError: they cannot be joined; it names the shard and the leaf.
+    Those of an array are copied to their place at once: the loader of the next shard may write into
+    the same memory. One batch alone is left as it is.
     """
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    first, *_ = parts
-    flat = {shard: _flatten(part) for shard, part in parts.items()}
-    _, structure = flat[first]
-    for shard, (_, other) in flat.items():
-        if other != structure:
-            raise InvalidArgumentError(
-                f"The batches of data shards {first} and {shard} have other parts: {structure} and"
-                f" {other}."
-            )
-    columns = zip(*(leaves for leaves, _ in flat.values()), strict=True)
-    joined = [_join_leaf(column[0][0], [leaf for _, leaf in column]) for column in columns]
+
+    def __init__(self, count: int, waiting: Callable[[Any], Any]) -> None:
+        """`waiting` is told of what is not copied, and returns it or a copy."""
+        self._count, self._waiting = count, waiting
+        self._parts: dict[int, tuple[list[tuple[str, Any]], Any]] = {}
+        self._whole: list[Any] = []  # of each leaf of the first part, room for all rows
+
+    def add(self, shard: int, part: Any) -> None:
+        """Takes the batch of the next shard."""
+        named, structure = _flatten(part)
+        if self._count == 1:
+            self._parts[shard] = named, structure
+            return
+        if not self._parts:
+            self._whole = [_room(leaf, self._count) for _, leaf in named]
+        kept = [self._kept(number, leaf) for number, (_, leaf) in enumerate(named)]
+        others = [number for number, leaf in enumerate(kept) if leaf is None]
+        if others:
+            leaves = self._waiting(tuple(named[number][1] for number in others))
+            for number, leaf in zip(others, leaves, strict=True):
+                kept[number] = leaf
+        leaves = [(name, leaf) for (name, _), leaf in zip(named, kept, strict=True)]
+        self._parts[shard] = leaves, structure
+
+    def _kept(self, number: int, leaf: Any) -> Any:
+        """Returns what does not change any more; None where that is more than to copy an array."""
+        import jax
+
+        if isinstance(leaf, jax.Array) or issubclass(type(leaf), _SCALARS):
+            return leaf
+        if isinstance(leaf, list) and set(map(type, leaf)) <= _PLAIN:
+            return list.copy(leaf)
+        if isinstance(leaf, list) or not _length(leaf):
+            return None
+        array = np.asarray(leaf)
+        if array.dtype.hasobject:
+            return None
+        whole = self._whole[number] if number < len(self._whole) else None
+        if whole is None or (whole.dtype, whole.shape[1:]) != (array.dtype, array.shape[1:]):
+            return array.copy()
+        if len(array) * self._count != len(whole):
+            return array.copy()
+        begin = len(self._parts) * len(array)
+        place = whole[begin : begin + len(array)]
+        place[...] = array
+        return place
+
+    def check_rows(self, expected: int | None, limit_hint: str) -> int:
+        """Returns the number of records in the batch of each data shard, which is always the same.
+
+        Raises:
+            PositionError: a shard has another number; hosts would have arrays of different shapes.
+        """
+        for shard, (leaves, _) in self._parts.items():
+            rows = _rows(leaves)
+            expected = rows if expected is None else expected
+            if rows != expected:
+                raise PositionError(
+                    f"Data shard {shard} gave a batch of {rows} records; before, there were"
+                    f" {expected}. Hosts with other shards would see another number, and arrays of"
+                    " other shapes. Let the loader drop the remainder (drop_remainder=True), or"
+                    f" {limit_hint}"
+                )
+        assert expected is not None
+        return expected
+
+    def joined(self) -> Any:
+        """Returns the rows of all.
+
+        Raises:
+            InvalidArgumentError: they cannot be joined; it names the shard and the leaf.
+        """
+        import jax
+
+        first, *_ = self._parts
+        _, structure = self._parts[first]
+        for shard, (_, other) in self._parts.items():
+            if other != structure:
+                raise InvalidArgumentError(
+                    f"The batches of data shards {first} and {shard} have other parts: {structure}"
+                    f" and {other}."
+                )
+        columns = zip(*(leaves for leaves, _ in self._parts.values()), strict=True)
+        joined = [
+            whole
+            if whole is not None and all(getattr(leaf, "base", None) is whole for _, leaf in column)
+            else _join_leaf(column[0][0], [leaf for _, leaf in column])
+            for whole, column in zip(self._whole, columns, strict=True)
+        ]
+        return jax.tree.unflatten(structure, joined)
+
+
+def _room(leaf: Any, count: int) -> Any:
     import jax
 
-    return jax.tree.unflatten(structure, joined)
+    if isinstance(leaf, list | jax.Array) or not _length(leaf):
+        return None
+    array = np.asarray(leaf)
+    if array.dtype.hasobject or not array.dtype.isnative:  # these are joined in another dtype
+        return None
+    return np.empty((count * len(array), *array.shape[1:]), array.dtype)
 
 
 def _join_leaf(name: str, leaves: list[Any]) -> Any:
@@ -147,25 +236,6 @@ def _exactly(value: Any) -> Any:
         return codec.pack(value)
     except codec.EncodeError:
         return repr(value)
-
-
-def check_rows(parts: dict[int, Any], expected: int | None, limit_hint: str) -> int:
-    """Returns the number of records in the batch of each data shard, which is always the same.
-
-    Raises:
-        PositionError: a shard has another number; hosts would have arrays of different shapes.
-    """
-    for shard, part in parts.items():
-        rows = rows_of(part)
-        expected = rows if expected is None else expected
-        if rows != expected:
-            raise PositionError(
-                f"Data shard {shard} gave a batch of {rows} records; before, there were {expected}."
-                " Hosts with other shards would see another number, and arrays of other shapes. Let"
-                f" the loader drop the remainder (drop_remainder=True), or {limit_hint}"
-            )
-    assert expected is not None
-    return expected
 
 
 # What a batch holds that its loader may write again: a batch that waits is copied then.
@@ -484,8 +554,9 @@ def _sample(opened: _Opened) -> Any:
                 array = array.view(f"V{array.dtype.itemsize}")
             if array.dtype.kind == "T":  # of which a copy has other bytes
                 return None
+            values = array.reshape(-1) if array.flags.c_contiguous else array.flat  # no copy
             # An odd step does not stay in one column of a matrix.
-            return array.flat[:: array.size // _SAMPLES | 1].tobytes()
+            return values[:: array.size // _SAMPLES | 1].tobytes()
         # More may come to these: values that are computed once, say.
         known = len(opened.attributes.values) if opened.attributes else 0
         return _Attributes(part).values[:known] if known else None

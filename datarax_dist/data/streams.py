@@ -26,7 +26,7 @@ from datarax_dist.data.adapters import (
 )
 from datarax_dist.data.memory import Memory, Position, remembered_for_ever, remembered_with
 from datarax_dist.data.ownership import Ownership, own_by_modulo, own_by_sharding, this_host
-from datarax_dist.data.waiting import Waiting
+from datarax_dist.data.waiting import Together, Waiting
 from datarax_dist.errors import (
     InvalidArgumentError,
     PositionError,
@@ -313,6 +313,7 @@ class Shards(Source):
         self._limit = batches
         self._owned: Ownership | None = None
         self._loaders: dict[int, Loader] | None = None
+        self._memory: Together | None = None
         self._handed = 0
         self._before = 0
         self._rows: int | None = None
@@ -345,6 +346,9 @@ class Shards(Source):
                 shard: _open(self._factory(shard, self.count), "shards(...)")
                 for shard in self.ownership().reads
             }
+            self._memory = Together(
+                len(self._loaders), "shards", "let each data shard have memory of its own"
+            )
         return self._loaders
 
     def __iter__(self) -> Shards:
@@ -377,19 +381,24 @@ class Shards(Source):
                 "The devices of this host hold no rows of shards(sharding=...): its mesh has none"
                 " of them. Take batches on the hosts of the mesh only."
             )
-        parts, ended = {}, []
+        memory, ended = self._memory, list[int]()
+        assert memory is not None
+        joining = batches_io.Joining(len(loaders), memory.taken)
         try:
             for shard, loader in loaders.items():
                 try:
-                    parts[shard] = next(loader)
+                    part = next(loader)
                 except StopIteration:
                     ended.append(shard)
+                else:
+                    joining.add(shard, part)
             if not ended:
                 hint = (
                     f"end the epoch before it, shards(..., batches={self._before + self._handed})."
                 )
-                self._rows = batches_io.check_rows(parts, self._rows, hint)
-                batch = batches_io.join(parts)
+                self._rows = joining.check_rows(self._rows, hint)
+                batch = joining.joined() if len(loaders) > 1 else part
+                memory.joined()
                 self._handed += 1
         except BaseException as error:
             # Some shards have moved on, others have not; and an iterator that has failed may well

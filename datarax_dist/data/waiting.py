@@ -10,7 +10,7 @@ from typing import Any
 from datarax_dist.data.batches import MOST_DEPTH, MOST_PARTS, MOST_WATCHED, Parts, overlap
 from datarax_dist.errors import InvalidArgumentError
 
-__all__ = ["Waiting"]
+__all__ = ["Together", "Waiting"]
 
 logger = logging.getLogger("datarax_dist")
 
@@ -125,3 +125,26 @@ class Waiting:
                 self._hint,
             )
         return copy
+
+
+class Together(Waiting):
+    """Sees the same of the parts of one batch, which wait for one another."""
+
+    def taken(self, part: Any) -> Any:
+        """Returns one that was just read, or a copy of it."""
+        found = self.given(part)
+        self.waits(found)
+        return found
+
+    def joined(self) -> None:
+        """Tells it that the last part was taken, and none waits any more.
+
+        Raises:
+            InvalidArgumentError: one of them was written over another one.
+        """
+        parts = list(self._last)
+        self._last.clear()
+        self._compare([one.places() for one, _ in parts], parts)
+
+    def _look(self, parts: Parts) -> None:
+        """All are compared at once: there may be hundreds."""
