@@ -589,9 +589,12 @@ class Tracked(Source):
     def _pull(self) -> None:
         """Reads one batch ahead. What stops it is raised when its turn comes."""
         try:
-            batch = next(self._source)
+            batch, was_shared = next(self._source), self._memory.is_shared
             try:
                 batch = self._memory.given(batch)
+                if self._memory.is_shared and not was_shared:
+                    waiting = [(self._memory.copied(one), at) for one, at in self._waiting]
+                    self._waiting = collections.deque(waiting)
             except InvalidArgumentError:  # of those that wait, one is not what it was
                 self._waiting.clear()
                 raise

@@ -23,6 +23,9 @@ class Waiting:
 
     A loader that does so later only is found out when it gives a batch in the memory of one that
     waits as it is. When that holds something else by then, it is lost.
+
+    Attributes:
+        is_shared: whether it does. When that is found, those that wait must be `copied`.
     """
 
     def __init__(self, depth: int, name: str, hint: str) -> None:
@@ -35,7 +38,7 @@ class Waiting:
         self._last: collections.deque[tuple[Parts, bool]] = collections.deque(maxlen=depth)
         self._batch: Any = None
         self._parts: Parts | None = None  # of the newest one, if it is to wait as it is
-        self._shared = False
+        self.is_shared = False
         self._told_more = self._told_failed = False
 
     def given(self, batch: Any) -> Any:
@@ -46,17 +49,17 @@ class Waiting:
         """
         if self._depth < 2:
             return batch
-        is_whole = self._shared or self._left > 0
+        is_whole = self.is_shared or self._left > 0
         self._left -= self._left > 0
         parts = Parts(batch, MOST_PARTS if is_whole else MOST_WATCHED)
-        if not self._shared:
+        if not self.is_shared:
             self._look(parts)
-        if not (self._shared or self._is_new(parts.shapes)):
+        if not (self.is_shared or self._is_new(parts.shapes)):
             self._batch, self._parts = batch, parts
             return batch
         if parts.has_more and not is_whole:
             parts = Parts(batch)
-        if not self._shared:
+        if not self.is_shared:
             self._last.append((parts, False))
         return self._copied(parts)
 
@@ -100,9 +103,13 @@ class Waiting:
                 self._name,
                 self._hint,
             )
-        self._shared = True
+        self.is_shared = True
         self._last.clear()
         self._counts.clear()
+
+    def copied(self, waiting: Any) -> Any:
+        """Returns a copy of what waits: it may be written over from now on."""
+        return self._copied(Parts(waiting))
 
     def _copied(self, parts: Parts) -> Any:
         if parts.has_more and not self._told_more:
@@ -116,7 +123,7 @@ class Waiting:
                 self._hint,
             )
         copy = parts.copied()
-        if parts.has_failed and self._shared and not self._told_failed:
+        if parts.has_failed and self.is_shared and not self._told_failed:
             self._told_failed = True
             logger.warning(
                 "%s: a part of a batch cannot be copied while it waits, and the loader writes into"
