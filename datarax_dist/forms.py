@@ -94,7 +94,9 @@ def _goal(leaf: LeafSpec, fresh: Any, is_foreign: bool) -> Any:
 
 def _kept(leaf: LeafSpec, value: Any) -> Any:
     """Returns an array of JAX as one, if JAX would not cut it."""
-    if leaf.kind != "jax" or isinstance(value, jax.Array) or trees.would_be_cut(leaf):
+    if isinstance(value, jax.Array):
+        return trees.as_weak(leaf, value)
+    if leaf.kind != "jax" or trees.would_be_cut(leaf):
         return value
     return trees.as_weak(leaf, jax.numpy.asarray(value, leaf.dtype))
 

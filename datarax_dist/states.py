@@ -4,7 +4,11 @@ its own.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 import sys
+from collections import Counter
 from typing import Any
 
 import jax
@@ -13,6 +17,8 @@ from datarax_dist.data import Checkpointable
 from datarax_dist.trees import check_depth
 
 __all__ = ["apply_state", "is_checkpointable", "is_set_in_place", "state_tree"]
+
+logger = logging.getLogger("datarax_dist")
 
 
 def _nnx() -> Any:
@@ -40,7 +46,10 @@ def state_tree(state: Any) -> Any:
         UnsupportedLeafError: it is nested deeper than JAX can walk.
     """
     if is_checkpointable(state):
-        return state.get_state()
+        given = state.get_state()
+        if _is_nnx(state) and (left := _left_out(state, given)):
+            _tell_left_out(type(state).__qualname__, left)
+        return given
     if _nnx() is None:
         return state
     try:
@@ -56,9 +65,44 @@ def _pure(node: Any) -> Any:
     return nnx.to_pure_dict(node if isinstance(node, nnx.State) else nnx.state(node))
 
 
+def _left_out(module: Any, given: Any) -> str:
+    """Returns the shapes of variables of which there is none in what the module gives; empty if it
+    has all. What is in them is not compared.
+    """
+    shapes = Counter(map(_shape, jax.tree.leaves(_pure(module))))
+    shapes -= Counter(map(_shape, jax.tree.leaves(given)))
+    return ", ".join(f"{dtype}{list(shape)}" for dtype, shape in list(shapes)[:5])
+
+
+def _shape(leaf: Any) -> tuple[str, tuple[int, ...]]:
+    return str(getattr(leaf, "dtype", type(leaf).__name__)), tuple(getattr(leaf, "shape", ()))
+
+
+@functools.cache  # once
+def _tell_left_out(name: str, left: str) -> None:
+    logger.warning(
+        "%s is an NNX module with get_state and set_state, and is asked for its state by these. It"
+        " has variables that do not seem to be in it (%s): they are not saved. Add them, or give"
+        " nnx.state(module) as the state.",
+        name,
+        left,
+    )
+
+
 def is_checkpointable(state: Any) -> bool:
     """Whether an object is to be asked for its state, rather than being one."""
-    return isinstance(state, Checkpointable) and not isinstance(state, dict | list | tuple)
+    if not isinstance(state, Checkpointable) or isinstance(state, dict | list | tuple):
+        return False
+    return not _is_nnx(state) or (_takes(state.get_state) and _takes(state.set_state, None))
+
+
+def _takes(method: Any, *arguments: Any) -> bool:
+    """Whether a method can be called so: else its name is another one's by chance."""
+    try:
+        inspect.signature(method).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def is_set_in_place(target: Any) -> bool:

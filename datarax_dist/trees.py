@@ -54,7 +54,7 @@ _UNSTORABLE = (
 )
 _OF_64_BITS = ("int64", "uint64", "float64", "complex128")
 _MOST_DEPTH = 200  # Python's and JAX's stacks end at a few hundred
-_MOST_DIMENSIONS = 32  # of TensorStore
+_MOST_DIMENSIONS = 31  # of numpy's: TensorStore has 32, and Orbax needs one
 _MOST_NAME_BYTES = (1 << 16) - 1  # TensorStore's limit, of an array's name and what is added to it
 
 
@@ -254,17 +254,17 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
             )
         kind = "numpy" if isinstance(leaf, np.ndarray) else "scalar"
         array = np.asarray(leaf)
-        if array.ndim > _MOST_DIMENSIONS:
-            raise UnsupportedLeafError(
-                f"{name}: an array of {array.ndim} dimensions; TensorStore has"
-                f" {_MOST_DIMENSIONS} at most. Reshape it.",
-                path=name,
-            )
         if not array.size:
             return (
                 LeafSpec(path, "empty", array.shape, str(array.dtype), "numpy"),
                 _placeholder(array.dtype, array.shape),
                 b"",
+            )
+        if array.ndim > _MOST_DIMENSIONS:
+            raise UnsupportedLeafError(
+                f"{name}: a numpy array of {array.ndim} dimensions; Orbax writes"
+                f" {_MOST_DIMENSIONS} at most. Reshape it.",
+                path=name,
             )
         return LeafSpec(path, kind, array.shape, str(array.dtype)), array, array.tobytes()
     if type(leaf) in (bool, int, float, complex, str, bytes):
@@ -575,13 +575,13 @@ def finish_leaf(spec: LeafSpec, value: Any, target: Any = None) -> Any:
         value = _as_saved(spec, value)
     except (TypeError, ValueError) as error:
         raise fmt.InvalidRecordError(f"{fmt.TREE_NAME}: {spec.name}: {error}") from error
-    return as_weak(spec, bound_like(target, _as_wanted(spec, value, target)))
+    value = bound_like(target, _as_wanted(spec, value, target))
+    return as_weak(spec, value) if getattr(target, "weak_type", True) else value
 
 
 def as_weak(spec: LeafSpec, array: Any) -> Any:
-    """Returns an array with a dtype as weak as it was, whatever the target's: what is computed
-    after a restore has the dtypes that it would have had. JAX has no public way that computes
-    nothing: one of all hosts.
+    """Returns an array with a dtype as weak as it was: what is computed after a restore has the
+    dtypes that it would have had. JAX has no public way that computes nothing: one of all hosts.
     """
     if not spec.weak or getattr(array, "weak_type", True):
         return array

@@ -324,3 +324,63 @@ def test_the_parts_of_shards_with_a_buffer_each_are_not_copied(
     for k in range(6):
         assert held(next(loader)).tolist() == [2 * k, 2 * k, 2 * k + 1, 2 * k + 1]
     assert len(copied) == 3
+
+
+def test_rows_that_have_something_in_common_are_handed_out_as_they_are() -> None:
+    """If nothing is written into it."""
+    constant = {"source": "web"}
+
+    def factory(shard: int, count: int) -> Iterator[Any]:
+        return Plain([[{"at": at, "of": constant}] for at in range(20)])
+
+    rows = list(shards(factory, 3))
+    assert [[row["at"] for row in batch] for batch in rows] == [[at] * 3 for at in range(20)]
+    assert all(row["of"] is constant for batch in rows[5:] for row in batch)
+
+
+def test_a_log_that_grows_is_no_error() -> None:
+    def loader() -> Iterator[Any]:
+        log: list[int] = []
+        for at in range(20):
+            log.append(at)
+            yield {"x": np.full(3, at), **({"log": log} if at > 8 else {})}
+
+    batches = [batch["x"][0] for batch in tracked(Giving(loader), 4)]
+    assert batches == list(range(20))
+
+
+class Giving:
+    """What a generator gives, as it gives it."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.batches, self.at = make(), 0
+
+    def __iter__(self) -> Giving:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        self.at += 1
+        return batch
+
+    def get_state(self) -> int:
+        return self.at
+
+    def set_state(self, state: int) -> None:
+        self.at = state
+
+
+def test_what_was_handed_out_is_not_kept() -> None:
+    class Batch(dict[str, Any]):
+        pass
+
+    it = tracked(Giving(lambda: (Batch(x=np.zeros(at)) for at in [3] * 30)), 4)
+    for _ in range(10):
+        batch = next(it)
+    alive = weakref.ref(batch)
+    del batch
+    assert alive() is None
+    for batch in it:
+        alive = weakref.ref(batch)
+    del batch
+    assert alive() is None

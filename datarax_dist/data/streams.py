@@ -583,6 +583,7 @@ class Tracked(Source):
                 self._waiting.clear()
                 self._stopped = PositionError(_broken("Taking a batch", error))
                 raise
+            self._memory.left(len(self._waiting))
             self._handed += 1
             return batch
 

@@ -90,22 +90,31 @@ class Waiting:
             return
         uncopied = [parts for parts, is_as_read in waiting if is_as_read]
         if any(parts.has_changed() for parts in uncopied):
-            raise InvalidArgumentError(
-                f"{self._name}: a loader has written over what it gave before, which was not used"
-                " yet. Its first batches had memory of their own, so this one was not copied."
-                f" Nothing wrong was handed out. Let it give new arrays each time, or {self._hint}."
-            )
+            raise self._lost()
         if uncopied:
             logger.warning(
                 "%s: batches have memory in common, of which the first ones had none. What is in it"
-                " seems to be as it was; all that wait are copied from now on. If the loader does"
-                " write into it again, %s.",
+                " seems to be as it was, where it was looked at; all that wait are copied from now"
+                " on. If the loader does write into it again, %s.",
                 self._name,
                 self._hint,
             )
         self.is_shared = True
         self._last.clear()
         self._counts.clear()
+
+    def _lost(self) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"{self._name}: a loader has written over what it gave before, which was not used yet."
+            " Its first batches had memory of their own, so this one was not copied. Nothing wrong"
+            f" was handed out. Let it give new arrays each time, or {self._hint}."
+        )
+
+    def left(self, count: int) -> None:
+        """Tells it how many wait: what was handed out as it was is its user's."""
+        first = len(self._last) - count
+        kept = [pair for n, pair in enumerate(self._last) if n >= first or not pair[1]]
+        self._last = collections.deque(kept if count else (), self._depth)
 
     def copied(self, waiting: Any) -> Any:
         """Returns a copy of what waits: it may be written over from now on."""
@@ -151,7 +160,14 @@ class Together(Waiting):
         """
         parts = list(self._last)
         self._last.clear()
-        self._compare([one.places() for one, _ in parts], parts)
+        if not overlap(one.places() for one, _ in parts):
+            return
+        # Rows may well have something in common that stays as it is.
+        changed = [is_as_read for one, is_as_read in parts if one.has_changed()]
+        if any(changed):
+            raise self._lost()
+        self.is_shared = bool(changed)
 
     def _look(self, parts: Parts) -> None:
         """All are compared at once: there may be hundreds."""
+        parts.sample()
