@@ -560,9 +560,7 @@ def _sample(opened: _Opened) -> Any:
                 values = values.view(np.uint8)
             # An odd step does not stay in one column of a matrix.
             return values[:: len(values) // _SAMPLES | 1].tobytes()
-        # More may come to these: values that are computed once, say.
-        known = len(opened.attributes.values) if opened.attributes else 0
-        return _Attributes(part).values[:known] if known else None
+        return _Attributes(part).values if opened.attributes else None
     except Exception:  # of a class of the user's, any
         return None
 
@@ -572,7 +570,7 @@ def _is_alike(one: Any, other: Any) -> bool:
         return True
     if not isinstance(one, list):
         return bool(one == other)
-    # More may have come to it: to a log that all batches have, say.
+    # More may have come to it: to a log that all batches have, or values that are computed once.
     return len(one) <= len(other) and all(
         a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b)
         for a, b in zip(one, other, strict=False)
