@@ -27,10 +27,6 @@ def _gcs_server() -> Iterator[FakeGCS]:
     with FakeGCS() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
-        import fsspec
-
-        # It reads the environment once, when it is imported: by a module of tests, before this.
-        fsspec.config.set_conf_env(fsspec.config.conf)
         yield server
 
 
