@@ -38,7 +38,7 @@ import pytest
 
 TREE = Path(__file__).parent.parent
 JOBS = 4 * (os.cpu_count() or 1)  # a removed guard often means that somebody waits
-_SAMPLE = 8  # of about 300: a few seconds
+_SAMPLE = 8  # of some hundreds: a few seconds
 _HANGS_SECONDS = 120.0  # the slowest takes about 25
 _HANGS = "a test that does not come to an end"
 # Tests run in processes forked from one that has loaded what takes long to load.
