@@ -18,6 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from datarax_dist.testing.fake_gcs import FakeGCS
 
+# fsspec and gcsfs read their settings when they are imported, which the modules of tests do;
+# the addresses are read when they are used.
+os.environ |= {k: v for k, v in FakeGCS().environment().items() if not v.startswith("http:")}
+
 _numbers = itertools.count(1)
 
 

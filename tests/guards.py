@@ -85,6 +85,8 @@ def prepared(folder: Path) -> Path:
 
 
 def main(wanted: list[str]) -> int:
+    import conftest  # noqa: F401  what is loaded for the tests finds their environment
+
     chosen = [g for g in GUARDS if not wanted or any(word in g.name for word in wanted)]
     unnoticed, by_tests = [], set[str]()
     _SERVER.set_forkserver_preload(_LOADED)
