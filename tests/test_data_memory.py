@@ -29,15 +29,13 @@ from datarax_dist.data import batches, shards, tracked
 from datarax_dist.errors import InvalidArgumentError, PositionError
 
 
-class Taking:
+class Taking(Plain):
     """A loader that has a buffer for each name, and writes the number of each batch into it."""
 
     def __init__(self, names: Iterable[Any], make: Callable[[Any], Any]) -> None:
-        self.names, self.at = list(names), 0
+        super().__init__(())
+        self.names = list(names)
         self.buffers = {name: make(name) for name in set(self.names)}
-
-    def __iter__(self) -> Taking:
-        return self
 
     def __next__(self) -> Any:
         if self.at == len(self.names):
@@ -46,12 +44,6 @@ class Taking:
         found[:] = self.at
         self.at += 1
         return found
-
-    def get_state(self) -> int:
-        return self.at
-
-    def set_state(self, state: int) -> None:
-        self.at = state
 
 
 LENGTHS = [8, 16, 24, 32, 8, 8, 16, 16, 24, 24, 8, 24, 24, 24, 16, 32, 32, 8]
@@ -345,36 +337,15 @@ def test_a_log_that_grows_is_no_error() -> None:
             log.append(at)
             yield {"x": np.full(3, at), **({"log": log} if at > 8 else {})}
 
-    batches = [batch["x"][0] for batch in tracked(Giving(loader), 4)]
+    batches = [batch["x"][0] for batch in tracked(Plain(loader()), 4)]
     assert batches == list(range(20))
-
-
-class Giving:
-    """What a generator gives, as it gives it."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
-        self.batches, self.at = make(), 0
-
-    def __iter__(self) -> Giving:
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self.batches)
-        self.at += 1
-        return batch
-
-    def get_state(self) -> int:
-        return self.at
-
-    def set_state(self, state: int) -> None:
-        self.at = state
 
 
 def test_what_was_handed_out_is_not_kept() -> None:
     class Batch(dict[str, Any]):
         pass
 
-    it = tracked(Giving(lambda: (Batch(x=np.zeros(at)) for at in [3] * 30)), 4)
+    it = tracked(Plain(Batch(x=np.zeros(at)) for at in [3] * 30), 4)
     for _ in range(10):
         batch = next(it)
     alive = weakref.ref(batch)
