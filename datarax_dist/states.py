@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from datarax_dist.data import Checkpointable
+from datarax_dist.errors import UnsupportedLeafError
 from datarax_dist.trees import check_depth
 
 __all__ = ["apply_state", "is_checkpointable", "is_set_in_place", "state_tree"]
@@ -67,10 +68,15 @@ def _pure(node: Any) -> Any:
 
 def _left_out(module: Any, given: Any) -> str:
     """Returns the shapes of variables of which there is none in what the module gives; empty if it
-    has all. What is in them is not compared.
+    has all, or what it gives cannot be saved. What is in them is not compared.
     """
+    try:
+        check_depth(given)
+        leaves = jax.tree.leaves(given)
+    except (ValueError, UnsupportedLeafError):  # the plan of the save says so better
+        return ""
     shapes = Counter(map(_shape, jax.tree.leaves(_pure(module))))
-    shapes -= Counter(map(_shape, jax.tree.leaves(given)))
+    shapes -= Counter(map(_shape, leaves))
     return ", ".join(f"{dtype}{list(shape)}" for dtype, shape in list(shapes)[:5])
 
 
@@ -82,8 +88,8 @@ def _shape(leaf: Any) -> tuple[str, tuple[int, ...]]:
 def _tell_left_out(name: str, left: str) -> None:
     logger.warning(
         "%s is an NNX module with get_state and set_state, and is asked for its state by these. It"
-        " has variables that do not seem to be in it (%s): they are not saved. Add them, or give"
-        " nnx.state(module) as the state.",
+        " has variables of which it gives no array (%s). What it does not give otherwise is not"
+        " saved: add it, or give nnx.state(module) as the state.",
         name,
         left,
     )

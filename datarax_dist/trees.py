@@ -660,6 +660,8 @@ def _as_saved(spec: LeafSpec, value: Any) -> Any:
         return np.asarray(value)[()]
     if spec.kind == "key_data":
         return jax.random.wrap_key_data(jax.numpy.asarray(value), impl=spec.dtype)
+    if spec.dtype.startswith((">", "<")) and isinstance(value, np.ndarray):
+        return value.astype(spec.dtype)  # TensorStore reads all in this machine's order of bytes
     return value
 
 

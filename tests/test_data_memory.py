@@ -288,6 +288,45 @@ def test_a_column_of_texts_that_shards_have_in_common_has_the_items_of_each() ->
     assert [next(loader)["texts"] for k in range(3)] == [["0", k, "1", k] for k in "012"]
 
 
+class Column:
+    """As one of a table."""
+
+    shape = (2,)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.arange(2)
+
+
+class Refusing(Column):
+    dtype = np.dtype(int)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("Got unsupported ScalarType")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (np.ma.masked_invalid([1.0, np.nan]), "MaskedArray"),
+        (np.ma.masked_invalid(np.zeros(0)), "MaskedArray"),
+        (np.rec.array([(1, 2)], dtype=[("a", int), ("b", int)]), "recarray"),
+        (Column(), "Column"),
+        (Refusing(), "Refusing"),
+    ],
+)
+def test_rows_that_would_lose_something_are_not_joined(rows: Any, kind: str) -> None:
+    assert next(shards(lambda shard, count: Plain([{"x": rows}]), 1))["x"] is rows
+    with pytest.raises(InvalidArgumentError, match=rf"^x is a .*{kind}, whose rows cannot be"):
+        next(shards(lambda shard, count: Plain([{"x": rows}]), 2))
+
+
+def test_a_list_of_arrays_is_one_for_any_number_of_shards() -> None:
+    for count in (1, 2):
+        found = next(shards(lambda shard, count: Plain([[np.ones(2), np.zeros((2, 3))]]), count))
+        assert type(found) is list
+        assert [part.shape for part in found] == [(2 * count,), (2 * count, 3)]
+
+
 def test_texts_of_other_lengths_are_joined() -> None:
     texts = [["a", "b"], ["long", "longer"], ["c", "d"]]
     batch = next(shards(lambda shard, count: Plain([np.array(texts[shard])]), 3))
@@ -318,16 +357,69 @@ def test_the_parts_of_shards_with_a_buffer_each_are_not_copied(
     assert len(copied) == 3
 
 
-def test_rows_that_have_something_in_common_are_handed_out_as_they_are() -> None:
-    """If nothing is written into it."""
+def test_rows_may_have_something_in_common(caplog: pytest.LogCaptureFixture) -> None:
     constant = {"source": "web"}
 
     def factory(shard: int, count: int) -> Iterator[Any]:
         return Plain([[{"at": at, "of": constant}] for at in range(20)])
 
     rows = list(shards(factory, 3))
-    assert [[row["at"] for row in batch] for batch in rows] == [[at] * 3 for at in range(20)]
-    assert all(row["of"] is constant for batch in rows[5:] for row in batch)
+    assert rows == [[{"at": at, "of": constant}] * 3 for at in range(20)]
+    assert caplog.text == ""
+
+
+def padded(array: Any, number: int) -> None:
+    array[:] = 0
+    array[number] = number
+
+
+def boxed(array: Any, number: int) -> None:
+    array[:] = 0
+    array[number, number + 100] = number  # not on the diagonal
+
+
+def begun_late(array: Any, number: int) -> None:
+    array[:] = max(0, number - 9)
+
+
+def told(array: Any, number: int) -> None:
+    array[:] = f"a text that is no short one: {number}"
+
+
+def named(array: Any, number: int) -> None:
+    array["text"] = str(number)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "write"),
+    [
+        (np.zeros(4096, np.int32), padded),
+        (np.zeros((512, 512), np.int8), boxed),
+        (np.zeros(4), begun_late),
+        (np.zeros(2, np.dtypes.StringDType()), told),  # type: ignore[call-overload]
+        (np.zeros(2, [("at", "i4"), ("text", object)]), named),
+    ],
+    ids=["padded", "boxed", "begun late", "texts", "structured"],
+)
+@pytest.mark.parametrize("is_row", [False, True])
+def test_however_alike_it_is_what_shards_write_into_one_buffer_is_that_of_each(
+    buffer: Any, write: Callable[[Any, int], None], is_row: bool
+) -> None:
+    def made(shard: int, count: int) -> Iterator[Any]:
+        for number in range(shard, 40, count):
+            write(buffer, number)
+            yield {"x": [buffer] if is_row else buffer}
+
+    def wanted(number: int) -> Any:
+        array = buffer.copy()
+        write(array, number)
+        return array
+
+    loader = shards(lambda shard, count: Plain(made(shard, count)), 4)
+    for first, batch in zip(range(0, 40, 4), loader, strict=True):
+        rows = np.split(batch["x"], 4) if not is_row else batch["x"]
+        for number, row in enumerate(rows, first):
+            assert np.array_equal(row, wanted(number))
 
 
 def test_a_log_that_grows_is_no_error() -> None:

@@ -262,7 +262,7 @@ def test_an_nnx_module_that_gives_its_state_is_asked_for_it(
             ckpt.save(1, state=used).result()
             assert ckpt.restore(state=fresh).state is fresh
     assert (fresh.position, fresh.scale[...].tolist()) == (500, [3, 3])
-    assert "do not seem to be in it" not in caplog.text
+    assert "gives no array" not in caplog.text
 
 
 def test_an_nnx_module_that_gives_a_part_of_its_variables_is_told(
@@ -278,12 +278,51 @@ def test_an_nnx_module_that_gives_a_part_of_its_variables_is_told(
 
     with dd.Checkpointer(tmp_path / "run") as ckpt:
         ckpt.save(1, state=Half()).result()
-        assert "do not seem to be in it (float32[2])" in caplog.text
+        assert "variables of which it gives no array (float32[2])" in caplog.text
         module, fresh = Otherwise(), Otherwise()
         module.scale[...] = jnp.full(2, 3.0)
         ckpt.save(2, state=module).result()
         ckpt.restore(state=fresh)
     assert fresh.scale[...].tolist() == [3, 3]
+
+
+def test_an_nnx_module_that_gives_what_cannot_be_saved_is_told_why(tmp_path: Path) -> None:
+    ring: list[Any] = []
+    ring.append(ring)
+
+    class Odd(Sampler):
+        def get_state(self) -> dict[str, Any]:
+            return given
+
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        given: dict[str, Any] = {"at": {1: 1, "a": 2}}
+        with pytest.raises(UnsupportedLeafError, match="keys of several types"):
+            ckpt.save(1, state=Odd())
+        given = {"at": ring}
+        with pytest.raises(UnsupportedLeafError, match="nested at most 200 deep"):
+            ckpt.save(1, state=Odd())
+
+
+@pytest.mark.parametrize("dtype", [">i4", ">f8", "<u2"])
+def test_an_array_keeps_its_order_of_bytes(tmp_path: Path, dtype: str) -> None:
+    class Object:
+        x: Any = None
+
+        def get_state(self) -> Any:
+            return {"x": self.x}
+
+        def set_state(self, state: Any) -> None:
+            self.x = state["x"]
+
+    array, used, fresh = np.arange(3).astype(dtype), Object(), Object()
+    used.x = array
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state={"x": array}).result()
+        ckpt.save(2, state=used).result()
+        found = [ckpt.restore(step=1).state["x"], ckpt.restore(step=2, state=fresh).state.x]
+        found.append(ckpt.restore(step=1, state={"x": np.zeros(3, dtype)}).state["x"])
+    for one in found:
+        assert (one.dtype, one.tobytes()) == (array.dtype, array.tobytes())
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

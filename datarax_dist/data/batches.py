@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,11 +35,11 @@ def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
 
     from datarax_dist.trees import check_depth
 
-    def is_leaf(part: Any) -> bool:
-        return isinstance(part, list)
+    whole = type(batch) is list and bool(batch) and all(hasattr(x, "shape") for x in batch)
 
-    whole = isinstance(batch, list) and bool(batch) and all(hasattr(x, "shape") for x in batch)
-    batch = tuple(batch) if whole else batch
+    def is_leaf(part: Any) -> bool:
+        return isinstance(part, list) and not (whole and part is batch)
+
     try:
         check_depth(batch, is_leaf)
         found, structure = jax.tree_util.tree_flatten_with_path(batch, is_leaf=is_leaf)
@@ -119,8 +120,8 @@ class Joining:
             self._parts[shard] = named, structure
             return
         if not self._parts:
-            self._whole = [_room(leaf, self._count) for _, leaf in named]
-        kept = [self._kept(number, leaf) for number, (_, leaf) in enumerate(named)]
+            self._whole = [_room(name, leaf, self._count) for name, leaf in named]
+        kept = [self._kept(number, *pair) for number, pair in enumerate(named)]
         others = [number for number, leaf in enumerate(kept) if leaf is None]
         if others:
             leaves = self._waiting(tuple(named[number][1] for number in others))
@@ -129,7 +130,7 @@ class Joining:
         leaves = [(name, leaf) for (name, _), leaf in zip(named, kept, strict=True)]
         self._parts[shard] = leaves, structure
 
-    def _kept(self, number: int, leaf: Any) -> Any:
+    def _kept(self, number: int, name: str, leaf: Any) -> Any:
         """Returns what does not change any more; None where that is more than to copy an array."""
         import jax
 
@@ -137,9 +138,9 @@ class Joining:
             return leaf
         if isinstance(leaf, list) and set(map(type, leaf)) <= _PLAIN:
             return list.copy(leaf)
-        if isinstance(leaf, list) or not _length(leaf):
+        if isinstance(leaf, list) or _is_tensor(leaf) or _length(leaf) is None:
             return None
-        array = np.asarray(leaf)
+        array = _array(name, leaf)
         if array.dtype.hasobject:
             return None
         whole = self._whole[number] if number < len(self._whole) else None
@@ -197,12 +198,34 @@ class Joining:
         return jax.tree.unflatten(structure, joined)
 
 
-def _room(leaf: Any, count: int) -> Any:
+def _is_tensor(leaf: Any) -> bool:
+    """Whether it is one of torch."""
+    return hasattr(type(leaf), "untyped_storage") and hasattr(type(leaf), "clone")
+
+
+def _array(name: str, leaf: Any) -> np.ndarray[Any, Any]:
+    """Returns it as an array of numpy.
+
+    Raises:
+        InvalidArgumentError: it cannot be one, or is more than that: it has a mask, or columns.
+    """
+    kind = type(leaf)
+    if hasattr(leaf, "dtype") and (kind in _ARRAYS or not issubclass(kind, np.ndarray)):
+        with contextlib.suppress(Exception):  # of a class of the user's, any
+            return np.asarray(leaf)
+    raise InvalidArgumentError(
+        f"{name or 'The batch'} is a {kind.__module__}.{kind.__qualname__}, whose rows cannot be"
+        " joined with those of other data shards. Let its loader give arrays of numpy or JAX,"
+        " tensors of torch, or lists."
+    )
+
+
+def _room(name: str, leaf: Any, count: int) -> Any:
     import jax
 
-    if isinstance(leaf, list | jax.Array) or not _length(leaf):
+    if isinstance(leaf, list | jax.Array) or _is_tensor(leaf) or _length(leaf) is None:
         return None
-    array = np.asarray(leaf)
+    array = _array(name, leaf)
     if array.dtype.hasobject or not array.dtype.isnative:  # these are joined in another dtype
         return None
     return np.empty((count * len(array), *array.shape[1:]), array.dtype)
@@ -228,6 +251,8 @@ def _join_leaf(name: str, leaves: list[Any]) -> Any:
 
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
         return jax.numpy.concatenate(leaves)  # it stays on its device
+    if all(map(_is_tensor, leaves)):
+        return sys.modules["torch"].cat(leaves)
     return np.concatenate([np.asarray(leaf) for leaf in leaves])
 
 
@@ -247,6 +272,7 @@ MOST_DEPTH = 50
 # No `np.void`: a row of a structured array is a view of it.
 _SCALARS = (str, bytes, int, float, complex, np.number, np.bool_, np.datetime64, type(None))
 _PLAIN = {str, bytes, int, float, bool, type(None)}
+_ARRAYS = (np.ndarray, np.memmap)  # and not those with a mask, or the names of fields
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, np.ndarray)
 _NOWHERE = (0, 0)
 _EVERYWHERE = (0, 1 << 64)
@@ -489,7 +515,7 @@ def _looked_into(part: Any) -> _Opened:
         found.place = _NOWHERE if params.frozen else itself
     elif isinstance(part, bytearray | collections.UserDict | collections.UserList):
         pass  # the first holds bytes, the others what is in one of their attributes
-    elif hasattr(kind, "untyped_storage") and hasattr(kind, "clone"):  # a tensor of torch
+    elif _is_tensor(part):
         shape = tuple(getattr(part, "shape", ()))
         return _Opened(part, lambda _: part.clone(), place=_storage(part), shape=shape)
     else:

@@ -160,14 +160,7 @@ class Together(Waiting):
         """
         parts = list(self._last)
         self._last.clear()
-        if not overlap(one.places() for one, _ in parts):
-            return
-        # Rows may well have something in common that stays as it is.
-        changed = [is_as_read for one, is_as_read in parts if one.has_changed()]
-        if any(changed):
-            raise self._lost()
-        self.is_shared = bool(changed)
+        self._compare([one.places() for one, _ in parts], parts)
 
     def _look(self, parts: Parts) -> None:
         """All are compared at once: there may be hundreds."""
-        parts.sample()

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 
 import datarax_dist as dd
 from datarax_dist import codec
-from datarax_dist.data import adapt, adapters, shards, tracked
+from datarax_dist.data import adapt, adapters, replay, shards, tracked
 from datarax_dist.errors import PositionError
 from datarax_dist.testing import check_exactly_once
 
@@ -184,6 +184,24 @@ def test_a_tensor_comes_back_as_it_was(dtype: str, shape: tuple[int, ...]) -> No
     if tensor.ndim == 2:
         turned = codec.unpack(codec.pack(tensor.T))
         assert torch.equal(turned, tensor.T)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tensors_are_tensors_for_any_number_of_shards(count: int) -> None:
+    """Also what numpy does not know, and what shards write into one tensor."""
+    common = torch.zeros(2, 1024, dtype=torch.bfloat16)
+
+    def batches(shard: int, count: int) -> Any:
+        for number in range(shard, 20 * count, count):
+            common.zero_()[:, 7] = number
+            yield {"x": common, "y": [common] * 2, "z": torch.ones(2, requires_grad=True) * number}
+
+    for first, batch in enumerate(shards(lambda s, n: replay(lambda: batches(s, n)), count)):
+        numbers = [first * count + shard for shard in range(count)]
+        rows = [number for number in numbers for _ in range(2)]
+        assert (batch["x"].dtype, batch["x"][:, 7].tolist()) == (torch.bfloat16, rows)
+        assert [row[0, 7].item() for row in batch["y"]] == rows
+        assert batch["z"].tolist() == rows
 
 
 def test_a_tensor_that_cannot_be_written_is_named() -> None:
