@@ -38,7 +38,7 @@ from datarax_dist.forms import Form
 from datarax_dist.gathers import Together, raise_if_stuck
 from datarax_dist.handles import Progress, SaveHandle
 from datarax_dist.hosts import HostGroup, current_group
-from datarax_dist.inspection import Candidate, Inspection, find_foreign, inspect_run
+from datarax_dist.inspection import Candidate, Inspection, find_foreign, inspect_run, no_such_step
 from datarax_dist.request import SaveRequest, plain_metadata
 from datarax_dist.restore import Loading, Restorer, RestoreReport, leaves_text
 from datarax_dist.retention import delete_step, with_room
@@ -96,8 +96,8 @@ class Checkpointer:
     Args:
         root: an absolute path on a local file system, or on one that all hosts share; or
             `gs://bucket/prefix`.
-        save_when: which steps `save` saves; None saves on every call.
-        keep: which committed steps are kept; None keeps all. The newest is always kept.
+        save_when: which steps `save` saves: `every_steps(n)`; None: all.
+        keep: which steps are kept, the newest always: `latest(n) | every_n_steps(n)`; None: all.
         options: see `Options`.
 
     Raises:
@@ -662,11 +662,11 @@ class Checkpointer:
         [step, *others] = sorted(set(steps))
         if others:
             raise InvalidArgumentError(f"Hosts ask for different steps: {step}, {others[0]}.")
-        for candidate in inspect_run(self._store).candidates:
-            marker = candidate.marker
-            if (candidate.step, candidate.state) == (step, "committed") and marker is not None:
+        inspection = inspect_run(self._store)
+        for marker in (c.marker for c in inspection.candidates if c.state == "committed"):
+            if marker is not None and marker.step == step:
                 return [marker.hosts, marker.bytes, list(marker.items), marker.committed_at]
-        raise StepNotFoundError(f"There is no committed step {step} in {self._root}.", step=step)
+        raise no_such_step(self._root, step, inspection)
 
     def delete(self, step: int) -> None:
         """Deletes a committed step. Collective.
@@ -785,7 +785,7 @@ class Checkpointer:
         if os.getpid() != self._process:
             raise self._forked()
         if self._closed:
-            raise InvalidArgumentError(f"The Checkpointer of {self._root} is closed.")
+            raise InvalidArgumentError(f"{self._root}: a closed Checkpointer. Make a new one.")
         self._group.check_job()
         try:
             raise_if_stuck()

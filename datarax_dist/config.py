@@ -149,6 +149,7 @@ def _check_save_policy(policy: Any) -> None:
     if not isinstance(policy, SavePolicy):
         raise InvalidArgumentError(
             f"save_when must be a policy, datarax_dist.every_steps(100) say, not {policy!r}."
+            + (" That is one for keep=." if isinstance(policy, KeepPolicy) else "")
         )
 
 
@@ -156,6 +157,7 @@ def _check_keep_policy(policy: Any) -> None:
     if not isinstance(policy, KeepPolicy):
         raise InvalidArgumentError(
             f"keep must be a policy, datarax_dist.latest(3) say, not {policy!r}."
+            + (" That is one for save_when=." if isinstance(policy, SavePolicy) else "")
         )
 
 

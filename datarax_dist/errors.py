@@ -219,6 +219,8 @@ def describe(error: BaseException, limit: int = 2000) -> str:
         text = f"{type(error).__name__}({error.errno}, {error.strerror!r}){name}"
     else:
         text = f"{type(error).__name__}: {error}"
+        if "interpreter shutdown" in text:  # Python 3.12 and later start no threads then
+            text += ". The program has ended without close(): call that, or use `with`."
     text = mask(text)
     if not isinstance(error, CheckpointError):  # the lines of a text are left to it
         text = "\n".join(printable(line) for line in text.split("\n"))
@@ -391,7 +393,7 @@ _HINTS = {
     errno.EDQUOT: "The quota is used up: free some space, or raise it.",
     errno.EFBIG: "A file is larger than this process or file system allows (ulimit -f).",
     errno.ENOMEM: "There is not enough memory for it, on this host or its devices.",
-    errno.EROFS: "The file system is read-only.",
+    errno.EROFS: "The file system is read-only: mount it to be written to, or choose another root.",
     errno.EIO: "The device below the file system has failed: look at the system's log (dmesg).",
     errno.EACCES: "This user may not do that here: check the owner and the mode.",
     errno.EPERM: "This user may not do that here: check the owner and the mode.",

@@ -63,6 +63,12 @@ class SaveHandle:
             # Not for a timeout of the caller's own, even if the save has failed in the same moment.
             if self._future.done() and error is self._future.exception():
                 self._seen = True
+            elif type(error) is TimeoutError and timeout is not None:
+                raise TimeoutError(
+                    f"Step {self.step} is still being saved, in phase {self._phases.current}, after"
+                    f" the {timeout:g} s that were given to result(). Ask again, or wait without a"
+                    " timeout."
+                ) from None
             raise
 
     def progress(self) -> Progress:

@@ -17,6 +17,7 @@ from datarax_dist.errors import (
     CorruptStepError,
     FormatVersionError,
     InvalidArgumentError,
+    StepNotFoundError,
     StorageError,
 )
 from datarax_dist.storage import Entry, Store, SupportsRename, for_each
@@ -35,6 +36,7 @@ __all__ = [
     "inspection_to_json",
     "is_as_judged",
     "is_committed",
+    "no_such_step",
     "read_marker",
     "read_records",
     "refuse_a_step",
@@ -349,6 +351,15 @@ def _is_unreadable(store: Store, name: str) -> bool:
     return False
 
 
+def no_such_step(root: str, step: int, inspection: Inspection, told: str = "") -> StepNotFoundError:
+    """Returns the error of a step that was asked for and is not there."""
+    return StepNotFoundError(
+        f"There is no committed step {step} in {root}; there are"
+        f" {inspection.committed or 'none'}.{told}",
+        step=step,
+    )
+
+
 def inspect_step(store: Store, step: int, name: str) -> Candidate:
     """Returns what one directory is, for all that its name says. An empty one may have been moved:
     see `_empty`.
@@ -378,7 +389,9 @@ def inspect_step(store: Store, step: int, name: str) -> Candidate:
             files = (fmt.COMMIT_NAME,)
             return Candidate(step, name, "damaged", f"{error}", files=files, moves=moves)
         if marker.step != step:
-            return Candidate(step, name, "refused", f"its marker is that of step {marker.step}")
+            return Candidate(
+                step, name, "refused", f"its marker is that of step {marker.step}: was it renamed?"
+            )
         if wrong := wrong_of(marker.records):
             # Others: a marker that came late, when another save of this step had begun here.
             how = "missing" if set(wrong.values()) == {"missing"} else "not those of its marker"

@@ -122,7 +122,8 @@ def plain_metadata(metadata: Any) -> dict[str, Any]:
     plain = _plain_json(metadata, "metadata")
     if not isinstance(plain, dict):
         raise InvalidArgumentError(
-            f"metadata is a dict of JSON values, not {type(metadata).__name__}."
+            f"metadata is a dict of JSON values, not {type(metadata).__name__}: give it a name,"
+            ' {"loss": ...} say.'
         )
     return plain
 

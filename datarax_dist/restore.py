@@ -36,7 +36,6 @@ from datarax_dist.errors import (
     FormatVersionError,
     InvalidArgumentError,
     PeerLostError,
-    StepNotFoundError,
     StorageError,
     printable,
 )
@@ -51,6 +50,7 @@ from datarax_dist.inspection import (
     inspect_run,
     inspection_from_json,
     inspection_to_json,
+    no_such_step,
     others_of_orbax,
     read_marker,
     records_verified_by,
@@ -204,6 +204,7 @@ class Restorer:
         self._others: Sequence[str] = ()  # directories that are not ours, as the primary has
         self._operation: Operation | None = None  # the restore that is under way
         self._refused: Mapping[str, str] = {}
+        self._is_unknown = False  # nothing says that a run is there
         self._loads = True
         # What the last restore has found damaged, or suspect: step -> the digest of its marker,
         # empty where that could not be read, or its records were damaged.
@@ -215,7 +216,8 @@ class Restorer:
         """Returns what directories there are that were not taken, and why, by the last restore, if
         that has found nothing: a line for each, each with a line feed before it. For an error.
         """
-        return _lines(self._refused)
+        unknown = " Nothing of a run is there: is it the right path?" if self._is_unknown else ""
+        return _lines(self._refused) or unknown
 
     def inspect(self) -> Inspection:
         """Returns the primary's view of the root, on every host."""
@@ -317,7 +319,8 @@ class Restorer:
             CorruptStepError: it is damaged, or every committed step is damaged or suspect; or, on a
                 file system, every step has lost its marker.
         """
-        self._refused, self.judged, self._loads = {}, {}, loads
+        self._refused, self._is_unknown = {}, False
+        self.judged, self._loads = {}, loads
         try:
             with self._group.in_parts("restore") as self._operation:
                 for _ in range(_TRIES):
@@ -384,7 +387,12 @@ class Restorer:
                     damaged=tuple(sorted(damage)),
                     suspects=tuple(c.step for c in suspects if c.step != candidate.step),
                 )
-                log = logger.warning if refused or candidate.state == "foreign" else logger.info
+                odd = [
+                    c
+                    for c in inspection.candidates
+                    if _label(c) in refused and (c.state != "foreign" or c.step > candidate.step)
+                ]  # a run that has grown from one of Orbax has its old steps
+                log = logger.warning if odd or candidate.state == "foreign" else logger.info
                 log("%s: %s", self._store.root, report)
                 return applied, report
             told_of = [f"{path}: {reason}" for path, reason in list(bad.items())[:5]]
@@ -421,11 +429,7 @@ class Restorer:
                 supported=fmt.FORMAT_VERSION,
             )
         if step is not None:
-            raise StepNotFoundError(
-                f"There is no committed step {step} in {self._store.root}; there are"
-                f" {inspection.committed or 'none'}.{_lines(refused)}",
-                step=step,
-            )
+            raise no_such_step(self._store.root, step, inspection, _lines(refused))
         self._tell_nothing(inspection, refused)
         return None
 
@@ -436,7 +440,7 @@ class Restorer:
             CorruptStepError: there were steps. Where directories are renamed, a step has its marker
                 before it has its name.
         """
-        self._refused = dict(refused)
+        self._refused, self._is_unknown = dict(refused), inspection.run is None
         numbered = [c for c in inspection.candidates if c.name == fmt.step_name(c.step)]
         if (lost := inspection.unmarked) and isinstance(self._store, SupportsRename):
             # Not None, which would make a job begin anew.

@@ -249,7 +249,7 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
         if not is_storable(leaf.dtype):
             raise UnsupportedLeafError(
                 f"{name}: a numpy array of dtype {leaf.dtype} cannot be saved. Convert it to"
-                " numbers or to str.",
+                " numbers, or to a list of str (.tolist()).",
                 path=name,
             )
         kind = "numpy" if isinstance(leaf, np.ndarray) else "scalar"
@@ -281,9 +281,21 @@ def _describe_leaf(path: Path, leaf: Any, hosts: int) -> tuple[LeafSpec, Any, by
     raise UnsupportedLeafError(
         f"{name or 'the state'}: a {type(leaf).__module__}.{type(leaf).__qualname__} cannot be"
         " saved. A state has jax and numpy arrays, typed PRNG keys, numbers, str, bytes and None,"
-        " in containers that JAX knows. A loader with get_state/set_state goes to `data`.",
+        f" in containers that JAX knows. {_instead(leaf)}",
         path=name,
     )
+
+
+def _instead(leaf: Any) -> str:
+    if isinstance(leaf, bytearray):
+        return "Give bytes."
+    if isinstance(leaf, set | frozenset):
+        return "Give a sorted list."
+    if hasattr(leaf, "get_state") or hasattr(leaf, "state_dict"):
+        return "A loader goes to `data`."
+    if callable(leaf):
+        return "Leave functions out: of an optimizer its state is saved, what its init() gave."
+    return "Let the state have what it is made of, or its text."
 
 
 def _bytes_array(data: bytes) -> np.ndarray[Any, Any]:

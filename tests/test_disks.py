@@ -201,7 +201,7 @@ def test_a_disk_that_turns_read_only_in_a_phase_fails_the_save_and_the_next_work
                 with pytest.raises(StorageError, match="Read-only file system") as refused:
                     save(ckpt, 3)
                 assert refused.value.errno == errno.EROFS
-                assert "The file system is read-only." in str(refused.value)
+                assert "The file system is read-only:" in str(refused.value)
         assert when and time.monotonic() - when[0] < TOLD_SECONDS
         committed = inspect_run(LocalStore(str(root))).committed
         assert (3 in committed) == (phase in LATER)
@@ -420,7 +420,7 @@ def test_a_shared_disk_that_turns_read_only_is_told_on_all_hosts_and_the_next_sa
         assert facts["kind"] == "PeerError" and set(facts["failures"]) <= {"0", "1"}, facts
         assert "failed in phase 'save:" in facts["text"], facts
         assert "Read-only file system" in facts["text"], facts
-        assert "The file system is read-only." in facts["text"], facts
+        assert "The file system is read-only:" in facts["text"], facts
         assert seconds < TOLD_SECONDS, facts
     assert ends[0][0]["text"] == ends[1][0]["text"]
 

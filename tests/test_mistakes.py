@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from targets import Counter
+from test_disks import acting
 
 import datarax_dist as dd
 from datarax_dist import errors, hosts, trees
@@ -28,7 +30,7 @@ from datarax_dist.agreement import check_agreement
 from datarax_dist.checkpoint import OrbaxCheckpointHandler
 from datarax_dist.cli import main
 from datarax_dist.hosts import HostGroup
-from datarax_dist.testing import SimulatedHosts
+from datarax_dist.testing import SimulatedHosts, fail_at
 
 STATE = {"w": np.ones(3)}
 
@@ -43,6 +45,87 @@ STATE = {"w": np.ones(3)}
 def test_a_number_is_no_policy(tmp_path: Path, arguments: Any, text: str) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=text):
         dd.Checkpointer(tmp_path / "run", **arguments)
+
+
+def test_a_policy_of_the_other_kind_is_told_where_it_goes(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match="That is one for save_when=") as told:
+        dd.Checkpointer(tmp_path / "run", keep=dd.every_steps(3))  # type: ignore[arg-type]
+    assert "keep must be a policy" in str(told.value)
+    with pytest.raises(errors.InvalidArgumentError, match="That is one for keep="):
+        dd.Checkpointer(tmp_path / "run", save_when=dd.latest(3))  # type: ignore[arg-type]
+
+
+def test_who_restores_from_where_no_run_is_is_asked_for_the_path(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "no" / "such" / "directory", tmp_path / "data"):
+        with dd.Checkpointer(path) as ckpt:
+            with pytest.raises(errors.StepNotFoundError, match=r"no committed step.* right path"):
+                ckpt.restore()
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=STATE).result()
+        ckpt.delete(1)
+        with pytest.raises(errors.StepNotFoundError, match=r"no committed step\.$"):
+            ckpt.restore()
+
+
+def test_who_asks_for_a_step_that_is_not_there_is_told_which_ones_are(tmp_path: Path) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, state=STATE).result()
+        for ask in (ckpt.step_info, ckpt.delete, lambda step: ckpt.restore(step=step)):
+            with pytest.raises(errors.StepNotFoundError, match=r"step 9 in .*; there are \[1\]"):
+                ask(9)
+        assert ckpt.all_steps() == [1]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "instead"),
+    [
+        (bytearray(b"x"), "Give bytes"),
+        ({1}, "Give a sorted list"),
+        (optax.adam(1.0), r"save .*its state|its state is saved"),
+        (iter([]), "what it is made of"),
+        (np.array(["a"]), "a list of str"),
+    ],
+)
+def test_a_leaf_that_cannot_be_saved_is_told_what_to_give_instead(
+    tmp_path: Path, leaf: Any, instead: str
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with pytest.raises(errors.UnsupportedLeafError, match=instead):
+            ckpt.save(1, state={"x": leaf})
+
+
+def test_a_save_that_fails_before_its_arrays_are_written_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with dd.Checkpointer(tmp_path / "run") as ckpt:
+        with fail_at("save:started", 0, OSError(5, "the disk is broken")):
+            with pytest.raises(OSError, match="the disk is broken"):
+                ckpt.save(1, state=STATE).result()
+    told = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.name for record in told] == ["datarax_dist"]
+
+
+def test_a_thread_that_cannot_start_as_the_program_has_ended_is_told_what_to_call() -> None:
+    error = RuntimeError("can't create new thread at interpreter shutdown")
+    assert errors.describe(error).endswith("without close(): call that, or use `with`.")
+    assert errors.describe(RuntimeError("x")) == "RuntimeError: x"
+
+
+def test_who_waits_too_short_for_a_save_is_told_where_it_is(tmp_path: Path) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        goes_on.wait(60)
+
+    with acting("save:commit", wait), dd.Checkpointer(tmp_path / "run") as ckpt:
+        handle = ckpt.save(3, state=STATE)
+        assert begun.wait(60)
+        with pytest.raises(TimeoutError, match=r"Step 3 is still .*save:commit, .*Ask again"):
+            handle.result(timeout=0.0)
+        goes_on.set()
+        assert handle.result().step == 3
 
 
 def test_a_policy_of_the_other_kind_is_refused_where_it_is_joined() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_checkpoint_manager_restores_our_step(root: Path, arrays: Any) -> None:
         )
         assert same(back["state"], arrays)
         assert back["metadata"] == {"loss": 0.5}
+
+
+@pytest.mark.parametrize(("theirs", "levels"), [(3, set()), (5, {logging.WARNING})])
+def test_only_a_step_of_plain_orbax_that_is_newer_than_what_is_restored_is_warned_of(
+    root: Path, arrays: Any, theirs: int, levels: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with ocp.CheckpointManager(root) as manager:
+        manager.save(theirs, args=ocp.args.StandardSave(arrays), force=True)
+    caplog.clear()
+    with dd.Checkpointer(root) as ckpt:
+        restored = ckpt.restore()
+    assert (restored.step, f"step {theirs}" in restored.report.refused) == (4, True)
+    ours = [r for r in caplog.records if r.name == "datarax_dist"]
+    assert {r.levelno for r in ours if r.levelno >= logging.WARNING} == levels
 
 
 def test_v1_load_restores_our_state(root: Path, arrays: Any) -> None:

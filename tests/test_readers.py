@@ -368,7 +368,8 @@ def test_of_a_new_root_nothing_is_told(make: Any, caplog: pytest.LogCaptureFixtu
     caplog.set_level(logging.INFO)
     restorer = restorer_of(make())
     assert restorer.restore(None, lambda *_: lambda: None, Phases("restore", 0)) is None
-    assert (restorer.why_nothing(), caplog.records) == ("", [])
+    asked = " Nothing of a run is there: is it the right path?"  # of who asks for a step
+    assert (restorer.why_nothing(), caplog.records) == (asked, [])
 
 
 def test_why_nothing_was_found_is_not_told_of_a_later_restore() -> None:
@@ -378,6 +379,12 @@ def test_why_nothing_was_found_is_not_told_of_a_later_restore() -> None:
     assert restorer.restore(None, lambda *_: lambda: None, Phases("restore", 0)) is None
     assert "8.staging" in restorer.why_nothing()
     make_run(store, 1)
+    assert restorer.restore(None, lambda *_: lambda: None, Phases("restore", 0)) is not None
+    assert restorer.why_nothing() == ""
+    restorer = restorer_of(MemoryStore())
+    assert restorer.restore(None, lambda *_: lambda: None, Phases("restore", 0)) is None
+    assert "Nothing of a run" in restorer.why_nothing()
+    make_run(restorer._store, 1)
     assert restorer.restore(None, lambda *_: lambda: None, Phases("restore", 0)) is not None
     assert restorer.why_nothing() == ""
 

@@ -125,10 +125,13 @@ def give_up(directory: str, gate: Gate) -> None:
 
 class _Expected(logging.Filter):
     """Keeps Orbax from warning of each save in a bucket, where it updates a file of its own that is
-    not there yet: `_InPlace.create` saves the request.
+    not there yet: `_InPlace.create` saves the request. And from three tracebacks of an error that
+    is a gate's, where a save has ended for another one, which the save tells.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and _ENDED in str(record.exc_info[1]):
+            return False
         if not str(record.msg).startswith("Metadata file does not exist") or not record.args:
             return True
         return os.path.dirname(record.getMessage().partition(": ")[2]) not in gates

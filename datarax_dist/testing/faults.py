@@ -48,8 +48,8 @@ def _kill() -> None:
 
 @contextlib.contextmanager
 def kill_at(phase: str, host: int, *, occurrence: int = 1) -> Iterator[None]:
-    """Kills this process with SIGKILL when it is `host` and begins `phase` for the `occurrence`-th
-    time.
+    """In a `with` block: kills this process with SIGKILL when it is `host` and begins `phase` for
+    the `occurrence`-th time.
 
     Raises:
         ValueError: there is no such phase.
@@ -63,8 +63,8 @@ def kill_at(phase: str, host: int, *, occurrence: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fail_at(phase: str, host: int, error: BaseException, *, occurrence: int = 1) -> Iterator[None]:
-    """Raises `error` in this process when it is `host` and begins `phase` for the `occurrence`-th
-    time.
+    """In a `with` block: raises `error` in this process when it is `host` and begins `phase` for
+    the `occurrence`-th time.
     """
 
     def act() -> None:
