@@ -320,6 +320,11 @@ def test_rows_that_would_lose_something_are_not_joined(rows: Any, kind: str) -> 
         next(shards(lambda shard, count: Plain([{"x": rows}]), 2))
 
 
+def test_bytes_that_are_looked_at_are_rows() -> None:
+    found = next(shards(lambda shard, count: Plain([{"x": memoryview(b"ab")}]), 2))
+    assert found["x"].tobytes() == b"abab"
+
+
 def test_a_list_of_arrays_is_one_for_any_number_of_shards() -> None:
     for count in (1, 2):
         found = next(shards(lambda shard, count: Plain([[np.ones(2), np.zeros((2, 3))]]), count))

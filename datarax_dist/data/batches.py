@@ -210,7 +210,8 @@ def _array(name: str, leaf: Any) -> np.ndarray[Any, Any]:
         InvalidArgumentError: it cannot be one, or is more than that: it has a mask, or columns.
     """
     kind = type(leaf)
-    if hasattr(leaf, "dtype") and (kind in _ARRAYS or not issubclass(kind, np.ndarray)):
+    is_plain = kind in _ARRAYS or (hasattr(leaf, "dtype") and not issubclass(kind, np.ndarray))
+    if is_plain:
         with contextlib.suppress(Exception):  # of a class of the user's, any
             return np.asarray(leaf)
     raise InvalidArgumentError(
@@ -272,7 +273,7 @@ MOST_DEPTH = 50
 # No `np.void`: a row of a structured array is a view of it.
 _SCALARS = (str, bytes, int, float, complex, np.number, np.bool_, np.datetime64, type(None))
 _PLAIN = {str, bytes, int, float, bool, type(None)}
-_ARRAYS = (np.ndarray, np.memmap)  # and not those with a mask, or the names of fields
+_ARRAYS = (np.ndarray, np.memmap, memoryview)  # and not those with a mask, or the names of fields
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, np.ndarray)
 _NOWHERE = (0, 0)
 _EVERYWHERE = (0, 1 << 64)
