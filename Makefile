@@ -10,6 +10,8 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests start hundreds of processes: what these import is compiled once, where the machine says no too.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-main test-datarax test-loaders test-long trust bench lint types layers clean
 .DEFAULT_GOAL := test
