@@ -325,10 +325,12 @@ def test_bytes_that_are_looked_at_are_rows() -> None:
     assert found["x"].tobytes() == b"abab"
 
 
-def test_a_list_of_arrays_is_one_for_any_number_of_shards() -> None:
+@pytest.mark.parametrize("kind", [list, type("Fields", (list,), {})])
+def test_a_list_of_arrays_is_one_for_any_number_of_shards(kind: Any) -> None:
     for count in (1, 2):
-        found = next(shards(lambda shard, count: Plain([[np.ones(2), np.zeros((2, 3))]]), count))
-        assert type(found) is list
+        made = kind([np.ones(2), np.zeros((2, 3))])
+        found = next(shards(lambda shard, count, made=made: Plain([made]), count))
+        assert type(found) is (list if count == 2 else kind)
         assert [part.shape for part in found] == [(2 * count,), (2 * count, 3)]
 
 

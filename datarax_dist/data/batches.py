@@ -35,7 +35,8 @@ def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
 
     from datarax_dist.trees import check_depth
 
-    whole = type(batch) is list and bool(batch) and all(hasattr(x, "shape") for x in batch)
+    whole = isinstance(batch, list) and bool(batch) and all(hasattr(x, "shape") for x in batch)
+    batch = list.copy(batch) if whole else batch  # a class of the user's is no structure for JAX
 
     def is_leaf(part: Any) -> bool:
         return isinstance(part, list) and not (whole and part is batch)
