@@ -4,6 +4,7 @@ common.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -364,15 +365,41 @@ def test_the_parts_of_shards_with_a_buffer_each_are_not_copied(
     assert len(copied) == 3
 
 
-def test_rows_may_have_something_in_common(caplog: pytest.LogCaptureFixture) -> None:
-    constant = {"source": "web"}
+@pytest.mark.parametrize("held", ["web", np.ones(3)], ids=["text", "array"])
+def test_rows_may_have_something_in_common_that_stays(
+    held: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    constant = {"source": held}
 
     def factory(shard: int, count: int) -> Iterator[Any]:
         return Plain([[{"at": at, "of": constant}] for at in range(20)])
 
     rows = list(shards(factory, 3))
-    assert rows == [[{"at": at, "of": constant}] * 3 for at in range(20)]
+    assert [[row["at"] for row in batch] for batch in rows] == [[at] * 3 for at in range(20)]
+    assert all(np.array_equal(row["of"]["source"], held) for batch in rows for row in batch)
     assert caplog.text == ""
+    # A dict is seen as a whole, and is no reason to copy all rows.
+    is_copied = {row["of"] is not constant for batch in rows[5:] for row in batch}
+    assert is_copied == {isinstance(held, np.ndarray)}
+
+
+@pytest.mark.parametrize("begin", [0, 1, 40])
+def test_a_dict_that_shards_have_in_common_is_seen_to_be_written_over(begin: int) -> None:
+    common = {"number": -1}
+
+    def made(shard: int, count: int) -> Iterator[Any]:
+        for number in range(shard, 80, count):
+            common["number"] = max(0, number - begin)
+            yield [{"of": common}]
+
+    loader, found = shards(lambda shard, count: Plain(made(shard, count)), 4), []
+    with (
+        contextlib.nullcontext() if begin < 4 else pytest.raises(InvalidArgumentError, match="over")
+    ):
+        for batch in loader:
+            found += [row["of"]["number"] for row in batch]
+    assert found == [max(0, number - begin) for number in range(len(found))]
+    assert len(found) == (80 if begin < 4 else 40)
 
 
 def padded(array: Any, number: int) -> None:

@@ -276,6 +276,7 @@ _SCALARS = (str, bytes, int, float, complex, np.number, np.bool_, np.datetime64,
 _PLAIN = {str, bytes, int, float, bool, type(None)}
 _ARRAYS = (np.ndarray, np.memmap, memoryview)  # and not those with a mask, or the names of fields
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, np.ndarray)
+_KNOWN = (dict, list, bytearray)
 _NOWHERE = (0, 0)
 _EVERYWHERE = (0, 1 << 64)
 _SAMPLES = 512  # of an array: about a microsecond
@@ -328,11 +329,13 @@ class Parts:
             waiting.extend((one, depth + 1, is_column) for one in opened.inner())
         self.shapes = tuple(shapes)
 
-    def places(self) -> list[tuple[int, int]]:
+    def places(self, *, is_known: bool = True) -> list[tuple[int, int]]:
         """Returns where in memory its loader may write again, begin and end: arrays of numpy, torch
-        tensors, and the containers that can be filled again; as long as this object lives.
+        tensors, and the containers that can be filled again; as long as this object lives. Without
+        those of which `sample` remembers all, if not `is_known`.
         """
-        places = [opened.place for opened in self._opened.values()]
+        opened_ones = self._opened.values()
+        places = [one.place for one in opened_ones if is_known or type(one.part) not in _KNOWN]
         return [(begin, end) for begin, end in places if begin < end]
 
     def sample(self) -> None:

@@ -106,8 +106,8 @@ class Waiting:
     def _lost(self) -> InvalidArgumentError:
         return InvalidArgumentError(
             f"{self._name}: a loader has written over what it gave before, which was not used yet."
-            " Its first batches had memory of their own, so this one was not copied. Nothing wrong"
-            f" was handed out. Let it give new arrays each time, or {self._hint}."
+            " In its first batches nothing was written over, so this one was not copied. Nothing"
+            f" wrong was handed out. Let it give new arrays each time, or {self._hint}."
         )
 
     def left(self, count: int) -> None:
@@ -160,7 +160,15 @@ class Together(Waiting):
         """
         parts = list(self._last)
         self._last.clear()
-        self._compare([one.places() for one, _ in parts], parts)
+        self._compare([one.places(is_known=False) for one, _ in parts], parts)
+        if self.is_shared or not overlap(one.places() for one, _ in parts):
+            return
+        # Rows may well have a dict in common that stays as it is: not all is copied for that.
+        changed = [is_as_read for one, is_as_read in parts if one.has_changed()]
+        if any(changed):
+            raise self._lost()
+        self.is_shared = bool(changed)
 
     def _look(self, parts: Parts) -> None:
         """All are compared at once: there may be hundreds."""
+        parts.sample()
