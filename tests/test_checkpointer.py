@@ -635,8 +635,9 @@ def test_a_timeout_of_the_callers_own_does_not_count_as_having_seen_the_error(
     again = type(handle)(2, handle._phases)
     again._future.set_exception(OSError("full"))
     again._future.result = lambda timeout=None: (_ for _ in ()).throw(TimeoutError())
-    with pytest.raises(TimeoutError):
-        again.result(0.1)
+    for timeout in (0.1, None):
+        with pytest.raises(TimeoutError):
+            again.result(timeout)
     assert again._unseen_error() is not None
     ckpt.close()
 

@@ -11,6 +11,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -321,6 +322,12 @@ def test_rows_that_would_lose_something_are_not_joined(rows: Any, kind: str) -> 
         next(shards(lambda shard, count: Plain([{"x": rows}]), 2))
 
 
+def test_arrays_in_files_are_joined(tmp_path: Path) -> None:
+    rows = np.memmap(tmp_path / "rows", int, "w+", shape=(2,))
+    rows[:] = [1, 2]
+    assert next(shards(lambda shard, count: Plain([rows]), 2)).tolist() == [1, 2, 1, 2]
+
+
 def test_bytes_that_are_looked_at_are_rows() -> None:
     found = next(shards(lambda shard, count: Plain([{"x": memoryview(b"ab")}]), 2))
     assert found["x"].tobytes() == b"abab"
@@ -365,7 +372,9 @@ def test_the_parts_of_shards_with_a_buffer_each_are_not_copied(
     assert len(copied) == 3
 
 
-@pytest.mark.parametrize("held", ["web", np.ones(3)], ids=["text", "array"])
+@pytest.mark.parametrize(
+    "held", ["web", ["a"], bytearray(b"a"), np.ones(3)], ids=["text", "list", "bytes", "array"]
+)
 def test_rows_may_have_something_in_common_that_stays(
     held: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,7 +387,7 @@ def test_rows_may_have_something_in_common_that_stays(
     assert [[row["at"] for row in batch] for batch in rows] == [[at] * 3 for at in range(20)]
     assert all(np.array_equal(row["of"]["source"], held) for batch in rows for row in batch)
     assert caplog.text == ""
-    # A dict is seen as a whole, and is no reason to copy all rows.
+    # What is seen as a whole is no reason to copy all rows.
     is_copied = {row["of"] is not constant for batch in rows[5:] for row in batch}
     assert is_copied == {isinstance(held, np.ndarray)}
 
